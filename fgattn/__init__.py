@@ -1,0 +1,13 @@
+"""Fine-grained sparse attention: skip scores in tiles of M queries by N keys, N down to one."""
+
+from .attention import attend, sparse_attention
+from .errors import InvalidArgument, Unsupported
+from .order import TokenLayout
+from .plan import SparsePlan, build_plan, plan_from_mask
+from .settings import Settings
+
+__all__ = [
+    "InvalidArgument", "Settings", "SparsePlan", "TokenLayout", "Unsupported", "attend", "build_plan",
+    "plan_from_mask", "sparse_attention",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,85 @@
+"""attend(q, k, v, plan): argument checks and the choice of implementation."""
+
+from __future__ import annotations
+
+import torch
+
+from . import reference, runtime
+from .attend_torch import attend_torch
+from .errors import InvalidArgument, Unsupported
+from .order import TokenLayout
+from .plan import SparsePlan, build_plan
+from .settings import Settings
+from .tail import pooled_tail
+from .tensors import check_tensors
+
+IMPLEMENTATIONS = ("reference", "torch", "triton")
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SparsePlan, *, impl: str | None = None,
+) -> torch.Tensor:
+    """softmax(scale * q k^T) v over the keys of the plan, plus its tail.
+
+    Args:
+        q: [B, H, L_q, D]; k, v: [B, H, L_k, D]; any outer strides, last stride 1, rows 16-byte
+            aligned. fp16, bf16, fp32 (the triton implementation computes it in bf16 on a GPU), or
+            float64 (reference and torch).
+        plan: made for these shapes.
+        impl: "reference" (the specification, slow), "torch" (any device) or "triton" (GPU);
+            None takes triton where it runs, else torch.
+
+    Returns:
+        [B, H, L_q, D] in q's dtype; stored as [B, L_q, H, D] if q is.
+
+    Raises:
+        InvalidArgument: shapes that do not fit the plan, unknown impl.
+        Unsupported: this implementation cannot run these tensors; the message says why.
+    """
+    check_tensors(q, k, v)
+    check_plan(q, k, plan)
+    if impl not in (None, *IMPLEMENTATIONS):
+        raise InvalidArgument("impl", impl, ", ".join(IMPLEMENTATIONS), "None chooses the fastest.")
+    if impl is None:
+        impl = "torch" if runtime.triton_reason(q) else "triton"
+    if impl == "reference":
+        return reference.attend(q, k, v, plan)
+    if impl == "triton" and (reason := runtime.unavailable(q)):
+        raise Unsupported("impl", impl, "torch or reference here", f"The triton kernel cannot run: {reason}.")
+    out = _empty_like(q)
+    if not q.numel() or not k.shape[2]:
+        return out.zero_()
+    tail = pooled_tail(q, k, v, plan) if plan.tail else None
+    if impl == "torch":
+        attend_torch(q, k, v, plan, tail, out)
+    else:
+        from .kernels.attend_fwd import attend_triton
+
+        attend_triton(q, k, v, plan, tail, out)
+    return out
+
+
+def sparse_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings, layout: TokenLayout,
+    *, scale: float | None = None, impl: str | None = None,
+) -> torch.Tensor:
+    """build_plan and attend in one call; arguments, result and errors as there."""
+    return attend(q, k, v, build_plan(q, k, settings, layout, scale=scale), impl=impl)
+
+
+def check_plan(q: torch.Tensor, k: torch.Tensor, plan: SparsePlan) -> None:
+    """Raise InvalidArgument unless the plan was made for tensors of these shapes."""
+    fits = all(n in (1, m) for n, m in zip(plan.bits.shape[:2], q.shape[:2], strict=True))
+    if not fits or (plan.queries, plan.keys) != (q.shape[2], k.shape[2]):
+        raise InvalidArgument(
+            "[B, H, L_q, L_k]", (*q.shape[:3], k.shape[2]),
+            f"{(*plan.bits.shape[:2], plan.queries, plan.keys)} of the plan (B and H may be 1 there)",
+            "Build a plan for these tensors; a mask needs query_length and key_length if its last "
+            "tiles are short.")
+
+
+def _empty_like(q: torch.Tensor) -> torch.Tensor:
+    """An output for q that is stored as q is: [B, H, L, D] or [B, L, H, D]."""
+    if q.stride(1) < q.stride(2):
+        return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -1,0 +1,12 @@
+"""Errors that users see: what is wrong, what was given, what is allowed, and what to do."""
+
+
+class InvalidArgument(ValueError):
+    """A wrong setting, layout or tensor; the message has what, got, allowed and remedy."""
+
+    def __init__(self, what: str, got: object, allowed: str, remedy: str):
+        super().__init__(f"{what}: got {got!r}; allowed: {allowed}. {remedy}")
+
+
+class Unsupported(InvalidArgument):
+    """The inputs are valid, but no implementation here can run them; callers may go dense."""

@@ -1,0 +1,184 @@
+"""Attend: online softmax over gathered keys, on any GPU that Triton supports.
+
+One program computes BLOCK_M query rows of one head. Keys come from a list of units (UNIT
+consecutive positions in the order); `key_rows` turns a position into a row of k and v, or -1 where
+there is no key, so that order, ragged ends and invalid keys are one lookup. Scores stay in
+registers, accumulation is fp32. The list is made from the plan's bits by the first kernel.
+
+    out = (sum_kept e^(s-m) v + e^(t-m) tail) / (sum_kept e^(s-m) + e^(t-m)),   m = max(s, t)
+with scores s and the tail's log-sum-exp t, all in base 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+from ..order import CELL
+from ..plan import SparsePlan
+from ..tensors import compute_type
+from .launch_table import launch_for
+
+HEAD_DIMS = (64, 128)
+LIST_BYTES = 128 << 20  # scratch for lists; more heads than fit run in several launches
+LOG2_E = 1.4426950408889634
+LIST_BLOCK = 1024
+
+
+@triton.jit
+def list_kernel(
+    bits, lists, counts, stride_bits_b, stride_bits_h, heads, first, tiles, units, n_bytes,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Ascending list of the units whose slice (unit // SPLIT) has its bit set, for one tile."""
+    tile = tl.program_id(0)
+    row = tl.program_id(1)
+    head = (first + row).to(tl.int64)
+    source = bits + (head // heads) * stride_bits_b + (head % heads) * stride_bits_h + tile * n_bytes.to(tl.int64)
+    out = lists + (row.to(tl.int64) * tiles + tile) * units
+    count = 0
+    for start in range(0, units, BLOCK):
+        unit = start + tl.arange(0, BLOCK)
+        part = unit // SPLIT
+        octet = tl.load(source + part // 8, mask=unit < units, other=0).to(tl.int32)
+        kept = (octet >> (part % 8)) & 1
+        place = count + tl.cumsum(kept, 0) - 1
+        tl.store(out + place, unit, mask=kept > 0)
+        count += tl.sum(kept, 0)
+    tl.store(counts + row * tiles + tile, count)
+
+
+@triton.jit
+def _step(
+    i, count, q, acc, m_i, l_i, k_base, v_base, stride_k, stride_v, units, key_rows, scale,
+    BLOCK_N: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, IS_MASKED: tl.constexpr,
+):
+    lane = tl.arange(0, BLOCK_N)
+    dim = tl.arange(0, D)
+    place = i + lane // UNIT
+    if IS_MASKED:
+        listed = place < count
+        unit = tl.load(units + place, mask=listed, other=0)
+        row = tl.load(key_rows + unit * UNIT + lane % UNIT)
+        real = listed & (row >= 0)
+        row = tl.where(real, row, 0).to(tl.int64)
+        k = tl.load(k_base + row[:, None] * stride_k + dim[None, :], mask=real[:, None], other=0.0)
+        v = tl.load(v_base + row[:, None] * stride_v + dim[None, :], mask=real[:, None], other=0.0)
+    else:
+        unit = tl.load(units + place)
+        row = tl.load(key_rows + unit * UNIT + lane % UNIT).to(tl.int64)
+        k = tl.load(k_base + row[:, None] * stride_k + dim[None, :])
+        v = tl.load(v_base + row[:, None] * stride_v + dim[None, :])
+    s = tl.dot(q, tl.trans(k)) * scale  # [BLOCK_M, BLOCK_N]
+    if IS_MASKED:
+        s = tl.where(real[None, :], s, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(s, 1))
+    p = tl.math.exp2(s - m_new[:, None])
+    alpha = tl.math.exp2(m_i - m_new)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+    return acc, m_new, l_i
+
+
+@triton.jit
+def attend_kernel(
+    q, k, v, out, lists, counts, query_rows, key_rows, tail_out, tail_lse,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+    stride_ob, stride_oh, stride_ol, stride_rows_b, heads, first, queries, tiles, units, runs, scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
+    HAS_TAIL: tl.constexpr, HAS_INVALID: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    row = tl.program_id(1)
+    head = (first + row).to(tl.int64)
+    b, h = head // heads, head % heads
+    position = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    dim = tl.arange(0, D)
+    exists = position < queries
+    token = tl.load(query_rows + position, mask=exists, other=0).to(tl.int64)
+    q_tile = tl.load(q + b * stride_qb + h * stride_qh + token[:, None] * stride_ql + dim[None, :],
+                     mask=exists[:, None], other=0.0)
+    k_base = k + b * stride_kb + h * stride_kh
+    v_base = v + b * stride_vb + h * stride_vh
+    key_rows += b * stride_rows_b
+    listed = row.to(tl.int64) * tiles + tile
+    count = tl.load(counts + listed)
+    unit_list = lists + listed * units
+
+    m_i = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: an empty list must not give inf - inf
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    # The last step may be short and may hold the short last unit of the sequence: masked apart.
+    full = tl.maximum(count - 1, 0) // (BLOCK_N // UNIT) * (BLOCK_N // UNIT)
+    for i in range(0, full, BLOCK_N // UNIT):
+        acc, m_i, l_i = _step(i, count, q_tile, acc, m_i, l_i, k_base, v_base, stride_kl, stride_vl,
+                              unit_list, key_rows, scale, BLOCK_N, UNIT, D, HAS_INVALID)
+    if count > 0:
+        acc, m_i, l_i = _step(full, count, q_tile, acc, m_i, l_i, k_base, v_base, stride_kl, stride_vl,
+                              unit_list, key_rows, scale, BLOCK_N, UNIT, D, True)
+    if HAS_TAIL:
+        run = head * runs + position // 16
+        tail_l = tl.load(tail_lse + run, mask=exists, other=float("-inf"))
+        m_new = tl.maximum(m_i, tail_l)
+        alpha, beta = tl.math.exp2(m_i - m_new), tl.math.exp2(tail_l - m_new)
+        pooled = tl.load(tail_out + run[:, None] * D + dim[None, :], mask=exists[:, None], other=0.0)
+        acc = acc * alpha[:, None] + pooled * beta[:, None]
+        l_i = l_i * alpha + beta
+    acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]  # nothing kept and no tail: zeros
+    tl.store(out + b * stride_ob + h * stride_oh + token[:, None] * stride_ol + dim[None, :],
+             acc.to(out.dtype.element_ty), mask=exists[:, None])
+
+
+IS_INTERPRETED = not isinstance(attend_kernel, triton.JITFunction)
+
+
+def attend_triton(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
+    """Write softmax over the plan's keys (and `tail` = (out, lse) of pooled_tail, or None) to out.
+
+    fp32 tensors are computed in bf16 on a GPU.
+    """
+    (batch, heads, queries, dim), tiles = q.shape, plan.bits.shape[2]
+    q, k, v = (x.to(compute_type(x)) for x in (q, k, v))
+    unit = min(plan.tile_keys, CELL)
+    units = -(-plan.keys // unit)
+    key_rows = _key_rows(plan)
+    query_rows = plan.geometry.query_tokens.to(torch.int32)
+    tail_out, tail_lse = (None, None) if tail is None else (tail[0], tail[1] * LOG2_E)
+    bits = plan.bits
+    stride_bits = [s if n > 1 else 0 for s, n in zip(bits.stride()[:2], bits.shape[:2], strict=True)]
+    group = max(1, min(batch * heads, LIST_BYTES // (4 * tiles * units)))
+    lists = torch.empty(group, tiles, units, dtype=torch.int32, device=q.device)
+    counts = torch.empty(group, tiles, dtype=torch.int32, device=q.device)
+    launch = launch_for(_arch(q.device), dim)
+    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+        for first in range(0, batch * heads, group):
+            grid = (tiles, min(group, batch * heads - first))
+            list_kernel[grid](
+                bits, lists, counts, *stride_bits, heads, first, tiles, units, bits.shape[3],
+                SPLIT=plan.tile_keys // unit, BLOCK=LIST_BLOCK, num_warps=4)
+            attend_kernel[grid](
+                q, k, v, out, lists, counts, query_rows, key_rows, tail_out, tail_lse,
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+                key_rows.stride(0) if len(key_rows) > 1 else 0, heads, first, queries, tiles, units,
+                -(-queries // CELL), plan.softmax_scale(dim) * LOG2_E,
+                BLOCK_M=plan.tile_rows, BLOCK_N=launch.block_keys, UNIT=unit, D=dim,
+                HAS_TAIL=tail is not None, HAS_INVALID=plan.key_valid is not None,
+                num_warps=launch.warps, num_stages=launch.stages)
+
+
+def _key_rows(plan: SparsePlan) -> torch.Tensor:
+    """Token of each key position, -1 for invalid keys and past the end; int32 [B or 1, cells * 16]."""
+    rows = plan.geometry.key_tokens.to(torch.int32)[None]
+    if plan.key_valid is not None:
+        rows = rows.masked_fill(~plan.key_valid, -1)
+    return torch.nn.functional.pad(rows, (0, -plan.keys % CELL), value=-1)
+
+
+def _arch(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 80  # Triton's interpreter
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor

@@ -1,0 +1,133 @@
+"""Where tokens stand: the video grid, sinks, and the order in which tiles and cells are counted."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .errors import InvalidArgument
+
+CELL = 16  # tokens in a cell of keys and in a run of queries
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLayout:
+    """The tokens of one sequence: `front` sinks, a video of (T, H, W) tokens, `back` sinks.
+
+    Sinks (text, reference, audio) are always attended, and attend, exactly.
+
+    Attributes:
+        grid: (T, H, W) of the video tokens, stored frame by frame, row by row.
+        front, back: number of sink tokens before and after the video.
+        query_start: token at which the queries start; None if queries are no tokens of this
+            sequence (cross-attention).
+        key_valid: None or bool [B, L_k]; False removes a key everywhere (padding).
+    """
+
+    grid: tuple[int, int, int]
+    front: int = 0
+    back: int = 0
+    query_start: int | None = 0
+    key_valid: torch.Tensor | None = None
+
+    def __post_init__(self):
+        grid = tuple(self.grid)
+        numbers = (*grid, self.front, self.back, self.query_start or 0)
+        if len(grid) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+            raise InvalidArgument(
+                "layout", (self.grid, self.front, self.back, self.query_start),
+                "whole numbers of at least 0: grid (T, H, W), front, back, query_start",
+                "Give the grid after patching.")
+        object.__setattr__(self, "grid", grid)
+
+    @classmethod
+    def flat(cls, length: int, query_start: int | None = 0) -> TokenLayout:
+        """A sequence without a known grid: its order is left as it is."""
+        return cls((1, 1, length), query_start=query_start)
+
+    @property
+    def length(self) -> int:
+        t, h, w = self.grid
+        return self.front + t * h * w + self.back
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Index tensors of a layout, on one device. "Position" counts in the order, "token" in memory.
+
+    | attribute | shape, dtype | meaning |
+    |---|---|---|
+    | query_tokens | [L_q] int64 | token of each query position, counted from the first query |
+    | key_tokens | [L_k] int64 | token of each key position |
+    | own_cell | [L_q] int64 | cell that holds the query's own key; -1 if it has none |
+    | sink_query | [L_q] bool | the query is a sink |
+    | sink_cell | [cells] bool | the cell holds a sink |
+    """
+
+    query_tokens: torch.Tensor
+    key_tokens: torch.Tensor
+    own_cell: torch.Tensor
+    sink_query: torch.Tensor
+    sink_cell: torch.Tensor
+
+    def always_kept(self, tile_queries: int) -> torch.Tensor:
+        """Bool [tiles, cells]: the cells a tile keeps whatever their score."""
+        queries, cells = len(self.query_tokens), len(self.sink_cell)
+        tile = torch.arange(queries, device=self.own_cell.device) // tile_queries
+        tiles = -(-queries // tile_queries)
+        kept = self.sink_cell.repeat(tiles, 1)
+        has_own = torch.zeros(tiles, cells + 1, dtype=torch.bool, device=kept.device)
+        has_own[tile, self.own_cell] = True  # -1 lands in the extra column
+        all_kept = torch.zeros(tiles, dtype=torch.int32, device=kept.device)
+        all_kept.index_add_(0, tile, self.sink_query.int())
+        return kept | has_own[:, :cells] | (all_kept > 0)[:, None]
+
+
+def geometry(layout: TokenLayout, order: str, queries: int, device: torch.device) -> Geometry:
+    """The index tensors for `queries` queries on this layout, cached.
+
+    Raises:
+        InvalidArgument: the queries do not lie inside the sequence.
+    """
+    start = layout.query_start
+    if start is not None and start + queries > layout.length:
+        raise InvalidArgument(
+            "layout.query_start", start, f"at most L_k - L_q = {layout.length - queries}",
+            "Use None for queries that are not tokens of the key sequence.")
+    return _geometry(layout.grid, layout.front, layout.back, start, order, queries, str(device))
+
+
+def token_order(grid: tuple[int, int, int], front: int, back: int, order: str) -> np.ndarray:
+    """Token at each position, int64 [front + T*H*W + back]: the video in `order`, then the sinks.
+
+    "cells": stable sort by brick (t//4, h//4, w//8), cell (t%4//2, h%4//2, w%8//4) and place in the
+    cell (t%2, h%2, w%4); where the grid is divisible, runs of 16 are 2x2x4 cells.
+    """
+    t, h, w = (a.ravel() for a in np.indices(grid))
+    video = np.arange(t.size)
+    if order == "cells":
+        keys = (t // 4, h // 4, w // 8, t % 4 // 2, h % 4 // 2, w % 8 // 4, t % 2, h % 2, w % 4)
+        video = np.lexsort(keys[::-1])
+    sinks = np.r_[0:front, front + t.size : front + t.size + back]
+    return np.concatenate((video + front, sinks)).astype(np.int64)
+
+
+@functools.lru_cache(maxsize=32)
+def _geometry(grid, front, back, start, order, queries, device) -> Geometry:
+    tokens = token_order(grid, front, back, order)
+    length = len(tokens)
+    is_sink = np.arange(length) >= length - front - back  # by position
+    cell = np.arange(length) // CELL
+    sink_cell = np.zeros(-(-length // CELL), bool)
+    sink_cell[cell[is_sink]] = True
+    if start is None:
+        query_tokens, own_cell = np.arange(queries), np.full(queries, -1)
+        sink_query = np.zeros(queries, bool)
+    else:
+        mine = (tokens >= start) & (tokens < start + queries)
+        query_tokens, own_cell, sink_query = tokens[mine] - start, cell[mine], is_sink[mine]
+    return Geometry(*(torch.from_numpy(a).to(device)
+                      for a in (query_tokens, tokens, own_cell, sink_query, sink_cell)))

@@ -1,0 +1,221 @@
+"""SparsePlan: which slices of keys each kernel tile of queries executes, packed as bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from .errors import InvalidArgument
+from .order import CELL, Geometry, TokenLayout, geometry
+from .selection import merge_runs, select
+from .settings import Settings
+from .tensors import CHUNK_ELEMENTS, check_tensors, head_chunks, ordered
+
+KERNEL_ROWS = 64  # smallest tile that is executed; smaller mask tiles attend the union of theirs
+
+
+@dataclass(frozen=True, eq=False)
+class SparsePlan:
+    """The kept keys of one attention call; immutable, reusable for tensors of the same shape.
+
+    | attribute | shape, dtype | meaning |
+    |---|---|---|
+    | bits | [B, H, tiles, ceil(slices/8)] uint8 | bit s%8 of byte s//8: slice s is executed |
+    | requested | [B, H] float64 | scores asked for by the mask tiles |
+    | executed | [B, H] float64 | scores computed: tiles that run together attend the union |
+    | geometry | | order of queries and keys |
+    | key_valid | None or [B, L_k] bool | keys that exist, in the order |
+    | tile_rows | int | queries of an executed tile: max(M, 64) |
+    | tile_keys | int | N |
+    | tail | bool | add the pooled estimate of what is skipped |
+    | scale | float or None | softmax scale; None is D**-0.5 |
+
+    B and H are 1 where a plan from a mask serves every batch row or head.
+    """
+
+    bits: torch.Tensor
+    requested: torch.Tensor
+    executed: torch.Tensor
+    geometry: Geometry
+    key_valid: torch.Tensor | None
+    tile_rows: int
+    tile_keys: int
+    tail: bool
+    scale: float | None
+
+    @property
+    def queries(self) -> int:
+        return len(self.geometry.query_tokens)
+
+    @property
+    def keys(self) -> int:
+        return len(self.geometry.key_tokens)
+
+    @property
+    def density(self) -> torch.Tensor:
+        """Requested share of all scores, 0-d float64 on the plan's device."""
+        return self._share(self.requested)
+
+    @property
+    def executed_density(self) -> torch.Tensor:
+        """Computed share of all scores, 0-d float64 on the plan's device."""
+        return self._share(self.executed)
+
+    def _share(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores.sum() / max(1, scores.numel() * self.queries * self.keys)
+
+    def valid_keys(self, batch: int) -> torch.Tensor | None:
+        """None or bool [L_k], in the order."""
+        if self.key_valid is None:
+            return None
+        return self.key_valid[batch if len(self.key_valid) > 1 else 0]
+
+    def kept_slices(self, batch: int, heads: slice) -> torch.Tensor:
+        """Executed slices of some heads, bool [G, tiles, slices]; G is 1 if heads share them."""
+        bits = self.bits[batch if len(self.bits) > 1 else 0]
+        bits = bits[heads] if len(bits) > 1 else bits
+        places = torch.arange(8, device=bits.device, dtype=torch.uint8)
+        kept = (bits[..., None] >> places & 1).bool().flatten(-2)
+        return kept[..., : -(-self.keys // self.tile_keys)]
+
+    def kept_keys(self, batch: int, heads: slice) -> torch.Tensor:
+        """Executed valid keys of some heads, bool [G, tiles, L_k]."""
+        keys = self.kept_slices(batch, heads).repeat_interleave(self.tile_keys, -1)[..., : self.keys]
+        valid = self.valid_keys(batch)
+        return keys if valid is None else keys & valid
+
+    def softmax_scale(self, dim: int) -> float:
+        return dim**-0.5 if self.scale is None else self.scale
+
+
+def build_plan(
+    q: torch.Tensor, k: torch.Tensor, settings: Settings, layout: TokenLayout,
+    *, scale: float | None = None,
+) -> SparsePlan:
+    """Select what to compute of softmax(scale * q k^T) v.
+
+    Args:
+        q: [B, H, L_q, D]; k: [B, H, L_k, D]; fp16, bf16, fp32 (bf16 is computed on a GPU) or float64.
+        settings: threshold, tile sizes, tail, order.
+        layout: of the keys; `layout.length` must be L_k.
+        scale: softmax scale, D**-0.5 if None.
+
+    Raises:
+        InvalidArgument: shapes, layout and settings that do not fit together.
+        Unsupported: tensors that no implementation takes (grouped heads, strides).
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 2, 4 * 8 * 8, 64).unbind()
+        >>> layout = TokenLayout((4, 8, 8))
+        >>> plan = build_plan(q, k, Settings(threshold=0.0), layout)
+        >>> dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        >>> torch.allclose(attend(q, k, v, plan), dense, atol=1e-5)
+        True
+    """
+    check_tensors(q, k, k)
+    (batch, heads, queries, dim), keys = q.shape, k.shape[2]
+    m, n = settings.tile_queries, settings.tile_keys
+    valid = _ordered_valid(layout, batch, keys, settings.order, q.device)
+    geo = geometry(layout, settings.order, queries, q.device)
+    scale = dim**-0.5 if scale is None else scale
+    tiles, slices = -(-queries // m), -(-keys // n)
+    elements = max(queries * dim, keys * dim, tiles * (m // CELL) * (keys // CELL + 1), tiles * keys // n)
+    parts = []
+    for b, group in head_chunks(batch, heads, elements):
+        row_valid = None if valid is None else valid[b]
+        if queries and keys:
+            rows_q = ordered(q, b, group, geo.query_tokens)
+            kept = select(rows_q, ordered(k, b, group, geo.key_tokens), row_valid, geo, settings, scale)
+        else:
+            kept = torch.zeros(group.stop - group.start, tiles, slices, dtype=torch.bool, device=q.device)
+        parts.append(_pack(kept, m, n, queries, keys, row_valid))
+    return _plan(parts, (batch, heads), m, n, geo, valid, settings.tail, scale)
+
+
+def plan_from_mask(
+    mask: torch.Tensor, tile_queries: int, tile_keys: int, *,
+    query_length: int | None = None, key_length: int | None = None,
+    layout: TokenLayout | None = None, order: str = "raster", tail: bool = False,
+    scale: float | None = None,
+) -> SparsePlan:
+    """A plan from any tile mask of any method.
+
+    Args:
+        mask: bool [tiles, slices], [H, tiles, slices] or [B, H, tiles, slices]; True computes.
+            Tiles and slices count in `order` of the layout (by default: as stored).
+        tile_queries, tile_keys: M and N.
+        query_length, key_length: L_q and L_k where the last tile or slice is short.
+        layout: grid, sinks and valid keys; only its order and `key_valid` matter here.
+        tail: add the pooled estimate of what the mask skips.
+        scale: softmax scale, D**-0.5 if None.
+
+    Raises:
+        InvalidArgument: a mask that does not fit the lengths; wrong tile sizes.
+    """
+    settings = Settings(tile_queries=tile_queries, tile_keys=tile_keys, tail=tail, order=order)
+    if mask.dtype != torch.bool or not 2 <= mask.ndim <= 4:
+        raise InvalidArgument("mask", (mask.dtype, tuple(mask.shape)),
+                              "bool [tiles, slices], with [H] or [B, H] in front",
+                              "Threshold scores first.")
+    mask = mask[(None,) * (4 - mask.ndim)]
+    batch, heads, tiles, slices = mask.shape
+    if layout is None:
+        layout = TokenLayout.flat(slices * tile_keys if key_length is None else key_length, None)
+    keys = layout.length
+    queries = tiles * tile_queries if query_length is None else query_length
+    if -(-queries // tile_queries) != tiles or -(-keys // tile_keys) != slices:
+        raise InvalidArgument(
+            "mask tiles and slices", (tiles, slices),
+            f"({-(-queries // tile_queries)}, {-(-keys // tile_keys)}) for L_q={queries}, L_k={keys}",
+            "Pass query_length and key_length, and one row and column for short last tiles.")
+    valid = _ordered_valid(layout, batch, keys, settings.order, mask.device)
+    geo = geometry(layout, settings.order, queries, mask.device)
+    parts = []
+    for b, group in head_chunks(batch, heads, tiles * slices):
+        row_valid = None if valid is None else valid[b]
+        parts.append(_pack(mask[b, group], tile_queries, tile_keys, queries, keys, row_valid))
+    return _plan(parts, (batch, heads), tile_queries, tile_keys, geo, valid, tail, scale)
+
+
+def _ordered_valid(layout, batch, keys, order, device):
+    if layout.length != keys:
+        raise InvalidArgument("layout.length", layout.length, f"L_k = {keys}",
+                              "Count every token: front + T*H*W + back.")
+    valid = layout.key_valid
+    if valid is None:
+        return None
+    if valid.dtype != torch.bool or tuple(valid.shape) != (batch, keys):
+        raise InvalidArgument("layout.key_valid", (valid.dtype, tuple(valid.shape)),
+                              f"bool {(batch, keys)}", "Give one row per batch row.")
+    tokens = geometry(TokenLayout(layout.grid, layout.front, layout.back, None), order, 0, device).key_tokens
+    return valid.to(device)[:, tokens]
+
+
+def _pack(kept, m, n, queries, keys, valid):
+    """Kept slices [G, tiles, slices] -> bits [G, executed tiles, bytes], requested and executed [G]."""
+    exists = torch.ones(keys, device=kept.device) if valid is None else valid.float()
+    weight = pad(exists, (0, -keys % n)).view(-1, n).sum(1)  # valid keys of each slice
+    kept = kept & (weight > 0)
+    requested = _scores(kept, m, queries, weight)
+    if m < KERNEL_ROWS:
+        kept = merge_runs(kept.transpose(1, 2), KERNEL_ROWS // m).transpose(1, 2)
+    executed = _scores(kept, max(m, KERNEL_ROWS), queries, weight)
+    octets = pad(kept, (0, -kept.shape[2] % 8)).unflatten(2, (-1, 8))
+    places = torch.arange(8, device=kept.device, dtype=torch.uint8)
+    return (octets.to(torch.uint8) << places).sum(-1, dtype=torch.uint8), requested, executed
+
+
+def _scores(kept, rows, queries, weight):
+    """Number of scores in the kept slices of each head, [G] float64."""
+    tile = torch.arange(kept.shape[1], device=kept.device)
+    rows_of = (queries - tile * rows).clamp(max=rows).double()
+    step = max(1, CHUNK_ELEMENTS // max(1, kept.shape[2]))
+    keys = [torch.cat([t.float() @ weight for t in head.split(step)]) for head in kept]
+    return torch.stack(keys).double() @ rows_of
+
+
+def _plan(parts, shape, m, n, geo, valid, tail, scale):
+    bits, requested, executed = (torch.cat(p).unflatten(0, shape) for p in zip(*parts, strict=True))
+    return SparsePlan(bits, requested, executed, geo, valid, max(m, KERNEL_ROWS), n, tail, scale)

@@ -1,0 +1,96 @@
+"""What the user chooses: the attention settings and the policy that says when they apply."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from .errors import InvalidArgument
+
+TILE_QUERIES = (16, 32, 64, 128)
+TILE_KEYS = (1, 2, 4, 8, 16, 32, 64, 128)
+ORDERS = ("cells", "raster")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one attention call selects what it computes.
+
+    Attributes:
+        threshold: keep what is expected to get at least this multiple of the uniform probability
+            1/L_k; 0 keeps everything. 0.7 to 2 is the useful range.
+        tile_queries: M, queries that share one selection.
+        tile_keys: N, consecutive keys that are kept or skipped together.
+        tail: add a pooled estimate of what is skipped.
+        order: token order, "cells" (compact 3-D cells of 16 tokens) or "raster".
+    """
+
+    threshold: float = 1.0
+    tile_queries: int = 128
+    tile_keys: int = 16
+    tail: bool = True
+    order: str = "cells"
+
+    def __post_init__(self):
+        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+        if not number or not math.isfinite(self.threshold) or self.threshold < 0:
+            raise InvalidArgument(
+                "threshold", self.threshold, "a finite number of at least 0",
+                "1.0 is a good start; 0 keeps everything.")
+        _one_of("tile_queries", self.tile_queries, TILE_QUERIES, "128 is the fastest.")
+        _one_of("tile_keys", self.tile_keys, TILE_KEYS, "16 is a good start.")
+        _one_of("order", self.order, ORDERS, "Use cells for video.")
+        _boolean("tail", self.tail)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """When attention may run sparse.
+
+    Attributes:
+        warmup_steps: dense steps at the start of a run that begins at full noise; at most a quarter
+            of the run's steps takes effect.
+        final_dense_steps: dense steps at the end of a run that ends without noise.
+        dense_blocks: transformer blocks that stay dense.
+        min_tokens: shortest sequence that runs sparse; 0 chooses by device.
+    """
+
+    warmup_steps: int = 2
+    final_dense_steps: int = 0
+    dense_blocks: frozenset[int] = frozenset()
+    min_tokens: int = 0
+
+    def __post_init__(self):
+        for name in ("warmup_steps", "final_dense_steps", "min_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise InvalidArgument(name, value, "a whole number of at least 0", "Use 0 for none.")
+
+
+def parse_blocks(text: str) -> frozenset[int]:
+    """Block numbers of a list like "0, 1, 38-39"; empty text is no block.
+
+    Raises:
+        InvalidArgument: for anything else, naming the part that is wrong.
+    """
+    blocks: set[int] = set()
+    for part in text.split(",") if text.strip() else []:
+        match = re.fullmatch(r"\s*([0-9]{1,4})\s*(?:-\s*([0-9]{1,4})\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise InvalidArgument(
+                "dense_blocks", part.strip(), 'block numbers and rising ranges such as "0, 1, 38-39"',
+                "Separate them with commas, or leave the field empty.")
+        blocks.update(range(first, last + 1))
+    return frozenset(blocks)
+
+
+def _one_of(name: str, value: object, allowed: tuple, remedy: str) -> None:
+    if isinstance(value, bool) or value not in allowed:
+        raise InvalidArgument(name, value, ", ".join(map(str, allowed)), remedy)
+
+
+def _boolean(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise InvalidArgument(name, value, "True or False", "Pass a boolean.")

@@ -1,0 +1,48 @@
+"""Tail: what a tile skips still counts, pooled by cell and shared by the 16 rows of a run.
+
+For centroid c every cell adds weight n_r * exp(scale * c.m) with value mean(v): m and mean(v) over
+the cell's valid keys, n_r the number of them that the tile does not execute.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+
+from .order import CELL
+from .plan import SparsePlan
+from .scoring import cell_logits, run_means
+from .tensors import head_chunks, ordered
+
+
+def pooled_tail(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SparsePlan):
+    """The skipped keys' partial softmax per run of 16 queries.
+
+    Args:
+        q, k, v: [B, H, L, D] as for `attend`, neither side empty.
+
+    Returns:
+        out [B, H, runs, D]; log-sum-exp [B, H, runs], -inf where nothing is skipped; both fp32
+        (float64 for float64).
+    """
+    batch, heads, queries, dim = q.shape
+    keys = k.shape[2]
+    runs, cells = -(-queries // CELL), -(-keys // CELL)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.empty(batch, heads, runs, dim, dtype=wide, device=q.device)
+    lse = torch.empty(batch, heads, runs, dtype=wide, device=q.device)
+    elements = max(queries * dim, keys * dim, runs * cells, -(-queries // plan.tile_rows) * keys)
+    for b, group in head_chunks(batch, heads, elements):
+        rows = ordered(q, b, group, plan.geometry.query_tokens)
+        query_mean, _, _ = run_means(rows)
+        valid = plan.valid_keys(b)
+        key_mean, _, count = run_means(ordered(k, b, group, plan.geometry.key_tokens), valid)
+        value_mean, _, _ = run_means(ordered(v, b, group, plan.geometry.key_tokens), valid)
+        logits = cell_logits(query_mean, key_mean, None, plan.softmax_scale(dim), rows.dtype)
+        executed = pad(plan.kept_keys(b, group), (0, -keys % CELL)).unflatten(2, (-1, CELL)).sum(3)
+        skipped = (count - executed).repeat_interleave(plan.tile_rows // CELL, 1)[:, :runs]
+        logits = (logits + skipped.to(wide).log()).masked_fill_(skipped == 0, -torch.inf)
+        lse[b, group] = total = torch.logsumexp(logits, 2)
+        weights = (logits - total.masked_fill(total == -torch.inf, 0)[..., None]).exp_()
+        out[b, group] = torch.bmm(weights, value_mean.to(rows.dtype).to(wide))
+    return out, lse

@@ -1,0 +1,60 @@
+"""Which tensors are accepted, and reading their rows in the order, a few heads at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .errors import InvalidArgument, Unsupported
+
+CHUNK_ELEMENTS = 16 << 20  # size of the largest temporary while a chunk of heads is processed
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def declined(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why valid attention inputs [B, H, L, D] cannot run here, or None."""
+    if q.shape[1] != k.shape[1]:
+        return f"grouped heads ({q.shape[1]} query heads, {k.shape[1]} key heads)"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.numel() and x.stride(3) != 1:
+            return f"{name} has stride {x.stride(3)} in its last dimension, not 1"
+        strides = [s for s, n in zip(x.stride()[:3], x.shape, strict=False) if n > 1]
+        if x.numel() and any(b * x.element_size() % 16 for b in strides) or x.data_ptr() % 16:
+            return f"{name} has rows that are not 16-byte aligned"
+    return None
+
+
+def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise InvalidArgument or Unsupported unless q, k, v are attention inputs [B, H, L, D]."""
+    shapes = tuple(tuple(x.shape) for x in (q, k, v))
+    if any(len(s) != 4 for s in shapes) or not (
+        q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3] and k.shape == v.shape
+    ):
+        raise InvalidArgument("shapes of q, k, v", shapes, "[B, H, L_q, D] and twice [B, H, L_k, D]",
+                              "Split fused heads first.")
+    kinds = {(x.dtype, x.device) for x in (q, k, v)}
+    if len(kinds) > 1 or q.dtype not in DTYPES:
+        raise InvalidArgument("dtype and device of q, k, v", sorted(map(str, kinds)),
+                              "one of fp16, bf16, fp32, float64 on one device", "Convert them first.")
+    if reason := declined(q, k, v):
+        raise Unsupported("q, k, v", reason, "equal head counts, rows contiguous and 16-byte aligned",
+                          "Run this call dense.")
+
+
+def compute_type(x: torch.Tensor) -> torch.dtype:
+    """The type products are computed in: bf16 for fp32 on a GPU, else the tensor's own."""
+    return torch.bfloat16 if x.is_cuda and x.dtype == torch.float32 else x.dtype
+
+
+def head_chunks(batch: int, heads: int, elements: int) -> Iterator[tuple[int, slice]]:
+    """(batch row, heads) pairs, with as many heads as fit at `elements` each."""
+    step = max(1, CHUNK_ELEMENTS // max(1, elements))
+    for b in range(batch):
+        for h in range(0, heads, step):
+            yield b, slice(h, min(h + step, heads))
+
+
+def ordered(x: torch.Tensor, batch: int, heads: slice, tokens: torch.Tensor) -> torch.Tensor:
+    """Rows of [B, H, L, D] in the order, [G, L, D] in the compute type."""
+    return x[batch, heads].index_select(1, tokens).to(compute_type(x))
