@@ -15,8 +15,8 @@ def triton_reason(q: torch.Tensor) -> str | None:
 
 def unavailable(q: torch.Tensor) -> str | None:
     """Why the Triton kernel cannot even be tried on tensors like q, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+    if reason := missing():
+        return reason
     from .kernels import attend_fwd
 
     if q.shape[3] not in attend_fwd.HEAD_DIMS:
@@ -26,6 +26,11 @@ def unavailable(q: torch.Tensor) -> str | None:
     if q.device.type != "cuda" and not attend_fwd.IS_INTERPRETED:
         return f"no Triton kernel for device type {q.device.type}"
     return None
+
+
+def missing() -> str | None:
+    """Why there is no Triton kernel at all, or None."""
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
 @functools.cache

@@ -1,0 +1,200 @@
+"""One per patched model: decides call by call between dense and sparse, runs it, keeps the books.
+
+    begin_run -> begin_evaluation -> attention (per call: reason for dense? plan, attend) -> end_run
+
+A failure while sampling never ends the render: it is logged once, and the run goes on dense.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import runtime
+from .attention import attend
+from .order import TokenLayout
+from .plan import build_plan
+from .settings import Policy, Settings
+from .stats import Clock, RunReport, RunStats
+from .tensors import declined
+
+log = logging.getLogger("fgattn")
+MIN_TOKENS_CUDA = 4096  # until the break-even is measured
+UNKNOWN_BLOCK = -1
+
+
+@dataclass
+class _Run:
+    """State of one sampling run."""
+
+    sigmas: tuple[float, ...]
+    warmup: int  # dense steps at the start
+    final: int  # dense steps at the end
+    stats: RunStats
+    device_reason: str | None  # why the device cannot run sparse
+    step: int = 0
+
+    @property
+    def steps(self) -> int:
+        return max(1, len(self.sigmas) - 1)
+
+
+class Engine:
+    """Sparse attention for one model under one setting.
+
+    Args:
+        settings, policy: what the user chose.
+        scope: context manager around everything that may allocate (ComfyUI records allocations).
+        passthrough: exceptions that must reach the caller, such as ComfyUI's interrupt.
+        notify: called once with the text of an error.
+    """
+
+    def __init__(
+        self, settings: Settings, policy: Policy, *,
+        scope: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        passthrough: tuple[type[BaseException], ...] = (),
+        notify: Callable[[str], None] = lambda text: None,
+    ):
+        self.settings, self.policy = settings, policy
+        self.last_report: RunReport | None = None
+        self._scope, self._passthrough, self._notify = scope, passthrough, notify
+        self._run: _Run | None = None
+
+    def begin_run(self, sigmas: Sequence[float], full_noise: bool, device: torch.device) -> None:
+        """Start a run over a schedule.
+
+        Args:
+            sigmas: noise levels, one more than steps.
+            full_noise: the run begins where the model's noise schedule does; only then warm up.
+            device: where attention will run.
+        """
+        sigmas = tuple(sigmas)
+        steps = max(1, len(sigmas) - 1)
+        warmup = min(self.policy.warmup_steps, steps // 4) if full_noise else 0
+        final = self.policy.final_dense_steps if sigmas and sigmas[-1] == 0 else 0
+        with self._scope():
+            self._run = _Run(sigmas, warmup, final, RunStats(Clock(device)), _device_reason(device))
+            if self._run.device_reason:
+                log.warning("FG-Attn runs dense: %s", self._run.device_reason)
+
+    def begin_evaluation(self, sigma: float) -> None:
+        """Note that the model is evaluated at this noise level; finds the step it belongs to."""
+        if self._run:
+            self._run.step = step_of(sigma, self._run.sigmas)
+            self._run.stats.begin_step(self._run.step)
+
+    def end_run(self) -> RunReport | None:
+        """Read the books; the only place that waits for the device."""
+        run, self._run = self._run, None
+        if run:
+            self.last_report = run.stats.report(self._describe(run), self._implementation(run))
+        return self.last_report
+
+    def decline(self, reason: str) -> None:
+        """Count a call that is left to dense attention before it gets here."""
+        if self._run:
+            self._run.stats.calls[reason] += 1
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: TokenLayout,
+        dense: Callable[[], torch.Tensor], block: int | None = None, scale: float | None = None,
+    ) -> torch.Tensor:
+        """One attention call, dense or sparse.
+
+        Args:
+            q, k, v: [B, H, L, D].
+            layout: of the keys.
+            dense: computes the call densely, [B, H, L_q, D].
+            block: number of the transformer block, None if unknown.
+            scale: softmax scale, D**-0.5 if None.
+        """
+        run = self._run
+        if run is None:
+            return dense()
+        if reason := self._unable(run, q, k, v):
+            run.stats.calls[reason] += 1
+            return dense()
+        clock, stats = run.stats.clock, run.stats
+        stats.tokens = max(stats.tokens, q.shape[2])
+        if reason := self._dense_by_policy(run, block):
+            stats.calls[reason] += 1
+            start = clock.mark()
+            out = dense()
+            stats.timed(run.step, False, start, start, clock.mark())
+            return out
+        try:
+            with self._scope():
+                start = clock.mark()
+                plan = build_plan(q, k, self.settings, layout, scale=scale)
+                planned = clock.mark()
+                out = attend(q, k, v, plan)
+                stats.timed(run.step, True, start, planned, clock.mark())
+                stats.add_plan(UNKNOWN_BLOCK if block is None else block, plan)
+        except self._passthrough:
+            raise
+        except Exception as error:
+            stats.error = f"{type(error).__name__}: {error}"
+            log.exception("FG-Attn failed; the rest of this run is dense")
+            self._notify(f"dense: {stats.error}")
+            stats.calls["error"] += 1
+            return dense()
+        stats.calls["sparse"] += 1
+        return out
+
+    def _unable(self, run: _Run, q, k, v) -> str | None:
+        """Why this call cannot run sparse, whatever the step."""
+        if run.device_reason:
+            return run.device_reason
+        minimum = self.policy.min_tokens or (MIN_TOKENS_CUDA if q.is_cuda else 0)
+        if q.shape[2] < minimum:
+            return f"fewer than {minimum} tokens"
+        if q.is_cuda and (reason := runtime.unavailable(q)):
+            return reason
+        if q.is_cuda and q.dtype == torch.float32:
+            run.stats.remarks["fp32 tensors are computed in bf16"] = None
+        return declined(q, k, v)
+
+    def _dense_by_policy(self, run: _Run, block: int | None) -> str | None:
+        """Why a call that could run sparse shall not."""
+        if run.stats.error:
+            return "after an error"
+        if run.step < run.warmup:
+            return "warm-up step"
+        if run.step >= run.steps - run.final:
+            return "final dense step"
+        if block in self.policy.dense_blocks:
+            return "dense block"
+        return None
+
+    def _describe(self, run: _Run) -> str:
+        s = self.settings
+        return (f"threshold {s.threshold:g}, tiles {s.tile_queries}x{s.tile_keys}, {s.order} order, "
+                f"tail {'on' if s.tail else 'off'}, warm-up {run.warmup} of {run.steps} steps")
+
+    def _implementation(self, run: _Run) -> str:
+        if run.device_reason:
+            return f"dense ({run.device_reason})"
+        return "triton" if run.stats.clock.device.type == "cuda" else "torch"
+
+
+def step_of(sigma: float, sigmas: Sequence[float]) -> int:
+    """Step i of a falling schedule with sigmas[i] >= sigma > sigmas[i + 1], to rounding.
+
+    Samplers that evaluate between scheduled levels stay in the step they started from; above the
+    first level it is step 0, at the end the last step.
+    """
+    at_or_above = sum(level >= sigma * (1 - 1e-4) for level in sigmas[:-1])
+    return max(0, at_or_above - 1)
+
+
+def _device_reason(device: torch.device) -> str | None:
+    """Why nothing can run sparse on this device, or None."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"no sparse kernel for device type {device.type}"
+    return runtime.missing() or runtime.device_reason(device)
