@@ -1,0 +1,143 @@
+"""Hooks one engine into a clone of a model: the attention override and its lifecycle.
+
+The override sits in `transformer_options["optimized_attention_override"]`. Other nodes may take
+that slot after us, so each model evaluation puts ours back on top, with whatever is there as the
+dense fallback; evaluations get a fresh copy of the options, so nothing piles up.
+"""
+
+import contextlib
+import functools
+import logging
+import threading
+
+import comfy.model_management
+import torch
+from comfy.patcher_extension import WrappersMP
+from einops import rearrange
+
+from ..fgattn.engine import Engine
+from ..fgattn.report import headline
+from ..fgattn.settings import Policy, Settings
+from .models import call_block, call_layout
+from .status import show
+
+KEY = "fgattn"
+SLOT = "optimized_attention_override"
+FULL_NOISE_PERCENT = 0.02  # a run that starts within this part of the schedule starts at full noise
+log = logging.getLogger("fgattn")
+
+
+class Patch:
+    """One FG-Attn node's hold on a model; its clones share it."""
+
+    def __init__(self, settings: Settings, policy: Policy, node_id: str | None = None):
+        self.node_id = node_id
+        self.engine = Engine(
+            settings, policy, scope=_allocation_scope(),
+            passthrough=(comfy.model_management.InterruptProcessingException,),
+            notify=functools.partial(show, node_id))
+        self.thread = threading.local()  # .inside: a call of ours is under way in this thread
+        self._sigma = None  # the tensor that was read last
+
+    def install(self, model):
+        """A clone of the model with this patch; one that is already there is replaced."""
+        model = model.clone()
+        for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL):
+            model.remove_wrappers_with_key(kind, KEY)
+        model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.outer_sample)
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.apply_model)
+        options = model.model_options["transformer_options"] = model.model_options["transformer_options"].copy()
+        previous = options.get(SLOT)
+        while isinstance(previous, Override):
+            previous = previous.previous
+        options[SLOT] = Override(self, previous)
+        return model
+
+    def outer_sample(self, executor, *args, **kwargs):
+        """Around one sampling run: args[3] is its schedule."""
+        patcher = executor.class_obj.model_patcher
+        try:
+            sigmas = args[3].tolist()
+            first = patcher.get_model_object("model_sampling").percent_to_sigma(FULL_NOISE_PERCENT)
+            self.engine.begin_run(sigmas, bool(sigmas) and sigmas[0] >= float(first), patcher.load_device)
+        except Exception:
+            self._lost("could not start")
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            self._sigma = None
+            try:
+                if report := self.engine.end_run():
+                    show(self.node_id, headline(report))
+            except Exception:
+                self._lost("could not read its statistics")
+
+    def apply_model(self, executor, *args, **kwargs):
+        """Around one model evaluation (apply_model's arguments): finds the step, takes the slot."""
+        options = kwargs.get("transformer_options") or args[5]
+        sigma = options.get("sigmas")
+        if sigma is not None and sigma is not self._sigma:
+            self._sigma = sigma
+            self.engine.begin_evaluation(float(sigma.max()))
+        current = options.get(SLOT)
+        if not (isinstance(current, Override) and current.patch is self):
+            options[SLOT] = Override(self, current)
+        return executor(*args, **kwargs)
+
+    def _lost(self, what: str) -> None:
+        log.exception("FG-Attn %s; this run is dense or unreported", what)
+        show(self.node_id, f"FG-Attn {what}, see the log")
+
+
+class Override:
+    """The attention override of one patch, chained to the one it found."""
+
+    def __init__(self, patch: Patch, previous):
+        self.patch, self.previous = patch, previous
+
+    @torch.compiler.disable
+    def __call__(
+        self, func, q, k, v, heads, mask=None, attn_precision=None,
+        skip_reshape=False, skip_output_reshape=False, **kwargs,
+    ):
+        """ComfyUI's contract: q, k, v [B, L, H*D], or [B, H, L, D] with skip_reshape."""
+        options = kwargs.get("transformer_options") or {}
+
+        def fallback():
+            call = functools.partial(self.previous, func) if self.previous else func
+            return call(q, k, v, heads, mask=mask, attn_precision=attn_precision, skip_reshape=skip_reshape,
+                        skip_output_reshape=skip_output_reshape, **kwargs)
+
+        if getattr(self.patch.thread, "inside", False):  # reached through a foreign override
+            return fallback()
+        self.patch.thread.inside = True
+        try:
+            length = 2 if skip_reshape else 1
+            layout = call_layout(options, q.shape[length], k.shape[length])
+            reason = "attention mask" if mask is not None else layout if isinstance(layout, str) else None
+            if reason:
+                self.patch.engine.decline(reason)
+                return fallback()
+            split = functools.partial(rearrange, pattern="b l (h d) -> b h l d", h=heads)
+            out = self.patch.engine.attention(
+                *((q, k, v) if skip_reshape else map(split, (q, k, v))), layout=layout,
+                dense=(fallback if skip_output_reshape else lambda: split(fallback())),
+                block=call_block(options), scale=kwargs.get("scale"))
+            return out if skip_output_reshape else rearrange(out, "b h l d -> b l (h d)")
+        finally:
+            self.patch.thread.inside = False
+
+
+def patch_of(model) -> Patch | None:
+    """The FG-Attn patch of a model, if it has one."""
+    wrappers = model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)
+    return wrappers[0].__self__ if wrappers else None
+
+
+def _allocation_scope():
+    """ComfyUI's pause of its allocation recording, where the release has it."""
+    try:
+        from comfy.model_prefetch import pause_malloc_graph
+    except ImportError:
+        return contextlib.nullcontext
+    return pause_malloc_graph

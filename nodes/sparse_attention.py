@@ -1,0 +1,79 @@
+"""The node "FG-Attn Sparse Attention": checks the settings and patches the model."""
+
+from comfy_api.latest import io
+
+from ..fgattn.errors import InvalidArgument
+from ..fgattn.settings import ORDERS, TILE_KEYS, TILE_QUERIES, Policy, Settings, parse_blocks
+from .patch import Patch
+
+
+class FGAttnPatch(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FGAttnPatch",
+            display_name="FG-Attn Sparse Attention",
+            category="model/patch",
+            description="Skips attention scores that hardly matter, so that video models run faster. "
+            "Put it between the model loader (after LoRAs and other patches) and the sampler; bypass it "
+            "(Ctrl+B) to compare.",
+            search_aliases=["fgattn", "fine-grained attention", "sparse attention", "speed up video"],
+            inputs=[
+                io.Model.Input("model", tooltip="A video diffusion model, such as Wan 2.1 or 2.2."),
+                io.Float.Input(
+                    "threshold", default=1.0, min=0.0, max=8.0, step=0.05,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip="Keeps what is expected to get at least this many times the average attention. "
+                    "0 keeps everything (dense); 0.7 is careful, 1 balanced, 2 fast."),
+                io.Combo.Input(
+                    "tile_queries", options=[str(m) for m in TILE_QUERIES], default="128",
+                    tooltip="M: neighbouring video tokens that share one selection. 128 is the fastest; "
+                    "smaller tiles select more precisely and run slower."),
+                io.Combo.Input(
+                    "tile_keys", options=[str(n) for n in TILE_KEYS], default="16",
+                    tooltip="N: neighbouring keys that are kept or skipped together. 16 is a good start; below "
+                    "16 each key is judged on its own, which costs planning time."),
+                io.Int.Input(
+                    "warmup_steps", default=2, min=0, max=50, display_mode=io.NumberDisplay.slider,
+                    tooltip="Dense steps at the start, where the picture is laid out; at most a quarter of the "
+                    "run's steps. Only in runs that begin at full noise, so not in a second sampler."),
+                io.Int.Input(
+                    "min_tokens", default=0, min=0, max=1_000_000, advanced=True,
+                    tooltip="Shortest sequence that runs sparse. 0 is automatic: 4096 on CUDA, none on CPU."),
+                io.String.Input(
+                    "dense_blocks", default="", advanced=True,
+                    tooltip='Transformer blocks that stay dense, such as "0, 1, 38-39". Empty: none.'),
+                io.Int.Input(
+                    "final_dense_steps", default=0, min=0, max=50, advanced=True,
+                    tooltip="Dense steps at the end of a run that ends without noise."),
+                io.Boolean.Input(
+                    "tail", default=True, advanced=True,
+                    tooltip="Adds a pooled estimate of what is skipped: two to three times less error."),
+                io.Combo.Input(
+                    "order", options=list(ORDERS), default="cells", advanced=True,
+                    tooltip="Token order for tiles and slices: cells are compact in time, height and width; "
+                    "raster is the model's own order."),
+            ],
+            outputs=[io.Model.Output("patched", display_name="MODEL",
+                                     tooltip="The model with sparse attention; the input stays as it was.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, dense_blocks: str) -> bool | str:
+        """Refuse a wrong block list when the graph is queued; the frontend guards the other inputs."""
+        try:
+            parse_blocks(dense_blocks or "")
+        except InvalidArgument as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls, model, threshold: float, tile_queries: str, tile_keys: str, warmup_steps: int,
+        min_tokens: int = 0, dense_blocks: str = "", final_dense_steps: int = 0, tail: bool = True,
+        order: str = "cells",
+    ) -> io.NodeOutput:
+        settings = Settings(threshold, int(tile_queries), int(tile_keys), tail, order)
+        policy = Policy(warmup_steps, final_dense_steps, parse_blocks(dense_blocks), min_tokens)
+        return io.NodeOutput(Patch(settings, policy, cls.hidden.unique_id).install(model))
