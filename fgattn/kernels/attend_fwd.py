@@ -152,7 +152,7 @@ def attend_triton(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
     group = max(1, min(batch * heads, LIST_BYTES // (4 * tiles * units)))
     lists = torch.empty(group, tiles, units, dtype=torch.int32, device=q.device)
     counts = torch.empty(group, tiles, dtype=torch.int32, device=q.device)
-    launch = launch_for(_arch(q.device), dim)
+    launch = launch_for(_arch(q.device), dim, plan.tile_rows)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         for first in range(0, batch * heads, group):
             grid = (tiles, min(group, batch * heads - first))
