@@ -1,0 +1,98 @@
+"""Real ComfyUI classes on the CPU; needs a checkout, named by COMFYUI_PATH."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMFYUI = os.environ.get("COMFYUI_PATH")
+
+
+def pytest_collection_modifyitems(items):
+    skip = pytest.mark.skip(reason="COMFYUI_PATH does not name a ComfyUI checkout: nothing of ComfyUI is tested")
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.comfy)
+            if not COMFYUI:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def pack():
+    """The node pack, loaded as ComfyUI loads it, under a name of its own."""
+    sys.path.insert(0, COMFYUI)
+    from comfy.cli_args import args
+
+    args.cpu = True
+    spec = importlib.util.spec_from_file_location("fgattn_pack", ROOT / "__init__.py",
+                                                  submodule_search_locations=[str(ROOT)])
+    module = sys.modules["fgattn_pack"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    importlib.import_module("fgattn_pack.nodes")
+    return module
+
+
+@pytest.fixture(scope="session")
+def wan_weights(pack):
+    """State dict of a tiny Wan 2.1 T2V: 3 blocks, 2 heads of 128, random."""
+    import comfy.ops
+    import torch
+    from comfy.ldm.wan.model import WanModel
+
+    torch.manual_seed(0)
+    model = WanModel(model_type="t2v", dim=256, ffn_dim=256, num_heads=2, num_layers=3, text_dim=4096,
+                     operations=comfy.ops.disable_weight_init)
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        spread = 1.0 if "modulation" in name else max(tensor.shape[-1], 1) ** -0.5
+        base = torch.ones_like(tensor) if name.endswith(("norm_q.weight", "norm_k.weight")) else 0.0
+        weights[name] = torch.randn(tensor.shape) * spread + base
+    return weights
+
+
+@pytest.fixture
+def wan(wan_weights):
+    """A fresh ModelPatcher of it, loaded as a checkpoint is."""
+    import comfy.sd
+
+    return comfy.sd.load_diffusion_model_state_dict(dict(wan_weights))
+
+
+@pytest.fixture(scope="session")
+def sample(pack):
+    """Run ComfyUI's sampler on a model: 3 x 8 x 12 video tokens."""
+    import comfy.sample
+    import torch
+
+    def run(model, steps=8, sampler="euler", cfg=2.0, scheduler="simple", seed=0, **options):
+        noise = torch.randn(1, 16, 3, 16, 24, generator=torch.Generator().manual_seed(seed))
+        text = torch.randn(2, 1, 8, 4096, generator=torch.Generator().manual_seed(seed + 1))
+        positive, negative = ([[t, {}]] for t in text)
+        return comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive, negative,
+                                   torch.zeros_like(noise), disable_pbar=True, seed=seed, **options)
+
+    return run
+
+
+@pytest.fixture
+def patched(pack):
+    """Apply the node to a model as the graph does."""
+    node = sys.modules["fgattn_pack.nodes"].FGAttnPatch
+
+    def apply(model, threshold=1.0, tile_queries="16", tile_keys="16", warmup_steps=0, **inputs):
+        from comfy_api.latest import io
+
+        clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})
+        return clone.execute(model=model, threshold=threshold, tile_queries=tile_queries,
+                             tile_keys=tile_keys, warmup_steps=warmup_steps, **inputs).args[0]
+
+    return apply
+
+
+@pytest.fixture
+def report():
+    """The last run's report of a patched model."""
+    return lambda model: sys.modules["fgattn_pack.nodes.patch"].patch_of(model).engine.last_report

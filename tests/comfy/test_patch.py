@@ -1,0 +1,261 @@
+"""The patch node on a real (tiny, random) Wan model, through ComfyUI's own samplers."""
+
+import logging
+import sys
+
+import pytest
+import torch
+
+SLOT = "optimized_attention_override"
+BLOCKS = 3
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def slot(model):
+    return model.model_options["transformer_options"].get(SLOT)
+
+
+def test_keep_all_equals_dense(wan, sample, patched, report):
+    """Threshold 0 computes everything, through our own path in every block."""
+    model = patched(wan, threshold=0.0)
+    assert relative(sample(model), sample(wan)) < 1e-4
+    assert report(model).calls["sparse"] == 8 * BLOCKS  # cond and uncond run as one batch
+    assert report(model).density == 1.0
+
+
+def test_bypass_is_bit_identical(wan, sample, patched):
+    """Patching must leave the original model and its results exactly as they were."""
+    options = dict(wan.model_options["transformer_options"])
+    before = sample(wan)
+    sample(patched(wan))
+    assert torch.equal(sample(wan), before)
+    assert wan.model_options["transformer_options"] == options
+    assert not any(wan.wrappers.values())
+
+
+def test_every_block_goes_sparse_after_warm_up(wan, sample, patched, report):
+    """Two of eight steps are dense, then every self-attention is sparse and nothing else is."""
+    model = patched(wan, warmup_steps=5, threshold=1.5)
+    sample(model)
+    last = report(model)
+    assert last.calls == {"warm-up step": 2 * BLOCKS, "sparse": 6 * BLOCKS, "cross-attention": 8 * BLOCKS}
+    assert [b.block for b in last.blocks] == list(range(BLOCKS))
+    assert all(0 < b.density < 1 and b.density <= b.executed_density for b in last.blocks)
+    assert [s.sparse_calls for s in last.steps] == [0, 0] + [BLOCKS] * 6
+    assert last.speedup is not None
+
+
+def test_sparse_changes_the_result(wan, sample, patched):
+    """A negative control: at a high threshold the output must differ from dense, and stay finite."""
+    out, dense = sample(patched(wan, threshold=8.0)), sample(wan)
+    assert 1e-3 < relative(out, dense) < 1 and out.isfinite().all()
+
+
+def test_batch_of_two_and_cfg_one(wan, sample, patched, report):
+    """cfg 1 evaluates only the positive conditioning."""
+    model = patched(wan)
+    sample(model, cfg=1.0)
+    assert report(model).calls["sparse"] == 8 * BLOCKS
+
+
+class Recorder:
+    """A foreign override that counts its calls."""
+
+    def __init__(self, previous=None):
+        self.calls, self.previous = 0, previous
+
+    def __call__(self, func, *args, **kwargs):
+        self.calls += 1
+        return self.previous(func, *args, **kwargs) if self.previous else func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("chains", [False, True], ids=["overwrites", "chains"])
+@pytest.mark.parametrize("after", [False, True], ids=["before-us", "after-us"])
+def test_other_overrides_get_the_dense_calls(wan, sample, patched, report, after, chains):
+    """Before or after us, chaining or not: the other override sees exactly what we decline."""
+    model = wan.clone() if not after else patched(wan, warmup_steps=1)
+    model.model_options["transformer_options"] = dict(model.model_options["transformer_options"])
+    other = Recorder(slot(model) if chains else None)
+    model.model_options["transformer_options"][SLOT] = other
+    if not after:
+        model = patched(model, warmup_steps=1)
+    sample(model, steps=4)
+    assert report(model).calls == {"warm-up step": BLOCKS, "sparse": 3 * BLOCKS, "cross-attention": 4 * BLOCKS}
+    assert other.calls == BLOCKS + 4 * BLOCKS
+
+
+def test_patching_twice_replaces(wan, sample, patched, report):
+    """The second node wins; the first one's override is not left in the chain."""
+    model = patched(patched(wan, threshold=8.0), threshold=0.0)
+    assert slot(model).previous is None
+    sample(model)
+    assert report(model).density == 1.0
+
+
+def test_two_branches_do_not_see_each_other(wan, sample, patched, report):
+    """Two patched clones of one model, sampled in turn, keep their own settings and books."""
+    one, two = patched(wan, threshold=0.0), patched(wan, threshold=2.0)
+    sample(one, steps=4)
+    assert report(two) is None
+    sample(two, steps=4)
+    sample(one, steps=4)
+    assert report(one).density == 1.0 > report(two).density
+    assert report(one).calls["sparse"] == 4 * BLOCKS
+
+
+def test_later_clones_share_the_patch(wan, sample, patched, report):
+    """A LoRA node after ours clones the model; the patch must go along."""
+    model = patched(wan)
+    sample(model.clone(), steps=4)
+    assert report(model).calls["sparse"] == 4 * BLOCKS
+
+
+def test_interrupt_passes_through_and_leaves_a_clean_state(wan, sample, patched, report, monkeypatch):
+    """Stopping in the middle of our path stops the render; the next prompt runs as if nothing was."""
+    from comfy.model_management import InterruptProcessingException
+
+    engine = sys.modules["fgattn_pack.fgattn.engine"]
+    model, build = patched(wan), engine.build_plan
+
+    def interrupted(*args, **kwargs):
+        raise InterruptProcessingException
+
+    monkeypatch.setattr(engine, "build_plan", interrupted)
+    with pytest.raises(InterruptProcessingException):
+        sample(model)
+    assert report(model).error is None
+    monkeypatch.setattr(engine, "build_plan", build)
+    sample(model, steps=4)
+    assert report(model).calls["sparse"] == 4 * BLOCKS
+
+
+def test_an_exception_goes_dense_and_says_so(wan, sample, patched, report, monkeypatch, caplog):
+    """A failure in our path: one traceback, text for the node, and the dense result."""
+    engine = sys.modules["fgattn_pack.fgattn.engine"]
+    shown = []
+    monkeypatch.setattr(sys.modules["fgattn_pack.nodes.patch"], "show", lambda node, text: shown.append((node, text)))
+    model = patched(wan)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(engine, "build_plan", broken)
+    with caplog.at_level(logging.ERROR, "fgattn"):
+        out = sample(model, steps=4)
+    assert torch.equal(out, sample(wan, steps=4))
+    assert report(model).error == "RuntimeError: out of luck"
+    assert report(model).calls == {"error": 1, "after an error": 4 * BLOCKS - 1, "cross-attention": 4 * BLOCKS}
+    assert [bool(r.exc_info) for r in caplog.records] == [True]
+    assert shown[0] == ("1", "dense: RuntimeError: out of luck") and "out of luck" in shown[-1][1]
+
+
+def test_a_failing_dense_attention_is_not_swallowed(wan, sample, patched):
+    """What fails in somebody else's attention is not ours to hide."""
+    model = wan.clone()
+
+    def broken(func, *args, **kwargs):
+        raise ZeroDivisionError
+
+    model.model_options["transformer_options"][SLOT] = broken
+    with pytest.raises(ZeroDivisionError):
+        sample(patched(model), steps=4)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_2s_ancestral", "uni_pc"])
+def test_warm_up_counts_steps_not_calls(wan, sample, patched, report, sampler):
+    """Samplers that evaluate several times a step: dense exactly while sigma is in the first two."""
+    model, seen = patched(wan, warmup_steps=2), []
+
+    def record(executor, *args, **kwargs):
+        options = args[5]
+        seen.append((options["sigmas"][0].item(), options["sample_sigmas"].tolist()))
+        return executor(*args, **kwargs)
+
+    model.add_wrapper_with_key("apply_model", "record", record)
+    sample(model, sampler=sampler)
+    dense = sum(sigma > levels[2] * 1.0001 for sigma, levels in seen)
+    assert len(seen) >= 8
+    assert report(model).calls["warm-up step"] == dense * BLOCKS
+    assert report(model).calls["sparse"] == (len(seen) - dense) * BLOCKS
+
+
+def test_warm_up_only_from_full_noise(wan, sample, patched, report):
+    """A split schedule: the second sampler, and image-to-image, have no warm-up."""
+    model = patched(wan, warmup_steps=2)
+    sample(model, last_step=4, force_full_denoise=False)
+    assert report(model).calls["warm-up step"] == 1 * BLOCKS  # a quarter of four steps
+    sample(model, start_step=4)
+    assert "warm-up step" not in report(model).calls
+    sample(model, denoise=0.5)
+    assert "warm-up step" not in report(model).calls
+
+
+def test_full_noise_is_converted_at_run_time(wan, sample, patched, report):
+    """A shift node after ours moves the schedule; what counts is the shift that is sampled."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    model = patched(wan, warmup_steps=2)
+    (shifted,) = ModelSamplingSD3().patch(model, shift=1.0)
+    sample(shifted, steps=8)
+    assert report(model).calls["warm-up step"] == 2 * BLOCKS
+    sample(shifted, start_step=1)  # sigma 0.875: full noise at no shift would be 0.98
+    assert "warm-up step" not in report(model).calls
+
+
+def test_final_dense_blocks_and_min_tokens(wan, sample, patched, report):
+    """The advanced inputs do what their tooltips say."""
+    model = patched(wan, final_dense_steps=2, dense_blocks="0, 2-9")
+    sample(model)
+    calls = report(model).calls
+    assert calls["final dense step"] == 2 * BLOCKS
+    assert calls["dense block"] == 6 * 2 and calls["sparse"] == 6
+    sample(model, last_step=4, force_full_denoise=False)
+    assert "final dense step" not in report(model).calls
+    model = patched(wan, min_tokens=289)
+    sample(model, steps=4)
+    assert report(model).calls == {"fewer than 289 tokens": 4 * BLOCKS, "cross-attention": 4 * BLOCKS}
+
+
+@pytest.mark.parametrize("skip_reshape", [False, True])
+@pytest.mark.parametrize("skip_output_reshape", [False, True])
+def test_call_layouts(pack, wan, patched, skip_reshape, skip_output_reshape):
+    """All four layouts of ComfyUI's contract, with an explicit scale, against its own attention."""
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    model = patched(wan, threshold=0.0)
+    patch = sys.modules["fgattn_pack.nodes.patch"].patch_of(model)
+    patch.engine.begin_run([1.0, 0.0], False, torch.device("cpu"))
+    q, k, v = torch.randn(3, 2, 288, 2, 128).unbind()
+    if skip_reshape:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    else:
+        q, k, v = (x.flatten(2) for x in (q, k, v))
+    options = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
+    expected = attention_pytorch(q, k, v, 2, **options)
+    got = attention_pytorch(q, k, v, heads=2, **options, transformer_options={
+        **model.model_options["transformer_options"], "grid_sizes": (3, 8, 12), "block_index": 0})
+    assert got.shape == expected.shape and torch.allclose(got, expected, atol=1e-5)
+    assert patch.engine.end_run().calls == {"sparse": 1}
+
+
+@pytest.mark.parametrize(("why", "changes", "options"), [
+    ("a mask", {"mask": torch.ones(288, 288, dtype=torch.bool)}, {}),
+    ("no grid", {}, {"grid_sizes": None}),
+    ("another grid", {}, {"grid_sizes": (1, 8, 12)}),
+])
+def test_declined_calls_have_a_reason(pack, wan, patched, why, changes, options):
+    """What cannot run sparse goes to ComfyUI's attention unchanged and is counted by reason."""
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    model = patched(wan)
+    patch = sys.modules["fgattn_pack.nodes.patch"].patch_of(model)
+    patch.engine.begin_run([1.0, 0.0], False, torch.device("cpu"))
+    q, k, v = torch.randn(3, 1, 288, 256).unbind()
+    got = attention_pytorch(q, k, v, heads=2, **changes, transformer_options={
+        **model.model_options["transformer_options"], "grid_sizes": (3, 8, 12), **options})
+    assert torch.equal(got, attention_pytorch(q, k, v, heads=2, **changes))
+    (reason,) = patch.engine.end_run().calls
+    assert {"a mask": "mask", "no grid": "not report", "another grid": "grid has 96"}[why] in reason
