@@ -66,6 +66,10 @@ class Policy:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise InvalidArgument(name, value, "a whole number of at least 0", "Use 0 for none.")
+        blocks = self.dense_blocks
+        if not isinstance(blocks, frozenset) or any(type(b) is not int for b in blocks):
+            raise InvalidArgument("dense_blocks", blocks, "a frozenset of whole numbers",
+                                  "Use parse_blocks for text.")
 
 
 def parse_blocks(text: str) -> frozenset[int]:
@@ -87,7 +91,7 @@ def parse_blocks(text: str) -> frozenset[int]:
 
 
 def _one_of(name: str, value: object, allowed: tuple, remedy: str) -> None:
-    if isinstance(value, bool) or value not in allowed:
+    if type(value) is not type(allowed[0]) or value not in allowed:  # 64.0 and True are no tile sizes
         raise InvalidArgument(name, value, ", ".join(map(str, allowed)), remedy)
 
 
