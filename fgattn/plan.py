@@ -163,7 +163,7 @@ def plan_from_mask(
     batch, heads, tiles, slices = mask.shape
     if layout is None:
         layout = TokenLayout.flat(slices * tile_keys if key_length is None else key_length, None)
-    keys = layout.length
+    keys = layout.length if key_length is None else key_length
     queries = tiles * tile_queries if query_length is None else query_length
     if -(-queries // tile_queries) != tiles or -(-keys // tile_keys) != slices:
         raise InvalidArgument(
