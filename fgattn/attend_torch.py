@@ -43,8 +43,7 @@ def _head(q, k, v, kept, plan: SparsePlan, tail):
         first = max(0, last - max(1, CHUNK_ELEMENTS // (width * (rows + 2 * dim))))
         group = by_count[first:last]
         index, real = _padded_lists(kept[group], width)
-        scores = torch.baddbmm(
-            torch.where(real, 0.0, -torch.inf).to(wide)[:, None], q[group], k[index].transpose(1, 2))
+        scores = torch.bmm(q[group], k[index].transpose(1, 2)).masked_fill_(~real[:, None], -torch.inf)
         peak = scores.amax(2, keepdim=True)
         if tail is not None:
             runs = group[:, None] * (rows // CELL) + torch.arange(rows, device=q.device) // CELL
