@@ -80,7 +80,8 @@ class Geometry:
         tiles = -(-queries // tile_queries)
         kept = self.sink_cell.repeat(tiles, 1)
         has_own = torch.zeros(tiles, cells + 1, dtype=torch.bool, device=kept.device)
-        has_own[tile, self.own_cell] = True  # -1 lands in the extra column
+        own_cell = self.own_cell % (cells + 1)  # -1 lands in the extra column
+        has_own.view(-1).index_fill_(0, tile * (cells + 1) + own_cell, True)
         all_kept = torch.zeros(tiles, dtype=torch.int32, device=kept.device)
         all_kept.index_add_(0, tile, self.sink_query.int())
         return kept | has_own[:, :cells] | (all_kept > 0)[:, None]

@@ -30,14 +30,18 @@ LIST_BLOCK = 1024
 
 @triton.jit
 def list_kernel(
-    bits, lists, counts, stride_bits_b, stride_bits_h, heads, first, tiles, units, n_bytes,
-    SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    bits, key_rows, lists, counts, stride_bits_b, stride_bits_h, stride_rows_b, heads, first, tiles,
+    units, n_bytes, UNIT: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Ascending list of the units whose slice (unit // SPLIT) has its bit set, for one tile."""
+    """List of the units whose slice (unit // SPLIT) has its bit set, for one tile, in the order.
+
+    Units of one key are listed as their row of k and v, which saves the other kernel a lookup.
+    """
     tile = tl.program_id(0)
     row = tl.program_id(1)
     head = (first + row).to(tl.int64)
-    source = bits + (head // heads) * stride_bits_b + (head % heads) * stride_bits_h + tile * n_bytes.to(tl.int64)
+    source = bits + (head // heads) * stride_bits_b + (head % heads) * stride_bits_h
+    source += tile.to(tl.int64) * n_bytes
     out = lists + (row.to(tl.int64) * tiles + tile) * units
     count = 0
     for start in range(0, units, BLOCK):
@@ -46,7 +50,10 @@ def list_kernel(
         octet = tl.load(source + part // 8, mask=unit < units, other=0).to(tl.int32)
         kept = (octet >> (part % 8)) & 1
         place = count + tl.cumsum(kept, 0) - 1
-        tl.store(out + place, unit, mask=kept > 0)
+        entry = unit
+        if UNIT == 1:
+            entry = tl.load(key_rows + (head // heads) * stride_rows_b + unit, mask=kept > 0, other=-1)
+        tl.store(out + place, entry, mask=kept > 0)
         count += tl.sum(kept, 0)
     tl.store(counts + row * tiles + tile, count)
 
@@ -60,21 +67,25 @@ def _step(
     dim = tl.arange(0, D)
     place = i + lane // UNIT
     if IS_MASKED:
-        listed = place < count
-        unit = tl.load(units + place, mask=listed, other=0)
-        row = tl.load(key_rows + unit * UNIT + lane % UNIT)
-        real = listed & (row >= 0)
-        row = tl.where(real, row, 0).to(tl.int64)
-        k = tl.load(k_base + row[:, None] * stride_k + dim[None, :], mask=real[:, None], other=0.0)
-        v = tl.load(v_base + row[:, None] * stride_v + dim[None, :], mask=real[:, None], other=0.0)
+        entry = tl.load(units + place, mask=place < count, other=-1)
     else:
-        unit = tl.load(units + place)
-        row = tl.load(key_rows + unit * UNIT + lane % UNIT).to(tl.int64)
-        k = tl.load(k_base + row[:, None] * stride_k + dim[None, :])
-        v = tl.load(v_base + row[:, None] * stride_v + dim[None, :])
+        entry = tl.load(units + place)
+    row = entry
+    if UNIT > 1 and IS_MASKED:
+        row = tl.load(key_rows + entry * UNIT + lane % UNIT, mask=entry >= 0, other=-1)
+    elif UNIT > 1:
+        row = tl.load(key_rows + entry * UNIT + lane % UNIT)
+    k_at = k_base + row.to(tl.int64)[:, None] * stride_k + dim[None, :]
+    v_at = v_base + row.to(tl.int64)[:, None] * stride_v + dim[None, :]
+    if IS_MASKED:
+        k = tl.load(k_at, mask=row[:, None] >= 0, other=0.0)
+        v = tl.load(v_at, mask=row[:, None] >= 0, other=0.0)
+    else:
+        k = tl.load(k_at)
+        v = tl.load(v_at)
     s = tl.dot(q, tl.trans(k)) * scale  # [BLOCK_M, BLOCK_N]
     if IS_MASKED:
-        s = tl.where(real[None, :], s, float("-inf"))
+        s = tl.where(row[None, :] >= 0, s, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(s, 1))
     p = tl.math.exp2(s - m_new[:, None])
     alpha = tl.math.exp2(m_i - m_new)
@@ -145,6 +156,7 @@ def attend_triton(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
     unit = min(plan.tile_keys, CELL)
     units = -(-plan.keys // unit)
     key_rows = _key_rows(plan)
+    stride_rows = key_rows.stride(0) if len(key_rows) > 1 else 0
     query_rows = plan.geometry.query_tokens.to(torch.int32)
     tail_out, tail_lse = (None, None) if tail is None else (tail[0], tail[1] * LOG2_E)
     bits = plan.bits
@@ -157,12 +169,12 @@ def attend_triton(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
         for first in range(0, batch * heads, group):
             grid = (tiles, min(group, batch * heads - first))
             list_kernel[grid](
-                bits, lists, counts, *stride_bits, heads, first, tiles, units, bits.shape[3],
-                SPLIT=plan.tile_keys // unit, BLOCK=LIST_BLOCK, num_warps=4)
+                bits, key_rows, lists, counts, *stride_bits, stride_rows, heads, first, tiles, units,
+                bits.shape[3], UNIT=unit, SPLIT=plan.tile_keys // unit, BLOCK=LIST_BLOCK, num_warps=4)
             attend_kernel[grid](
                 q, k, v, out, lists, counts, query_rows, key_rows, tail_out, tail_lse,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                key_rows.stride(0) if len(key_rows) > 1 else 0, heads, first, queries, tiles, units,
+                stride_rows, heads, first, queries, tiles, units,
                 -(-queries // CELL), plan.softmax_scale(dim) * LOG2_E,
                 BLOCK_M=plan.tile_rows, BLOCK_N=launch.block_keys, UNIT=unit, D=dim,
                 HAS_TAIL=tail is not None, HAS_INVALID=plan.key_valid is not None,
