@@ -1,0 +1,69 @@
+"""python -m fgattn doctor: what a bug report needs."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import sys
+from importlib import metadata
+
+import torch
+
+from . import __version__, runtime
+
+
+def doctor() -> str:
+    """Versions, GPUs, and what would run sparse attention on each device, with the reason."""
+    lines = [
+        ("fgattn", __version__),
+        ("python", f"{platform.python_version()}, {platform.platform()}, {platform.machine()}"),
+        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda}, HIP {torch.version.hip}"),
+        ("triton", _version("triton", "triton-windows", "pytorch-triton")),
+        ("numpy", _version("numpy")),
+    ]
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    if devices:
+        lines.append(("driver", _driver()))
+    for device in devices:
+        properties = torch.cuda.get_device_properties(device)
+        lines += [
+            (str(device), f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+                          f"{properties.total_memory / 2**30:.1f} GiB"),
+            ("  runs", _implementation(device)),
+        ]
+    lines += [("cpu", f"{torch.get_num_threads()} threads"), ("  runs", _implementation(torch.device("cpu")))]
+    return "\n".join(f"{name:15} {value}".rstrip() for name, value in lines)
+
+
+def _implementation(device: torch.device) -> str:
+    """What the nodes' engine runs on a device."""
+    if device.type == "cpu":
+        return "torch: no Triton kernel runs on a CPU"
+    reason = runtime.missing() or runtime.device_reason(device)
+    return f"dense attention: {reason}" if reason else "triton: the kernel's self-test passed"
+
+
+def _version(*names: str) -> str:
+    """Version of the first of these packages that is installed."""
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name) + (f" ({name})" if name != names[0] else "")
+    return "not installed"
+
+
+def _driver() -> str:
+    """The newest CUDA that the driver supports, such as 12080 for 12.8."""
+    number = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
+    return f"supports CUDA up to {number // 1000}.{number % 1000 // 10}" if number else "unknown"
+
+
+def main(arguments: list[str]) -> int:
+    if arguments != ["doctor"]:
+        sys.stderr.write("usage: python -m fgattn doctor\n")
+        return 2
+    print(doctor())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
