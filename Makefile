@@ -1,0 +1,46 @@
+# make demo   one video, dense and with FG-Attn, without ComfyUI
+# make test   all tests that can run here
+# make lint   ruff
+# Everything runs in .venv, which is made on first use from PYTHON. A torch that PYTHON already has is used, not replaced.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/ready
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(RUN) -m fgattn.demo $(ARGS)
+
+# The interpreter has to be chosen before a kernel is imported: a process of its own.
+test: $(READY)
+	@failed=0; \
+	$(RUN) -m pytest tests/unit tests/compile tests/gpu tests/comfy || failed=1; \
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpret || failed=1; \
+	exit $$failed
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+
+clean:
+	rm -rf $(VENV) demo_out .pytest_cache .ruff_cache .hypothesis
+
+# The .pth file lets a PYTHON that lives in a virtual environment share its packages, too.
+# torch comes first and alone; its own Triton, where it has one, is the one that fits.
+$(READY): requirements-dev.txt
+	rm -rf $(VENV)
+	@if $(PYTHON) -c "import torch" 2>/dev/null; then \
+		echo "Making $(VENV) with the torch of $(PYTHON)"; \
+		$(PYTHON) -m venv --system-site-packages $(VENV) && \
+		site=$$($(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+		$(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$site/shared.pth"; \
+	else \
+		echo "Making $(VENV) with a torch of its own (a large download)"; \
+		$(PYTHON) -m venv $(VENV) && \
+		$(RUN) -m pip install --disable-pip-version-check "$$(grep '^torch==' requirements-dev.txt)"; \
+	fi
+	@have=torch; if $(RUN) -c "import triton" 2>/dev/null; then have="torch|triton"; fi; \
+	grep -vE "^($$have)==" requirements-dev.txt > $(VENV)/rest.txt
+	$(RUN) -m pip install --disable-pip-version-check --quiet -r $(VENV)/rest.txt
+	touch $@
