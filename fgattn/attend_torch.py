@@ -23,22 +23,22 @@ def attend_torch(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
             rows = ordered(q, b, one, query_tokens)[0].to(wide) * plan.softmax_scale(q.shape[3])
             keys, values = (ordered(x, b, one, key_tokens)[0].to(wide) for x in (k, v))
             if tail is None:
-                tail_out, tail_lse = rows.new_zeros(1, 1), rows.new_full((1, 1), -torch.inf)
+                tail_out, tail_lse = torch.zeros_like(rows), rows.new_full((len(rows), 1), -torch.inf)
             else:
-                tail_out, tail_lse = (x[b, h].repeat_interleave(CELL, 0) for x in (tail[0], tail[1][..., None]))
+                tail_out, tail_lse = (
+                    x.repeat_interleave(CELL, 0)[: len(rows)] for x in (tail[0][b, h], tail[1][b, h, :, None]))
             result = torch.empty_like(rows)
             for tile, kept in enumerate(plan.kept_keys(b, one)[0]):
                 mine = slice(tile * plan.tile_rows, (tile + 1) * plan.tile_rows)
-                pooled = (tail_out, tail_lse) if tail is None else (tail_out[mine], tail_lse[mine])
-                result[mine] = _tile(rows[mine], keys, values, kept, *pooled)
+                result[mine] = _tile(rows[mine], keys, values, kept, tail_out[mine], tail_lse[mine])
             out[b, h, query_tokens] = result.to(out.dtype)
 
 
 def _tile(q, k, v, kept, tail_out, tail_lse):
-    """Rows of one tile: q [M, D] already scaled, kept [L_k]; tail [M or 1, D or 1] and [M or 1, 1]."""
+    """One tile: q [M, D] already scaled; k, v [L_k, D]; kept [L_k]; tail [M, D] and [M, 1] -> [M, D]."""
     listed = kept.nonzero()[:, 0]
     scores = q @ k[listed].T
-    peak = tail_lse.expand(len(q), 1)
+    peak = tail_lse
     if len(listed):
         peak = torch.maximum(peak, scores.amax(1, keepdim=True))
     peak = peak.masked_fill(peak == -torch.inf, 0.0)  # nothing at all: zeros
