@@ -6,10 +6,13 @@ import contextlib
 import platform
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
 from . import __version__, runtime
+
+DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def doctor() -> str:
@@ -52,9 +55,11 @@ def _version(*names: str) -> str:
 
 
 def _driver() -> str:
-    """The newest CUDA that the driver supports, such as 12080 for 12.8."""
-    number = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
-    return f"supports CUDA up to {number // 1000}.{number % 1000 // 10}" if number else "unknown"
+    """NVIDIA's own line on Linux; torch does not tell."""
+    try:
+        return DRIVER.read_text().partition("\n")[0]
+    except OSError:
+        return "unknown here; nvidia-smi shows it"
 
 
 def main(arguments: list[str]) -> int:

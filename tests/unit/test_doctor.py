@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from fgattn import __main__ as command
 from fgattn import __version__
 
@@ -34,6 +33,14 @@ def test_without_triton_a_gpu_is_dense(monkeypatch):
     monkeypatch.setattr(command.runtime, "missing", lambda: "Triton is not installed")
     monkeypatch.setattr(command.runtime, "device_reason", lambda device: pytest.fail("probed"))
     assert command._implementation(torch.device("cuda", 0)) == "dense attention: Triton is not installed"
+
+
+def test_driver_is_one_line(tmp_path, monkeypatch):
+    """What the file says first, or where else to look."""
+    monkeypatch.setattr(command, "DRIVER", tmp_path / "version")
+    assert "nvidia-smi" in command._driver()
+    command.DRIVER.write_text("NVRM version: 580.159.03\nGCC version: 13\n")
+    assert command._driver() == "NVRM version: 580.159.03"
 
 
 @pytest.mark.parametrize("arguments", [[], ["help"], ["doctor", "--all"]], ids=str)
