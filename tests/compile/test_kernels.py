@@ -1,0 +1,95 @@
+"""Kernels compiled for every GPU of the launch table, without a GPU: no spills, shared memory fits."""
+
+import itertools
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from fgattn.kernels.launch_table import TABLE, launch_for
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
+attend_fwd = pytest.importorskip("fgattn.kernels.attend_fwd")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.fail("interpreted kernels cannot be compiled: run tests/compile without TRITON_INTERPRET")
+
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block's share, CUDA programming guide
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = {
+    **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
+    **dict.fromkeys(("lists", "counts", "query_rows", "key_rows"), "*i32"),
+    **dict.fromkeys(("tail_out", "tail_lse"), "*fp32"),
+    "bits": "*u8", "scale": "fp32",
+}
+COUNTS = ("heads", "first", "queries", "tiles", "units", "runs", "n_bytes")
+ROWS = sorted(TABLE)
+
+
+def compiled(kernel, arch, constants, **options):
+    """The kernel for one architecture, specialised as a launch on aligned tensors would be."""
+    signature, aligned = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = TYPES.get(name, "i32")
+        assert name in TYPES or name in COUNTS or name.startswith("stride_"), f"what type is {name}?"
+        if name.startswith("stride_") or signature[name].startswith("*"):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = triton.compiler.ASTSource(kernel, signature, constexprs=places, attrs=aligned)
+    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
+    return triton.compile(source, target=target, options=options)
+
+
+def resources(made, folder):
+    """(registers, bytes of stack) of a thread, as the assembler counted them."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(made.asm["cubin"])
+    dump = subprocess.check_output([CUOBJDUMP, "--dump-resource-usage", cubin], text=True)
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", dump).groups()
+    return int(registers), int(stack) + int(local)
+
+
+def test_table_is_complete():
+    """Every GPU generation that can run the kernel, both head sizes, both tile heights."""
+    assert sorted(itertools.product(SHARED_KIB, attend_fwd.HEAD_DIMS, (64, 128))) == ROWS
+    for launch in TABLE.values():
+        assert launch.block_keys % 16 == 0 and launch.warps in (4, 8) and launch.stages >= 1
+
+
+@pytest.mark.parametrize(("arch", "row"), [
+    (75, 80), (80, 80), (87, 86), (89, 89), (90, 90), (103, 100), (121, 120), (200, 120)])
+def test_unknown_gpu_takes_the_row_below(arch, row):
+    """A new GPU runs with settings that fit an older one."""
+    for dim, tile in itertools.product(attend_fwd.HEAD_DIMS, (64, 128)):
+        assert launch_for(arch, dim, tile) == TABLE[row, dim, tile]
+
+
+# unit, are keys missing. The tail is on: it needs more registers. sm_89 compiles as sm_86 does.
+VARIANTS = {"keys": (1, False), "cells": (16, False), "cells, keys missing": (16, True)}
+
+
+@pytest.mark.parametrize(("arch", "dim", "tile", "variant"), [
+    (*row, variant) for row in ROWS for variant in VARIANTS if row[0] != 89 or variant == "cells"], ids=str)
+def test_attend_kernel(arch, dim, tile, variant, tmp_path):
+    """A spill costs more than any setting of the table gains; too much shared memory does not launch."""
+    launch, (unit, invalid) = launch_for(arch, dim, tile), VARIANTS[variant]
+    made = compiled(
+        attend_fwd.attend_kernel, arch, num_warps=launch.warps, num_stages=launch.stages,
+        constants={"BLOCK_M": tile, "BLOCK_N": launch.block_keys, "UNIT": unit, "D": dim,
+                   "HAS_TAIL": True, "HAS_INVALID": invalid})
+    registers, stack = resources(made, tmp_path)
+    assert made.metadata.shared <= SHARED_KIB[arch] * 1024
+    assert stack == 0, f"{launch} spills: {registers} registers, {stack} bytes of stack"
+    assert f"sm_{arch}" in made.asm["ptx"]
+
+
+@pytest.mark.parametrize("unit", [1, 16])
+@pytest.mark.parametrize("arch", SHARED_KIB)
+def test_list_kernel(arch, unit, tmp_path):
+    """The list of every tile is made on the device."""
+    constants = {"UNIT": unit, "SPLIT": 1, "BLOCK": attend_fwd.LIST_BLOCK}
+    made = compiled(attend_fwd.list_kernel, arch, constants, num_warps=4)
+    assert resources(made, tmp_path)[1] == 0 and made.metadata.shared < 16 * 1024

@@ -1,0 +1,79 @@
+"""Report text: what users read, in each state that a run can end in."""
+
+import dataclasses
+
+import pytest
+from fgattn.report import headline, text
+from fgattn.stats import BlockReport, RunReport, StepReport
+
+FULL = RunReport(
+    settings="threshold 1, tiles 128x16", tokens=32760, implementation="triton", device="NVIDIA H200",
+    total=12345.0, steps=(StepReport(0, 900.0, 600.0, 0.0, 0, 80), StepReport(1, 500.0, 180.0, 20.0, 78, 2)),
+    blocks=(BlockReport(-1, 0.5, 0.75), BlockReport(3, 0.251, 0.3)),
+    calls={"warm-up step": 80, "sparse": 78, "dense block": 2}, dense_call=7.5, sparse_call=2.5,
+    density=0.2512, executed_density=0.3, peak_memory=3 << 29, error=None,
+    remarks=("fp32 tensors are computed in bf16",))
+DENSE = dataclasses.replace(
+    FULL, calls={"cross-attention": 90, "warm-up step": 5, "fewer than 4096 tokens": 80}, sparse_call=None,
+    density=None, executed_density=None, blocks=(), remarks=())
+NOTHING = dataclasses.replace(DENSE, steps=(), calls={}, dense_call=None, total=0.0, peak_memory=None)
+
+
+@pytest.mark.parametrize(("report", "line"), [
+    (FULL, "sparse: 25% of scores, attention 3.00x"),
+    (dataclasses.replace(FULL, dense_call=None), "sparse: 25% of scores, no dense step to compare with"),
+    (DENSE, "dense: fewer than 4096 tokens"),
+    (dataclasses.replace(DENSE, calls={"cross-attention": 3}), "attention never reached FG-Attn"),
+    (NOTHING, "attention never reached FG-Attn"),
+    (dataclasses.replace(FULL, error="RuntimeError: no kernel image"),
+     "dense after an error: RuntimeError: no kernel image"),
+], ids=["sparse", "no dense step", "dense", "cross-attention only", "nothing", "error"])
+def test_headline(report, line):
+    """One line under the node: what ran, or the most frequent reason why not."""
+    assert headline(report) == line
+    assert text(report).splitlines()[0] == line
+
+
+def test_whole_report():
+    """Every number, in aligned columns."""
+    assert text(FULL).splitlines() == [
+        "sparse: 25% of scores, attention 3.00x",
+        "",
+        "settings        threshold 1, tiles 128x16",
+        "implementation  triton on NVIDIA H200, 32760 tokens",
+        "run             12.35 s, 2 steps, planning 20.0 ms",
+        "peak VRAM       1.50 GiB",
+        "",
+        "attention call  dense 7.50 ms, sparse 2.50 ms: 3.00x",
+        "density         25.1% requested, 30.0% executed",
+        "remark          fp32 tensors are computed in bf16",
+        "",
+        "calls",
+        "      80  warm-up step",
+        "      78  sparse",
+        "       2  dense block",
+        "",
+        "step   total ms  attention  planning  sparse  dense",
+        "   1      900.0      600.0       0.0       0     80",
+        "   2      500.0      180.0      20.0      78      2",
+        "",
+        "block  density  executed",
+        "    ?    50.0%     75.0%",
+        "    3    25.1%     30.0%",
+    ]
+
+
+@pytest.mark.parametrize(("report", "has", "lacks"), [
+    (DENSE, ["attention call  no sparse call; dense 7.50 ms"], ["density ", "block ", "None"]),
+    (NOTHING, ["attention call  no sparse call", "run             0.00 s, 0 steps, planning 0.0 ms"],
+     ["peak VRAM", "step ", "block ", "None", ";"]),
+    (dataclasses.replace(FULL, dense_call=None),
+     ["attention call  sparse 2.50 ms; no dense step in this run to compare with"], ["None", "x\n"]),
+    (dataclasses.replace(FULL, error="RuntimeError: bad"), ["error           RuntimeError: bad"], ["None"]),
+    (dataclasses.replace(FULL, peak_memory=None), ["attention call"], ["peak VRAM", "None"]),
+], ids=["dense", "nothing", "no dense step", "error", "no VRAM"])
+def test_fields_without_a_value_are_left_out(report, has, lacks):
+    """Never "None" on a node."""
+    lines = text(report)
+    assert all(line in lines.splitlines() or line in lines for line in has)
+    assert not any(part in lines for part in lacks)

@@ -1,0 +1,96 @@
+"""Runtime: the library without Triton, and reasons why the kernel does not run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fgattn import attend, runtime
+from torch.nn.functional import scaled_dot_product_attention
+
+ROOT = Path(__file__).parents[2]
+
+WITHOUT_TRITON = """
+import importlib.util, json, sys
+
+class Fence:  # no ComfyUI either
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("comfy", "comfy_api", "folder_paths", "server", "nodes"):
+            raise AssertionError(name + " was imported")
+
+sys.meta_path.insert(0, Fence())
+sys.modules["triton"] = None
+folder = sys.argv[1]
+spec = importlib.util.spec_from_file_location(
+    "fgattn", folder + "/__init__.py", submodule_search_locations=[folder])
+fgattn = sys.modules["fgattn"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fgattn)
+import torch
+from fgattn import engine, report, runtime, stats
+
+q, k, v = torch.randn(3, 1, 2, 256, 64).unbind()
+layout, settings = fgattn.TokenLayout((4, 8, 8)), fgattn.Settings()
+plan = fgattn.build_plan(q, k, settings, layout)
+out = fgattn.attend(q, k, v, plan)
+try:
+    fgattn.attend(q, k, v, plan, impl="triton")
+except fgattn.Unsupported as error:
+    message = str(error)
+one = engine.Engine(settings, engine.Policy(0))
+one.begin_run([1.0, 0.0], True, torch.device("cpu"))
+one.attention(q, k, v, layout=layout, dense=lambda: 1 / 0)
+print(json.dumps({
+    "equal": torch.equal(out, fgattn.attend(q, k, v, plan, impl="torch")), "message": message,
+    "missing": runtime.missing(), "calls": one.end_run().calls,
+    "kernels": [name for name in sys.modules if "kernels" in name and name.startswith("fgattn")]}))
+"""
+
+
+def test_library_works_without_triton_and_comfyui():
+    """Windows and macOS: everything but the kernel, and the reason for that one."""
+    run = subprocess.run([sys.executable, "-c", WITHOUT_TRITON, str(ROOT / "fgattn")], capture_output=True,
+                         text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["equal"] and found["calls"] == {"sparse": 1} and found["kernels"] == []
+    assert found["missing"] == "Triton is not installed"
+    assert found["message"].startswith("impl: got 'triton'; allowed: torch or reference here. ")
+    assert found["message"].endswith("The triton kernel cannot run: Triton is not installed.")
+
+
+@pytest.mark.skipif(runtime.missing() is not None, reason="Triton is not installed: it has no limits")
+@pytest.mark.parametrize(("dim", "dtype", "reason"), [
+    (40, torch.float32, "head size 40 (the kernel has 64, 128)"),
+    (64, torch.float64, "float64"),
+    (64, torch.bfloat16, "no Triton kernel for device type cpu"),
+], ids=["head size", "float64", "device"])
+def test_reason_why_the_kernel_cannot_run(dim, dtype, reason):
+    """Shown to users; the node counts calls under it."""
+    q = torch.zeros(1, 1, 16, dim, dtype=dtype)
+    assert runtime.unavailable(q) == reason and runtime.triton_reason(q) == reason
+
+
+def test_device_reason_of_the_cpu():
+    """The interpreter is no way to run a model."""
+    assert runtime.device_reason(torch.device("cpu")) == "Triton's interpreter is for tests"
+
+
+def no_kernel(*_):
+    raise RuntimeError("no kernel image")
+
+
+@pytest.mark.parametrize(("kernel", "says"), [
+    (lambda q, k, v, plan: attend(q, k, v, plan, impl="torch"), None),
+    (lambda q, k, v, plan: 1.02 * attend(q, k, v, plan, impl="torch"), "the kernel's self-test is off by 2."),
+    (lambda q, k, v, plan: torch.full_like(q, float("nan")), "the kernel's self-test is off by nan"),
+    (lambda q, k, v, plan: scaled_dot_product_attention(q, k, v), "the kernel's self-test is off by"),
+    (no_kernel, "the kernel does not compile or run here: RuntimeError: no kernel image"),
+], ids=["right", "2 % off", "NaN", "ignores the mask", "fails"])
+def test_self_test(kernel, says, monkeypatch):
+    """A kernel that is wrong on this GPU must be found before it draws a picture."""
+    monkeypatch.setattr("fgattn.attention.attend", lambda q, k, v, plan, impl: (
+        kernel(q, k, v, plan) if impl == "triton" else attend(q, k, v, plan, impl=impl)))
+    result = runtime.self_test(torch.device("cpu"))
+    assert result is None if says is None else result.startswith(says)

@@ -1,0 +1,98 @@
+"""Run statistics: sums, medians and marks, without an engine."""
+
+import types
+
+import pytest
+import torch
+from fgattn.stats import Clock, RunReport, RunStats, StepReport
+
+CPU = torch.device("cpu")
+
+
+class Ticks(Clock):
+    """A clock that shows the times it is given, in seconds."""
+
+    def __init__(self, *times):
+        super().__init__(CPU)
+        self.times = iter(times)
+
+    def mark(self):
+        return next(self.times)
+
+
+def plan(requested, executed, queries=10, keys=20):
+    return types.SimpleNamespace(
+        requested=torch.tensor(requested, dtype=torch.float64), queries=queries, keys=keys,
+        executed=torch.tensor(executed, dtype=torch.float64))
+
+
+def test_no_step_at_all():
+    """A run that was interrupted at once has a report all the same."""
+    report = RunStats(Clock(CPU)).report("settings", "torch")
+    assert report.steps == () and report.blocks == () and report.calls == {} and report.remarks == ()
+    assert report.total == 0 and report.planning == 0 and report.tokens == 0
+    for name in ("dense_call", "sparse_call", "density", "executed_density", "peak_memory", "error",
+                 "speedup"):
+        assert getattr(report, name) is None
+    assert (report.settings, report.implementation, report.device) == ("settings", "torch", "cpu")
+
+
+def test_times_add_up():
+    """Steps from their first evaluation to the next step's; attention and planning apart; ms."""
+    stats = RunStats(Ticks(1.0, 3.0, 7.5))
+    stats.begin_step(0)
+    stats.begin_step(0)  # the second half of a cfg pair begins no step
+    stats.timed(0, False, 1.0, 1.0, 1.5)
+    stats.timed(0, False, 1.5, 1.5, 1.75)
+    stats.begin_step(1)
+    stats.timed(1, True, 3.0, 3.125, 3.25)
+    report = stats.report("s", "torch")
+    assert report.steps == (
+        StepReport(index=0, total=2000.0, attention=750.0, planning=0.0, sparse_calls=0, dense_calls=2),
+        StepReport(index=1, total=4500.0, attention=125.0, planning=125.0, sparse_calls=1, dense_calls=0))
+    assert report.total == 6500.0 and report.planning == 125.0
+    assert report.dense_call == 500.0 and report.sparse_call == 250.0 and report.speedup == 2.0
+
+
+@pytest.mark.parametrize(("calls", "median"), [((1,), 1), ((3, 1, 2), 2), ((9, 1, 1, 1, 500), 1)], ids=str)
+def test_call_times_are_medians(calls, median):
+    """The first call compiles: a mean would report that."""
+    stats = RunStats(Ticks(0.0))
+    for length in calls:
+        stats.timed(0, True, 0.0, 0.0, length / 1000)
+    assert stats.report("s", "torch").sparse_call == pytest.approx(median)
+
+
+@pytest.mark.parametrize("only", [True, False], ids=["sparse", "dense"])
+def test_no_comparison_without_both(only):
+    """A gain that was not measured is not claimed."""
+    stats = RunStats(Ticks(0.0))
+    stats.timed(0, only, 0.0, 0.0, 1.0)
+    assert stats.report("s", "torch").speedup is None
+
+
+def test_densities_by_block_and_over_all():
+    """Weighted by the scores of each call, not a mean of shares."""
+    stats = RunStats(Ticks(0.0))
+    stats.add_plan(5, plan([[50.0, 100.0]], [[100.0, 200.0]]))  # of 2 x 200
+    stats.add_plan(2, plan([[8.0]], [[8.0]], 4, 4))
+    stats.add_plan(5, plan([[0.0]], [[10.0]]))
+    report = stats.report("s", "torch")
+    assert [(b.block, b.density, b.executed_density) for b in report.blocks] == [
+        (2, 0.5, 0.5), (5, 0.25, 310 / 600)]
+    assert report.density == 158 / 616 and report.executed_density == 318 / 616
+
+
+def test_clock_measures_time():
+    """Host marks are seconds, differences milliseconds."""
+    clock = Clock(CPU)
+    first, second = clock.mark(), clock.mark()
+    assert second >= first and clock.milliseconds(1.0, 1.5) == 500.0
+
+
+def test_report_is_immutable():
+    """The node, the chart and the log read the same one."""
+    report = RunStats(Clock(CPU)).report("s", "torch")
+    with pytest.raises(AttributeError):
+        report.tokens = 1
+    assert isinstance(report, RunReport)
