@@ -2,7 +2,8 @@
 
 One program computes BLOCK_M query rows of one head. Keys come from a list of units (UNIT
 consecutive positions in the order); `key_rows` turns a position into a row of k and v, or -1 where
-there is no key, so that order, ragged ends and invalid keys are one lookup. Scores stay in
+there is no key, so that order, ragged ends and invalid keys are one lookup (with invalid keys, units
+are single keys, and only the last unit can be short). Scores stay in
 registers, accumulation is fp32. The list is made from the plan's bits by the first kernel.
 
     out = (sum_kept e^(s-m) v + e^(t-m) tail) / (sum_kept e^(s-m) + e^(t-m)),   m = max(s, t)
@@ -35,7 +36,8 @@ def list_kernel(
 ):
     """List of the units whose slice (unit // SPLIT) has its bit set, for one tile, in the order.
 
-    Units of one key are listed as their row of k and v, which saves the other kernel a lookup.
+    Units of one key are listed as their row of k and v, which saves the other kernel a lookup; those
+    without a key are left out.
     """
     tile = tl.program_id(0)
     row = tl.program_id(1)
@@ -49,10 +51,11 @@ def list_kernel(
         part = unit // SPLIT
         octet = tl.load(source + part // 8, mask=unit < units, other=0).to(tl.int32)
         kept = (octet >> (part % 8)) & 1
-        place = count + tl.cumsum(kept, 0) - 1
         entry = unit
         if UNIT == 1:
             entry = tl.load(key_rows + (head // heads) * stride_rows_b + unit, mask=kept > 0, other=-1)
+            kept = (entry >= 0).to(tl.int32)
+        place = count + tl.cumsum(kept, 0) - 1
         tl.store(out + place, entry, mask=kept > 0)
         count += tl.sum(kept, 0)
     tl.store(counts + row * tiles + tile, count)
@@ -100,7 +103,7 @@ def attend_kernel(
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_ob, stride_oh, stride_ol, stride_rows_b, heads, first, queries, tiles, units, runs, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
-    HAS_TAIL: tl.constexpr, HAS_INVALID: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
 ):
     tile = tl.program_id(0)
     row = tl.program_id(1)
@@ -126,7 +129,7 @@ def attend_kernel(
     full = tl.maximum(count - 1, 0) // (BLOCK_N // UNIT) * (BLOCK_N // UNIT)
     for i in range(0, full, BLOCK_N // UNIT):
         acc, m_i, l_i = _step(i, count, q_tile, acc, m_i, l_i, k_base, v_base, stride_kl, stride_vl,
-                              unit_list, key_rows, scale, BLOCK_N, UNIT, D, HAS_INVALID)
+                              unit_list, key_rows, scale, BLOCK_N, UNIT, D, False)
     if count > 0:
         acc, m_i, l_i = _step(full, count, q_tile, acc, m_i, l_i, k_base, v_base, stride_kl, stride_vl,
                               unit_list, key_rows, scale, BLOCK_N, UNIT, D, True)
@@ -153,7 +156,7 @@ def attend_triton(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
     """
     (batch, heads, queries, dim), tiles = q.shape, plan.bits.shape[2]
     q, k, v = (x.to(compute_type(x)) for x in (q, k, v))
-    unit = min(plan.tile_keys, CELL)
+    unit = 1 if plan.key_valid is not None else min(plan.tile_keys, CELL)
     units = -(-plan.keys // unit)
     key_rows = _key_rows(plan)
     stride_rows = key_rows.stride(0) if len(key_rows) > 1 else 0
@@ -177,8 +180,7 @@ def attend_triton(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
                 stride_rows, heads, first, queries, tiles, units,
                 -(-queries // CELL), plan.softmax_scale(dim) * LOG2_E,
                 BLOCK_M=plan.tile_rows, BLOCK_N=launch.block_keys, UNIT=unit, D=dim,
-                HAS_TAIL=tail is not None, HAS_INVALID=plan.key_valid is not None,
-                num_warps=launch.warps, num_stages=launch.stages)
+                HAS_TAIL=tail is not None, num_warps=launch.warps, num_stages=launch.stages)
 
 
 def _key_rows(plan: SparsePlan) -> torch.Tensor:

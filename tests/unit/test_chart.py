@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import ImageColor, ImageDraw
-
 from fgattn import chart
 from fgattn.stats import BlockReport, RunReport, StepReport
+from PIL import ImageColor, ImageDraw
 
 
 def make_report(steps=12, dense=2, blocks=8, ms=100.0, **changes):

@@ -4,15 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
-
 from fgattn import engine as engine_module
 from fgattn.demo import __main__ as command
 from fgattn.demo import generate as sampling
 from fgattn.demo import quantise, scenes, show
 from fgattn.engine import Engine
 from fgattn.settings import Policy, Settings
+from PIL import Image
+from safetensors.torch import load_file
 
 ROOT = quantise.HERE.parents[1]
 ORIGINAL = ROOT.parent / "shared" / "testbed" / "wan_mini.safetensors"
