@@ -7,10 +7,9 @@ fine grain. Each row is checked against float64 on sampled query tiles.
 from __future__ import annotations
 
 import torch
+from fgattn import attend, plan_from_mask
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-
-from fgattn import attend, plan_from_mask
 
 from .measure import milliseconds, relative_error
 

@@ -49,20 +49,29 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def machine() -> dict[str, str]:
+def machine(commit: str) -> dict[str, str]:
     """What a figure needs beside it to mean something."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS, capture_output=True, text=True)
     return {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
         "python": platform.python_version(), "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit,
     }
 
 
-def write(name: str, rows: list[dict[str, object]], folder: Path = RESULTS) -> None:
-    """Write rows, each with the machine's columns, and print them."""
+def checked_out() -> str:
+    """Commit of this checkout, "unknown" outside git."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent,
+                               capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def write(name: str, rows: list[dict[str, object]], folder: Path, commit: str) -> None:
+    """Write rows to a CSV file, each with the machine's columns, and print them."""
     folder.mkdir(parents=True, exist_ok=True)
-    where = machine()
+    where = machine(commit)
     with open(folder / f"{name}.csv", "w", newline="") as file:
         table = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
         table.writeheader()

@@ -20,7 +20,7 @@ def declined(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
         if x.numel() and x.stride(3) != 1:
             return f"{name} has stride {x.stride(3)} in its last dimension, not 1"
         strides = [s for s, n in zip(x.stride()[:3], x.shape, strict=False) if n > 1]
-        if x.numel() and any(b * x.element_size() % 16 for b in strides) or x.data_ptr() % 16:
+        if (x.numel() and any(b * x.element_size() % 16 for b in strides)) or x.data_ptr() % 16:
             return f"{name} has rows that are not 16-byte aligned"
     return None
 

@@ -1,5 +1,7 @@
 """The Triton kernel and the pipeline on a real GPU."""
 
+import dataclasses
+
 import pytest
 import torch
 from fgattn import Settings, TokenLayout, attend, build_plan, plan_from_mask, reference, runtime
@@ -36,18 +38,12 @@ def assert_close(got, q, k, v, plan):
     """|got - fp64| <= 2 (|half precision - fp64| + eps max): rounding alone explains the error."""
     exact = reference.attend(q.double(), k.double(), v.double(), plan)
     rounding = (reference.attend(q, k, v, plan).double() - exact).abs().max()
-    no_tail = plan_from_bits_without_tail(plan)
+    no_tail = dataclasses.replace(plan, tail=False)
     plain = reference.attend(q.double(), k.double(), v.double(), no_tail)
     rounding = rounding + (low_precision(q, k, v, no_tail).double() - plain).abs().max()
     bound = 2 * (rounding + torch.finfo(q.dtype).eps * exact.abs().max())
     error = (got.double() - exact).abs().max()
     assert error <= bound, f"error {error:.2e}, bound {bound:.2e}"
-
-
-def plan_from_bits_without_tail(plan):
-    import dataclasses
-
-    return dataclasses.replace(plan, tail=False)
 
 
 def test_this_gpu_runs_the_kernel():
@@ -184,7 +180,7 @@ def test_480p_length_sampled_memory_and_no_sync():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(first, second)
-    no_tail = plan_from_bits_without_tail(plan)
+    no_tail = dataclasses.replace(plan, tail=False)
     out = attend(q, k, v, no_tail)
     kept = plan.kept_keys(0, slice(3, 4))[0]
     for tile in (0, 100, 255):
@@ -215,13 +211,13 @@ def test_engine_times_with_events():
     q, k, v = tensors(1, 2, 4096, 128)
     layout = TokenLayout((4, 32, 32))
     engine.begin_run([1.0, 0.8, 0.6, 0.4, 0.0], True, q.device)
+    short = [x[:, :, :256] for x in (q, k, v)]
+    dense = torch.nn.functional.scaled_dot_product_attention
     for sigma in (1.0, 0.8, 0.6, 0.4):
         engine.begin_evaluation(sigma)
-        dense = torch.nn.functional.scaled_dot_product_attention
         for block in range(2):
             engine.attention(q, k, v, layout=layout, dense=lambda: dense(q, k, v), block=block)
-        engine.attention(*(x[:, :, :256] for x in (q, k, v)), layout=TokenLayout.flat(256), block=0,
-                         dense=lambda: dense(q[:, :, :256], k[:, :, :256], v[:, :, :256]))
+        engine.attention(*short, layout=TokenLayout.flat(256), dense=lambda: dense(*short), block=0)
     report = engine.end_run()
     assert report.calls == {"warm-up step": 2, "sparse": 6, "fewer than 4096 tokens": 4}
     assert report.speedup > 0 and report.peak_memory > 0 and report.total > 0
