@@ -6,6 +6,8 @@ against dense attention in the same type.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from fgattn import Settings, TokenLayout, attend, build_plan
 from fgattn.demo.generate import schedule
@@ -40,7 +42,7 @@ def recorded_calls() -> dict[tuple[int, int], tuple[torch.Tensor, ...]]:
     noise = torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(1)).cuda()
     context = conditioning(1).cuda().to(torch.bfloat16)
     sigmas, x, calls = schedule(20), noise, {}
-    for step, (sigma, following) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for step, (sigma, following) in enumerate(pairwise(sigmas)):
         recorder = Recorder()
         time = torch.full((1,), 1000 * sigma, device="cuda")
         velocity = model(x.to(torch.bfloat16), time, context, recorder).float()

@@ -25,8 +25,8 @@ def attend_torch(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
             if tail is None:
                 tail_out, tail_lse = torch.zeros_like(rows), rows.new_full((len(rows), 1), -torch.inf)
             else:
-                tail_out, tail_lse = (
-                    x.repeat_interleave(CELL, 0)[: len(rows)] for x in (tail[0][b, h], tail[1][b, h, :, None]))
+                pooled = tail[0][b, h], tail[1][b, h, :, None]
+                tail_out, tail_lse = (x.repeat_interleave(CELL, 0)[: len(rows)] for x in pooled)
             result = torch.empty_like(rows)
             for tile, kept in enumerate(plan.kept_keys(b, one)[0]):
                 mine = slice(tile * plan.tile_rows, (tile + 1) * plan.tile_rows)

@@ -46,11 +46,11 @@ class Patch:
             model.remove_wrappers_with_key(kind, KEY)
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.outer_sample)
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.apply_model)
-        options = model.model_options["transformer_options"] = model.model_options["transformer_options"].copy()
+        options = model.model_options["transformer_options"]
         previous = options.get(SLOT)
         while isinstance(previous, Override):
             previous = previous.previous
-        options[SLOT] = Override(self, previous)
+        model.model_options["transformer_options"] = {**options, SLOT: Override(self, previous)}
         return model
 
     def outer_sample(self, executor, *args, **kwargs):

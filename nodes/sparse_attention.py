@@ -31,12 +31,12 @@ class FGAttnPatch(io.ComfyNode):
                     "smaller tiles select more precisely and run slower."),
                 io.Combo.Input(
                     "tile_keys", options=[str(n) for n in TILE_KEYS], default="16",
-                    tooltip="N: neighbouring keys that are kept or skipped together. 16 is a good start; below "
-                    "16 each key is judged on its own, which costs planning time."),
+                    tooltip="N: neighbouring keys that are kept or skipped together. 16 is a good start; "
+                    "below 16 each key is judged on its own, which costs planning time."),
                 io.Int.Input(
                     "warmup_steps", default=2, min=0, max=50, display_mode=io.NumberDisplay.slider,
-                    tooltip="Dense steps at the start, where the picture is laid out; at most a quarter of the "
-                    "run's steps. Only in runs that begin at full noise, so not in a second sampler."),
+                    tooltip="Dense steps at the start, where the picture is laid out; at most a quarter of "
+                    "the run's steps. Only in runs that begin at full noise, so not in a second sampler."),
                 io.Int.Input(
                     "min_tokens", default=0, min=0, max=1_000_000, advanced=True,
                     tooltip="Shortest sequence that runs sparse. 0 is automatic: 4096 on CUDA, none on CPU."),

@@ -1,18 +1,17 @@
 """Real ComfyUI classes on the CPU; needs a checkout, named by COMFYUI_PATH."""
 
-import importlib.util
+import importlib
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
 COMFYUI = os.environ.get("COMFYUI_PATH")
 
 
 def pytest_collection_modifyitems(items):
-    skip = pytest.mark.skip(reason="COMFYUI_PATH does not name a ComfyUI checkout: nothing of ComfyUI is tested")
+    skip = pytest.mark.skip(reason="COMFYUI_PATH names no ComfyUI checkout: nothing of ComfyUI is tested")
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.comfy)
@@ -21,18 +20,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def pack():
-    """The node pack, loaded as ComfyUI loads it, under a name of its own."""
+def pack(pack_root):
+    """The node pack with its nodes imported, ComfyUI on the CPU."""
     sys.path.insert(0, COMFYUI)
     from comfy.cli_args import args
 
     args.cpu = True
-    spec = importlib.util.spec_from_file_location("fgattn_pack", ROOT / "__init__.py",
-                                                  submodule_search_locations=[str(ROOT)])
-    module = sys.modules["fgattn_pack"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     importlib.import_module("fgattn_pack.nodes")
-    return module
+    return pack_root
 
 
 @pytest.fixture(scope="session")

@@ -83,7 +83,8 @@ def test_other_overrides_get_the_dense_calls(wan, sample, patched, report, after
     if not after:
         model = patched(model, warmup_steps=1)
     sample(model, steps=4)
-    assert report(model).calls == {"warm-up step": BLOCKS, "sparse": 3 * BLOCKS, "cross-attention": 4 * BLOCKS}
+    assert report(model).calls == {
+        "warm-up step": BLOCKS, "sparse": 3 * BLOCKS, "cross-attention": 4 * BLOCKS}
     assert other.calls == BLOCKS + 4 * BLOCKS
 
 
@@ -136,7 +137,8 @@ def test_an_exception_goes_dense_and_says_so(wan, sample, patched, report, monke
     """A failure in our path: one traceback, text for the node, and the dense result."""
     engine = sys.modules["fgattn_pack.fgattn.engine"]
     shown = []
-    monkeypatch.setattr(sys.modules["fgattn_pack.nodes.patch"], "show", lambda node, text: shown.append((node, text)))
+    patch = sys.modules["fgattn_pack.nodes.patch"]
+    monkeypatch.setattr(patch, "show", lambda node, text: shown.append((node, text)))
     model = patched(wan)
 
     def broken(*args, **kwargs):
@@ -147,7 +149,8 @@ def test_an_exception_goes_dense_and_says_so(wan, sample, patched, report, monke
         out = sample(model, steps=4)
     assert torch.equal(out, sample(wan, steps=4))
     assert report(model).error == "RuntimeError: out of luck"
-    assert report(model).calls == {"error": 1, "after an error": 4 * BLOCKS - 1, "cross-attention": 4 * BLOCKS}
+    assert report(model).calls == {
+        "error": 1, "after an error": 4 * BLOCKS - 1, "cross-attention": 4 * BLOCKS}
     assert [bool(r.exc_info) for r in caplog.records] == [True]
     assert shown[0] == ("1", "dense: RuntimeError: out of luck") and "out of luck" in shown[-1][1]
 
