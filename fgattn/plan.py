@@ -86,6 +86,17 @@ class SparsePlan:
         valid = self.valid_keys(batch)
         return keys if valid is None else keys & valid
 
+    def executed_keys(self, batch: int, heads: slice) -> torch.Tensor:
+        """Number of valid keys that each tile executes in each cell, uint8 [G, tiles, cells]."""
+        kept, valid = self.kept_slices(batch, heads), self.valid_keys(batch)
+        if self.tile_keys <= CELL:
+            counts = kept * _valid_counts(self.keys, self.tile_keys, valid, kept.device)
+            per_cell = CELL // self.tile_keys
+            return pad(counts, (0, -counts.shape[2] % per_cell)).unflatten(2, (-1, per_cell)).sum(
+                3, dtype=torch.uint8)
+        counts = _valid_counts(self.keys, CELL, valid, kept.device)
+        return kept.repeat_interleave(self.tile_keys // CELL, 2)[..., : len(counts)] * counts
+
     def softmax_scale(self, dim: int) -> float:
         return dim**-0.5 if self.scale is None else self.scale
 
@@ -195,9 +206,9 @@ def _ordered_valid(layout, batch, keys, order, device):
 
 def _pack(kept, m, n, queries, keys, valid):
     """Kept slices [G, tiles, slices] -> bits [G, executed tiles, bytes], requested and executed [G]."""
-    exists = torch.ones(keys, device=kept.device) if valid is None else valid.float()
-    weight = pad(exists, (0, -keys % n)).view(-1, n).sum(1)  # valid keys of each slice
+    weight = _valid_counts(keys, n, valid, kept.device)
     kept = kept & (weight > 0)
+    weight = weight.float()
     requested = _scores(kept, m, queries, weight)
     if m < KERNEL_ROWS:
         kept = merge_runs(kept.transpose(1, 2), KERNEL_ROWS // m).transpose(1, 2)
@@ -205,6 +216,12 @@ def _pack(kept, m, n, queries, keys, valid):
     octets = pad(kept, (0, -kept.shape[2] % 8)).unflatten(2, (-1, 8))
     places = torch.arange(8, device=kept.device, dtype=torch.uint8)
     return (octets.to(torch.uint8) << places).sum(-1, dtype=torch.uint8), requested, executed
+
+
+def _valid_counts(keys, width, valid, device):
+    """Valid keys in each run of `width`, uint8 [ceil(keys / width)]."""
+    exists = torch.ones(keys, dtype=torch.uint8, device=device) if valid is None else valid
+    return pad(exists, (0, -keys % width)).view(-1, width).sum(1, dtype=torch.uint8)
 
 
 def _scores(kept, rows, queries, weight):

@@ -10,34 +10,41 @@ float64 input stays float64 throughout.
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 from .order import CELL
 
 
-def run_means(x: torch.Tensor, valid: torch.Tensor | None = None):
-    """Mean and biased variance of runs of 16 rows.
+def summarise(x: torch.Tensor, valid: torch.Tensor | None = None, *, variance: bool = False):
+    """Mean, and biased variance if asked for, of runs of 16 rows.
 
     Args:
         x: [G, L, D], rows in the order.
         valid: None or bool [L]; rows that count.
 
     Returns:
-        mean, variance [G, runs, D] in fp32 (float64 for float64); count [runs] int64.
+        mean, variance (or None) [G, runs, D] in fp32 (float64 for float64); count [runs] int64.
         A run without valid rows has zeros.
     """
-    length = x.shape[1]
+    groups, length, dim = x.shape
     runs = -(-length // CELL)
+    counted = torch.ones(length, dtype=torch.bool, device=x.device) if valid is None else valid
+    counted = pad(counted, (0, runs * CELL - length)).view(runs, CELL)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    counted = torch.zeros(runs * CELL, dtype=torch.bool, device=x.device)
-    counted[:length] = True if valid is None else valid
-    counted = counted.view(runs, CELL)
-    rows = torch.nn.functional.pad(x.to(wide), (0, 0, 0, runs * CELL - length))
-    rows = torch.where(counted[..., None], rows.view(-1, runs, CELL, x.shape[2]), 0)
+    rows = pad(x, (0, 0, 0, runs * CELL - length)).view(groups, runs, CELL, dim).to(wide)
+    if valid is not None:
+        rows = rows.masked_fill_(~counted[..., None], 0.0)
     count = counted.sum(1)
     n = count.clamp(min=1)[:, None].to(wide)
     mean = rows.sum(2) / n
-    spread = torch.where(counted[..., None], rows - mean[:, :, None], 0)
-    return mean, spread.square_().sum(2) / n, count
+    if not variance:
+        return mean, None, count
+    rows -= mean[:, :, None]
+    if valid is not None:
+        rows.masked_fill_(~counted[..., None], 0.0)
+    else:
+        rows[:, -1:].masked_fill_(~counted[-1:, :, None], 0.0)  # only the last run can be short
+    return mean, rows.square_().sum(2) / n, count
 
 
 def cell_logits(

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import pad
 
 from .order import CELL, Geometry
-from .scoring import cell_logits, log_total, run_means
+from .scoring import cell_logits, log_total, summarise
 from .settings import Settings
 
 MARGIN = 1e-3  # a logit that equals the bound but for rounding is kept
@@ -31,8 +31,8 @@ def select(
         valid: None or bool [L_k] in the order.
     """
     runs_per_tile = settings.tile_queries // CELL
-    query_mean, _, _ = run_means(q)
-    key_mean, key_variance, count = run_means(k, valid)
+    query_mean, _, _ = summarise(q)
+    key_mean, key_variance, count = summarise(k, valid, variance=True)
     logits = cell_logits(query_mean, key_mean, key_variance, scale, q.dtype)
     relative = math.log(settings.threshold) if settings.threshold else -math.inf
     bound = log_total(logits, count) + (relative - math.log(k.shape[1]) - MARGIN)

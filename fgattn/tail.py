@@ -7,11 +7,10 @@ the cell's valid keys, n_r the number of them that the tile does not execute.
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import pad
 
 from .order import CELL
 from .plan import SparsePlan
-from .scoring import cell_logits, run_means
+from .scoring import cell_logits, summarise
 from .tensors import head_chunks, ordered
 
 
@@ -34,14 +33,13 @@ def pooled_tail(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SparseP
     elements = max(queries * dim, keys * dim, runs * cells, -(-queries // plan.tile_rows) * keys)
     for b, group in head_chunks(batch, heads, elements):
         rows = ordered(q, b, group, plan.geometry.query_tokens)
-        query_mean, _, _ = run_means(rows)
+        query_mean, _, _ = summarise(rows)
         valid = plan.valid_keys(b)
-        key_mean, _, count = run_means(ordered(k, b, group, plan.geometry.key_tokens), valid)
-        value_mean, _, _ = run_means(ordered(v, b, group, plan.geometry.key_tokens), valid)
+        key_mean, _, count = summarise(ordered(k, b, group, plan.geometry.key_tokens), valid)
+        value_mean, _, _ = summarise(ordered(v, b, group, plan.geometry.key_tokens), valid)
         logits = cell_logits(query_mean, key_mean, None, plan.softmax_scale(dim), rows.dtype)
-        executed = pad(plan.kept_keys(b, group), (0, -keys % CELL)).unflatten(2, (-1, CELL)).sum(3)
-        skipped = (count - executed).repeat_interleave(plan.tile_rows // CELL, 1)[:, :runs]
-        logits = (logits + skipped.to(wide).log()).masked_fill_(skipped == 0, -torch.inf)
+        skipped = (count - plan.executed_keys(b, group)).to(wide)
+        logits += skipped.log().repeat_interleave(plan.tile_rows // CELL, 1)[:, :runs]
         lse[b, group] = total = torch.logsumexp(logits, 2)
         weights = (logits - total.masked_fill(total == -torch.inf, 0)[..., None]).exp_()
         out[b, group] = torch.bmm(weights, value_mean.to(rows.dtype).to(wide))
