@@ -102,8 +102,10 @@ def test_reference_is_the_definition(m, n, dtype, has_tail):
     expected = defined_attention(q[0, 0], k[0, 0], v[0, 0], by_key, m, layout, 0.3, has_tail)
     k, v = poisoned(k, layout.key_valid), poisoned(v, layout.key_valid)
     got = attend(q, k, v, plan, impl="reference")[0, 0]
-    tolerance = 1e-13 if dtype == torch.float64 else 4e-3
-    assert (got.double() - expected).abs().max() <= tolerance * expected.abs().max()
+    if dtype == torch.float64:
+        assert (got - expected).abs().max() <= 1e-13 * expected.abs().max()
+    else:  # the same numbers but for the last rounding, where it is a tie
+        assert (got == expected.to(dtype)).float().mean() > 0.995
 
 
 @pytest.mark.parametrize(("m", "n", "dim", "case"), [
@@ -463,7 +465,7 @@ def test_reference_needs_no_other_stage(monkeypatch):
         raise AssertionError("the reference called an implementation")
 
     for module in (attend_torch, tail):
-        for name in ("run_means", "cell_logits", "ordered", "attend_torch", "pooled_tail"):
+        for name in ("summarise", "cell_logits", "ordered", "attend_torch", "pooled_tail"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, fail)
     reference.attend(q, k, v, plan)

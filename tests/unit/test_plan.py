@@ -51,6 +51,20 @@ def test_mask_survives_packing(m, n):
     assert made.executed_density.item() == pytest.approx(made.executed.sum().item() / scores, abs=1e-12)
 
 
+@pytest.mark.parametrize("n", [1, 16, 64])
+def test_slices_without_valid_keys_are_not_listed(n):
+    """Half a batch may be padding: its keys would be gathered for nothing."""
+    valid = torch.arange(LENGTH)[None] < 100
+    layout = TokenLayout.flat(LENGTH)
+    layout = dataclasses.replace(layout, key_valid=valid)
+    q, k, _ = make(1, LENGTH)
+    everything = torch.ones(tiles_and_slices(64, n), dtype=torch.bool)
+    for made in (build_plan(q, k, Settings(0.0, 64, n), layout),
+                 plan_from_mask(everything, 64, n, query_length=LENGTH, layout=layout)):
+        kept = made.kept_slices(0, slice(None))[0]
+        assert kept[:, :-(-100 // n)].all() and not kept[:, -(-100 // n):].any()
+
+
 def test_density_counts_short_tiles_by_their_size():
     """One tile of 64 and one of 16 rows: the short one must weigh a fifth, not half."""
     mask = torch.tensor([[True, False], [False, True]])  # 64 x 64 and 16 x 6 scores
