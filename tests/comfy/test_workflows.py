@@ -1,0 +1,70 @@
+"""ComfyUI accepts the example workflows: every node, input, value and link."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+FILES = sorted((Path(__file__).parents[2] / "example_workflows").glob("*.json"))
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+
+
+@pytest.fixture(scope="module")
+def classes(pack):
+    """All node classes, ComfyUI's extras and ours."""
+    import nodes
+
+    asyncio.run(nodes.init_builtin_extra_nodes())
+    ours = sys.modules["fgattn_pack.nodes"]
+    for node in (ours.FGAttnPatch, ours.FGAttnTiming):
+        nodes.NODE_CLASS_MAPPINGS[node.GET_SCHEMA().node_id] = node
+    return nodes.NODE_CLASS_MAPPINGS
+
+
+def as_prompt(graph, classes):
+    """What the frontend queues: widget values by position, links by name."""
+    links = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
+    prompt = {}
+    for node in graph["nodes"]:
+        values, inputs = list(node.get("widgets_values") or []), {}
+        declared = classes[node["type"]].INPUT_TYPES()
+        for name, (kind, *options) in {**declared["required"], **declared.get("optional", {})}.items():
+            if isinstance(kind, list) or kind in WIDGETS:
+                inputs[name] = values.pop(0)
+                if options and options[0].get("control_after_generate"):
+                    values.pop(0)
+        assert not values, f"{node['type']} has values without an input: {values}"
+        inputs |= {given["name"]: links[given["link"]] for given in node["inputs"]}
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_comfyui_accepts_the_workflow(file, classes, monkeypatch):
+    """Validation as on queueing, with the models it names in place."""
+    import execution
+    import folder_paths
+
+    graph = json.loads(file.read_text(encoding="utf-8"))
+    models = [m["name"] for n in graph["nodes"] for m in n["properties"].get("models", [])]
+    monkeypatch.setattr(folder_paths, "get_filename_list", lambda folder: models)
+    valid, error, _, errors = asyncio.run(execution.validate_prompt("1", as_prompt(graph, classes), None))
+    assert valid, (error, errors)
+
+
+def test_wrong_values_are_refused_when_queued(classes, monkeypatch):
+    """A tile size that is none, and blocks that are none, never reach the sampler."""
+    import execution
+    import folder_paths
+
+    graph = json.loads(FILES[0].read_text(encoding="utf-8"))
+    models = [m["name"] for n in graph["nodes"] for m in n["properties"].get("models", [])]
+    monkeypatch.setattr(folder_paths, "get_filename_list", lambda folder: models)
+    for name, value in (("tile_keys", "24"), ("dense_blocks", "one"), ("threshold", -1.0), ("order", "up")):
+        prompt = as_prompt(graph, classes)
+        ours = next(node for node in prompt.values() if node["class_type"] == "FGAttnPatch")
+        ours["inputs"][name] = value
+        valid, _, _, errors = asyncio.run(execution.validate_prompt("1", prompt, None))
+        assert not valid and name in str(errors), (name, errors)
