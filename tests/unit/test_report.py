@@ -20,14 +20,15 @@ NOTHING = dataclasses.replace(DENSE, steps=(), calls={}, dense_call=None, total=
 
 
 @pytest.mark.parametrize(("report", "line"), [
-    (FULL, "sparse: 25% of scores, attention 3.00x"),
+    (FULL, "sparse: 25% of scores, attention 3.00x faster"),
+    (dataclasses.replace(FULL, sparse_call=15.0), "sparse: 25% of scores, attention 2.00x slower"),
     (dataclasses.replace(FULL, dense_call=None), "sparse: 25% of scores, no dense step to compare with"),
     (DENSE, "dense: fewer than 4096 tokens"),
     (dataclasses.replace(DENSE, calls={"cross-attention": 3}), "attention never reached FG-Attn"),
     (NOTHING, "attention never reached FG-Attn"),
     (dataclasses.replace(FULL, error="RuntimeError: no kernel image"),
      "dense after an error: RuntimeError: no kernel image"),
-], ids=["sparse", "no dense step", "dense", "cross-attention only", "nothing", "error"])
+], ids=["sparse", "slower", "no dense step", "dense", "cross-attention only", "nothing", "error"])
 def test_headline(report, line):
     """One line under the node: what ran, or the most frequent reason why not."""
     assert headline(report) == line
@@ -35,42 +36,38 @@ def test_headline(report, line):
 
 
 def test_whole_report():
-    """Every number, in aligned columns."""
+    """Every number, in lines that need no columns: nodes show proportional type."""
     assert text(FULL).splitlines() == [
-        "sparse: 25% of scores, attention 3.00x",
+        "sparse: 25% of scores, attention 3.00x faster",
         "",
-        "settings        threshold 1, tiles 128x16",
-        "implementation  triton on NVIDIA H200, 32760 tokens",
-        "run             12.35 s, 2 steps, planning 20.0 ms",
-        "peak VRAM       1.50 GiB",
+        "settings: threshold 1, tiles 128x16",
+        "implementation: triton on NVIDIA H200, 32760 tokens",
+        "run: 12.35 s, 2 steps, planning 20.0 ms",
+        "attention call: dense 7.50 ms, sparse 2.50 ms",
+        "density: 25.1% requested, 30.0% executed",
+        "peak VRAM: 1.50 GiB",
+        "remark: fp32 tensors are computed in bf16",
         "",
-        "attention call  dense 7.50 ms, sparse 2.50 ms: 3.00x",
-        "density         25.1% requested, 30.0% executed",
-        "remark          fp32 tensors are computed in bf16",
+        "80 calls: warm-up step",
+        "78 calls: sparse",
+        "2 calls: dense block",
         "",
-        "calls",
-        "      80  warm-up step",
-        "      78  sparse",
-        "       2  dense block",
+        "step 1: 900.0 ms, attention 600.0, planning 0.0; 0 sparse, 80 dense",
+        "step 2: 500.0 ms, attention 180.0, planning 20.0; 78 sparse, 2 dense",
         "",
-        "step   total ms  attention  planning  sparse  dense",
-        "   1      900.0      600.0       0.0       0     80",
-        "   2      500.0      180.0      20.0      78      2",
-        "",
-        "block  density  executed",
-        "    ?    50.0%     75.0%",
-        "    3    25.1%     30.0%",
+        "block ?: density 50.0%, executed 75.0%",
+        "block 3: density 25.1%, executed 30.0%",
     ]
 
 
 @pytest.mark.parametrize(("report", "has", "lacks"), [
-    (DENSE, ["attention call  no sparse call; dense 7.50 ms"], ["density ", "block ", "None"]),
-    (NOTHING, ["attention call  no sparse call", "run             0.00 s, 0 steps, planning 0.0 ms"],
+    (DENSE, ["attention call: no sparse call; dense 7.50 ms"], ["density", "block ", "None"]),
+    (NOTHING, ["attention call: no sparse call", "run: 0.00 s, 0 steps, planning 0.0 ms"],
      ["peak VRAM", "step ", "block ", "None", ";"]),
     (dataclasses.replace(FULL, dense_call=None),
-     ["attention call  sparse 2.50 ms; no dense step in this run to compare with"], ["None", "x\n"]),
-    (dataclasses.replace(FULL, error="RuntimeError: bad"), ["error           RuntimeError: bad"], ["None"]),
-    (dataclasses.replace(FULL, peak_memory=None), ["attention call"], ["peak VRAM", "None"]),
+     ["attention call: sparse 2.50 ms; no dense step in this run to compare with"], ["None", "faster"]),
+    (dataclasses.replace(FULL, error="RuntimeError: bad"), ["error: RuntimeError: bad"], ["None"]),
+    (dataclasses.replace(FULL, peak_memory=None), ["attention call:"], ["peak VRAM", "None"]),
 ], ids=["dense", "nothing", "no dense step", "error", "no VRAM"])
 def test_fields_without_a_value_are_left_out(report, has, lacks):
     """Never "None" on a node."""
