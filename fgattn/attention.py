@@ -11,7 +11,7 @@ from .order import TokenLayout
 from .plan import SparsePlan, build_plan
 from .settings import Settings
 from .tail import pooled_tail
-from .tensors import check_tensors
+from .tensors import check_tensors, compute_type
 
 IMPLEMENTATIONS = ("reference", "torch", "triton")
 
@@ -49,12 +49,15 @@ def attend(
     out = _empty_like(q)
     if not q.numel() or not k.shape[2]:
         return out.zero_()
-    tail = pooled_tail(q, k, v, plan) if plan.tail else None
     if impl == "torch":
+        tail = pooled_tail(q, k, v, plan) if plan.tail else None
         attend_torch(q, k, v, plan, tail, out)
     else:
         from .kernels.attend_fwd import attend_triton
+        from .kernels.pooled import tail_triton
 
+        q, k, v = (x.to(compute_type(x)) for x in (q, k, v))
+        tail = tail_triton(q, k, v, plan) if plan.tail else None
         attend_triton(q, k, v, plan, tail, out)
     return out
 

@@ -54,7 +54,7 @@ class TokenLayout:
         return self.front + t * h * w + self.back
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Geometry:
     """Index tensors of a layout, on one device. "Position" counts in the order, "token" in memory.
 
@@ -74,17 +74,8 @@ class Geometry:
     sink_cell: torch.Tensor
 
     def always_kept(self, tile_queries: int) -> torch.Tensor:
-        """Bool [tiles, cells]: the cells a tile keeps whatever their score."""
-        queries, cells = len(self.query_tokens), len(self.sink_cell)
-        tile = torch.arange(queries, device=self.own_cell.device) // tile_queries
-        tiles = -(-queries // tile_queries)
-        kept = self.sink_cell.repeat(tiles, 1)
-        has_own = torch.zeros(tiles, cells + 1, dtype=torch.bool, device=kept.device)
-        own_cell = self.own_cell % (cells + 1)  # -1 lands in the extra column
-        has_own.view(-1).index_fill_(0, tile * (cells + 1) + own_cell, True)
-        all_kept = torch.zeros(tiles, dtype=torch.int32, device=kept.device)
-        all_kept.index_add_(0, tile, self.sink_query.int())
-        return kept | has_own[:, :cells] | (all_kept > 0)[:, None]
+        """Bool [tiles, cells]: the cells a tile keeps whatever their score; cached."""
+        return _always_kept(self, tile_queries)
 
 
 def geometry(layout: TokenLayout, order: str, queries: int, device: torch.device) -> Geometry:
@@ -132,3 +123,15 @@ def _geometry(grid, front, back, start, order, queries, device) -> Geometry:
         query_tokens, own_cell, sink_query = tokens[mine] - start, cell[mine], is_sink[mine]
     return Geometry(*(torch.from_numpy(a).to(device)
                       for a in (query_tokens, tokens, own_cell, sink_query, sink_cell)))
+
+
+@functools.lru_cache(maxsize=32)
+def _always_kept(geo: Geometry, tile_queries: int) -> torch.Tensor:
+    queries, cells = len(geo.query_tokens), len(geo.sink_cell)
+    tile = torch.arange(queries, device=geo.own_cell.device) // tile_queries
+    tiles = -(-queries // tile_queries)
+    has_own = torch.zeros(tiles, cells + 1, dtype=torch.bool, device=tile.device)
+    has_own[tile, geo.own_cell] = True  # -1 lands in the extra column
+    has_sink = torch.zeros(tiles, dtype=torch.bool, device=tile.device)
+    has_sink[tile[geo.sink_query]] = True
+    return geo.sink_cell | has_own[:, :cells] | has_sink[:, None]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
+from . import runtime
 from .errors import InvalidArgument
 from .order import CELL, Geometry, TokenLayout, geometry
 from .selection import merge_runs, select
@@ -103,7 +104,7 @@ class SparsePlan:
 
 def build_plan(
     q: torch.Tensor, k: torch.Tensor, settings: Settings, layout: TokenLayout,
-    *, scale: float | None = None,
+    *, scale: float | None = None, impl: str | None = None,
 ) -> SparsePlan:
     """Select what to compute of softmax(scale * q k^T) v.
 
@@ -112,6 +113,8 @@ def build_plan(
         settings: threshold, tile sizes, tail, order.
         layout: of the keys; `layout.length` must be L_k.
         scale: softmax scale, D**-0.5 if None.
+        impl: "torch" or "triton" (on a GPU, for slices of 16 keys and more); None takes the faster one
+            that runs. Their plans differ at most where a score is within 1e-4 of the threshold.
 
     Raises:
         InvalidArgument: shapes, layout and settings that do not fit together.
@@ -131,6 +134,13 @@ def build_plan(
     valid = _ordered_valid(layout, batch, keys, settings.order, q.device)
     geo = geometry(layout, settings.order, queries, q.device)
     scale = dim**-0.5 if scale is None else scale
+    if impl is None:
+        impl = "torch" if runtime.triton_reason(q) else "triton"
+    if impl == "triton" and n >= CELL and queries and keys:
+        from .kernels.select import plan_bits
+
+        bits = plan_bits(q, k, geo, valid, settings, scale)
+        return SparsePlan(*bits, geo, valid, max(m, KERNEL_ROWS), n, settings.tail, scale)
     tiles, slices = -(-queries // m), -(-keys // n)
     elements = max(queries * dim, keys * dim, tiles * (m // CELL) * (keys // CELL + 1), tiles * keys // n)
     parts = []

@@ -34,8 +34,7 @@ def select(
     query_mean, _, _ = summarise(q)
     key_mean, key_variance, count = summarise(k, valid, variance=True)
     logits = cell_logits(query_mean, key_mean, key_variance, scale, q.dtype)
-    relative = math.log(settings.threshold) if settings.threshold else -math.inf
-    bound = log_total(logits, count) + (relative - math.log(k.shape[1]) - MARGIN)
+    bound = log_total(logits, count) + log_bound(settings.threshold, k.shape[1])
     always = geo.always_kept(settings.tile_queries)
     cells = (_any_run(logits, bound, runs_per_tile) | always) & (count > 0)
     if settings.tile_keys >= CELL:
@@ -56,6 +55,11 @@ def select(
     if valid is not None:
         keys &= valid
     return merge_runs(keys, settings.tile_keys)
+
+
+def log_bound(threshold: float, keys: int) -> float:
+    """What is added to a log-sum-exp for the smallest logit that is kept."""
+    return (math.log(threshold) if threshold else -math.inf) - math.log(keys) - MARGIN
 
 
 def merge_runs(kept: torch.Tensor, width: int) -> torch.Tensor:

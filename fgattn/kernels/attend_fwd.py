@@ -20,8 +20,8 @@ import triton.language as tl
 
 from ..order import CELL
 from ..plan import SparsePlan
-from ..tensors import compute_type
 from .launch_table import launch_for
+from .summarise import position_rows
 
 HEAD_DIMS = (64, 128)
 LIST_BYTES = 128 << 20  # scratch for lists; more heads than fit run in several launches
@@ -150,15 +150,11 @@ IS_INTERPRETED = not isinstance(attend_kernel, triton.JITFunction)
 
 
 def attend_triton(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
-    """Write softmax over the plan's keys (and `tail` = (out, lse) of pooled_tail, or None) to out.
-
-    fp32 tensors are computed in bf16 on a GPU.
-    """
+    """Write softmax over the plan's keys (and `tail` = (out, lse) of tail_triton, or None) to out."""
     (batch, heads, queries, dim), tiles = q.shape, plan.bits.shape[2]
-    q, k, v = (x.to(compute_type(x)) for x in (q, k, v))
     unit = 1 if plan.key_valid is not None else min(plan.tile_keys, CELL)
     units = -(-plan.keys // unit)
-    key_rows = _key_rows(plan)
+    key_rows = position_rows(plan.geometry.key_tokens, plan.key_valid)
     stride_rows = key_rows.stride(0) if len(key_rows) > 1 else 0
     query_rows = plan.geometry.query_tokens.to(torch.int32)
     tail_out, tail_lse = (None, None) if tail is None else (tail[0], tail[1] * LOG2_E)
@@ -181,14 +177,6 @@ def attend_triton(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
                 -(-queries // CELL), plan.softmax_scale(dim) * LOG2_E,
                 BLOCK_M=plan.tile_rows, BLOCK_N=launch.block_keys, UNIT=unit, D=dim,
                 HAS_TAIL=tail is not None, num_warps=launch.warps, num_stages=launch.stages)
-
-
-def _key_rows(plan: SparsePlan) -> torch.Tensor:
-    """Token of each key position, -1 for invalid keys and past the end; int32 [B or 1, cells * 16]."""
-    rows = plan.geometry.key_tokens.to(torch.int32)[None]
-    if plan.key_valid is not None:
-        rows = rows.masked_fill(~plan.key_valid, -1)
-    return torch.nn.functional.pad(rows, (0, -plan.keys % CELL), value=-1)
 
 
 def _arch(device: torch.device) -> int:

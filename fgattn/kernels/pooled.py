@@ -1,0 +1,86 @@
+"""Tail: the pooled estimate of what each tile skips, as a partial softmax per run of 16 queries.
+
+One program takes BLOCK_RUNS centroids of one head through all cells with an online softmax:
+
+    out_c = sum_j n_j e^(scale c.m_j - lse_c) v_j,   n_j: keys of cell j that c's tile does not execute
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..order import CELL
+from ..plan import SparsePlan
+from .summarise import position_rows, summarise
+
+BLOCK_RUNS, BLOCK_CELLS = 64, 64
+
+
+@triton.jit
+def tail_kernel(
+    centroid, mean, value, bits, widths, out, lse, stride_bits_b, stride_bits_h, stride_widths_b,
+    heads, runs, cells, slices, n_bytes, scale,
+    BLOCK_RUNS: tl.constexpr, BLOCK_CELLS: tl.constexpr, D: tl.constexpr, TILE_RUNS: tl.constexpr,
+    PARTS: tl.constexpr, SPAN: tl.constexpr,
+):
+    """PARTS: slices of a cell (1 above 16 keys); SPAN: cells of a slice (1 below)."""
+    head = tl.program_id(1).to(tl.int64)
+    run = tl.program_id(0) * BLOCK_RUNS + tl.arange(0, BLOCK_RUNS)
+    dim = tl.arange(0, D)
+    c = tl.load(centroid + (head * runs + run[:, None]) * D + dim[None, :],
+                mask=run[:, None] < runs, other=0.0)
+    bits += head // heads * stride_bits_b + head % heads * stride_bits_h
+    widths += head // heads * stride_widths_b
+    bits_of = bits + (run // TILE_RUNS)[:, None].to(tl.int64) * n_bytes
+    m_i = tl.full([BLOCK_RUNS], -1e30, tl.float32)
+    l_i = tl.zeros([BLOCK_RUNS], tl.float32)
+    acc = tl.zeros([BLOCK_RUNS, D], tl.float32)
+    for j in range(0, cells, BLOCK_CELLS):
+        cell = j + tl.arange(0, BLOCK_CELLS)
+        skipped = tl.zeros([BLOCK_RUNS, BLOCK_CELLS], tl.int32)
+        for i in tl.static_range(PARTS):
+            part = (cell // SPAN) * PARTS + i
+            there = (cell < cells) & (part < slices)
+            # above 16 keys a slice holds SPAN cells: its width here is that of the cell
+            width = tl.load(widths + cell * PARTS + i, mask=there, other=0).to(tl.int32)
+            octet = tl.load(bits_of + (part // 8)[None, :], mask=(run[:, None] < runs) & there[None, :], other=0)
+            left = 1 - ((octet.to(tl.int32) >> (part % 8)[None, :]) & 1)
+            skipped += left * width[None, :]
+        at = (head * cells + cell[:, None]) * D + dim[None, :]
+        m = tl.load(mean + at, mask=cell[:, None] < cells, other=0.0)
+        v = tl.load(value + at, mask=cell[:, None] < cells, other=0.0)
+        logits = scale * tl.dot(c, tl.trans(m)) + tl.log(skipped.to(tl.float32))
+        logits = tl.where(skipped > 0, logits, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(logits, 1))
+        p = tl.exp(logits - m_new[:, None])
+        alpha = tl.exp(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+        m_i = m_new
+    acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+    tl.store(out + (head * runs + run[:, None]) * D + dim[None, :], acc, mask=run[:, None] < runs)
+    tl.store(lse + head * runs + run, m_i + tl.log(l_i), mask=run < runs)  # nothing skipped: -inf
+
+
+def tail_triton(q, k, v, plan: SparsePlan):
+    """What `pooled_tail` returns, out [B, H, runs, D] and lse [B, H, runs] in fp32."""
+    batch, heads, _, dim = q.shape
+    key_rows = position_rows(plan.geometry.key_tokens, plan.key_valid)
+    centroid, _ = summarise(q, position_rows(plan.geometry.query_tokens))
+    mean, _ = summarise(k, key_rows)
+    value, _ = summarise(v, key_rows)
+    width = min(plan.tile_keys, CELL)
+    widths = (key_rows >= 0).view(len(key_rows), -1, width).sum(2, dtype=torch.uint8)
+    runs, cells = centroid.shape[1], mean.shape[1]
+    out = torch.empty(batch, heads, runs, dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(batch, heads, runs, dtype=torch.float32, device=q.device)
+    stride_bits = [s if n > 1 else 0 for s, n in zip(plan.bits.stride()[:2], plan.bits.shape[:2], strict=True)]
+    tail_kernel[(triton.cdiv(runs, BLOCK_RUNS), batch * heads)](
+        centroid, mean, value, plan.bits, widths, out, lse, *stride_bits,
+        widths.stride(0) if len(widths) > 1 else 0, heads, runs, cells,
+        triton.cdiv(plan.keys, plan.tile_keys), plan.bits.shape[3], plan.softmax_scale(dim),
+        BLOCK_RUNS=BLOCK_RUNS, BLOCK_CELLS=BLOCK_CELLS, D=dim, TILE_RUNS=plan.tile_rows // CELL,
+        PARTS=CELL // width, SPAN=max(1, plan.tile_keys // CELL), num_warps=4, num_stages=2)
+    return out, lse
