@@ -10,8 +10,9 @@ READY := $(VENV)/ready
 
 .PHONY: demo test lint clean
 
+# Passive: on a busy CPU, threads that spin while they wait slow the demo down.
 demo: $(READY)
-	$(RUN) -m fgattn.demo $(ARGS)
+	OMP_WAIT_POLICY=passive $(RUN) -m fgattn.demo $(ARGS)
 
 # The interpreter has to be chosen before a kernel is imported: a process of its own.
 test: $(READY)
