@@ -13,9 +13,11 @@ import triton.language as tl
 
 from ..order import CELL
 from ..plan import SparsePlan
-from .summarise import position_rows, summarise
+from .summarise import on_device, position_rows, summarise
 
-BLOCK_RUNS, BLOCK_CELLS = 64, 64
+BLOCK_RUNS = 64
+LAUNCH = {64: (32, 4), 128: (64, 8)}  # head size: cells of a step, warps; the largest that do not spill
+STAGES = 2
 
 
 @triton.jit
@@ -45,7 +47,8 @@ def tail_kernel(
             there = (cell < cells) & (part < slices)
             # above 16 keys a slice holds SPAN cells: its width here is that of the cell
             width = tl.load(widths + cell * PARTS + i, mask=there, other=0).to(tl.int32)
-            octet = tl.load(bits_of + (part // 8)[None, :], mask=(run[:, None] < runs) & there[None, :], other=0)
+            octet = tl.load(bits_of + (part // 8)[None, :],
+                            mask=(run[:, None] < runs) & there[None, :], other=0)
             left = 1 - ((octet.to(tl.int32) >> (part % 8)[None, :]) & 1)
             skipped += left * width[None, :]
         at = (head * cells + cell[:, None]) * D + dim[None, :]
@@ -76,11 +79,14 @@ def tail_triton(q, k, v, plan: SparsePlan):
     runs, cells = centroid.shape[1], mean.shape[1]
     out = torch.empty(batch, heads, runs, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, heads, runs, dtype=torch.float32, device=q.device)
-    stride_bits = [s if n > 1 else 0 for s, n in zip(plan.bits.stride()[:2], plan.bits.shape[:2], strict=True)]
-    tail_kernel[(triton.cdiv(runs, BLOCK_RUNS), batch * heads)](
-        centroid, mean, value, plan.bits, widths, out, lse, *stride_bits,
-        widths.stride(0) if len(widths) > 1 else 0, heads, runs, cells,
-        triton.cdiv(plan.keys, plan.tile_keys), plan.bits.shape[3], plan.softmax_scale(dim),
-        BLOCK_RUNS=BLOCK_RUNS, BLOCK_CELLS=BLOCK_CELLS, D=dim, TILE_RUNS=plan.tile_rows // CELL,
-        PARTS=CELL // width, SPAN=max(1, plan.tile_keys // CELL), num_warps=4, num_stages=2)
+    block_cells, warps = LAUNCH[dim]
+    bits = plan.bits
+    stride_bits = [s if n > 1 else 0 for s, n in zip(bits.stride()[:2], bits.shape[:2], strict=True)]
+    with on_device(q):
+        tail_kernel[(triton.cdiv(runs, BLOCK_RUNS), batch * heads)](
+            centroid, mean, value, bits, widths, out, lse, *stride_bits,
+            widths.stride(0) if len(widths) > 1 else 0, heads, runs, cells,
+            triton.cdiv(plan.keys, plan.tile_keys), bits.shape[3], plan.softmax_scale(dim),
+            BLOCK_RUNS=BLOCK_RUNS, BLOCK_CELLS=block_cells, D=dim, TILE_RUNS=plan.tile_rows // CELL,
+            PARTS=CELL // width, SPAN=max(1, plan.tile_keys // CELL), num_warps=warps, num_stages=STAGES)
     return out, lse

@@ -8,8 +8,6 @@ log-sum-exp, then for the comparison; logits are never stored.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -19,10 +17,10 @@ from ..plan import KERNEL_ROWS
 from ..selection import log_bound
 from ..settings import Settings
 from ..tensors import compute_type
-from .summarise import SQUARE, VARIANCE, position_rows, summarise
-
+from .summarise import SQUARE, VARIANCE, on_device, position_rows, summarise
 
 BLOCK_RUNS, BLOCK_CELLS = 64, 64
+WARPS, STAGES = 4, 2
 
 
 @triton.jit
@@ -125,12 +123,12 @@ def plan_bits(q, k, geo: Geometry, valid: torch.Tensor | None, settings: Setting
     n_bytes, blocks = triton.cdiv(widths.shape[1], 8), triton.cdiv(centroid.shape[1], BLOCK_RUNS)
     bits = torch.empty(batch, heads, triton.cdiv(queries, rows), n_bytes, dtype=torch.uint8, device=device)
     scores = torch.empty(2, batch, heads, blocks, dtype=torch.int64, device=device)
-    with torch.cuda.device(device) if q.is_cuda else contextlib.nullcontext():
+    with on_device(q):
         select_kernel[(blocks, batch * heads)](
             centroid, square, mean, variance, counts, widths, always.view(torch.uint8), bits, *scores,
             *(x.stride(0) if len(x) > 1 else 0 for x in (counts, widths)), heads, queries, centroid.shape[1],
             counts.shape[1], len(always), widths.shape[1], n_bytes, scale, scale * scale / 2,
             log_bound(settings.threshold, len(geo.key_tokens)),
             BLOCK_RUNS=BLOCK_RUNS, BLOCK_CELLS=BLOCK_CELLS, D=dim, TILE_RUNS=settings.tile_queries // CELL,
-            JOINED=rows // settings.tile_queries, SPAN=span, num_warps=4, num_stages=3)
+            JOINED=rows // settings.tile_queries, SPAN=span, num_warps=WARPS, num_stages=STAGES)
     return bits, *scores.sum(3).double()

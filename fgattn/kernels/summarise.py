@@ -5,6 +5,8 @@ One program reads RUNS runs of one head once, in fp32; nothing but the summaries
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -43,6 +45,11 @@ def summarise_kernel(
                  mask=run[:, None] < runs)
 
 
+def on_device(x: torch.Tensor):
+    """Context in which Triton launches on x's GPU; nothing in the interpreter."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
 def position_rows(tokens: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
     """Row at each position of the order, -1 for invalid ones and past the end; int32 [B or 1, runs * 16].
 
@@ -71,7 +78,8 @@ def summarise(x: torch.Tensor, rows: torch.Tensor, second: int = NOTHING):
     runs = rows.shape[1] // CELL
     mean = torch.empty(batch * heads, runs, dim, dtype=x.dtype, device=x.device)
     other = torch.empty_like(mean) if second else None
-    summarise_kernel[(triton.cdiv(runs, RUNS), batch * heads)](
-        x, rows, mean, other, *x.stride()[:3], rows.stride(0) if len(rows) > 1 else 0, heads, runs,
-        RUNS=RUNS, D=dim, SECOND=second, num_warps=4)
+    with on_device(x):
+        summarise_kernel[(triton.cdiv(runs, RUNS), batch * heads)](
+            x, rows, mean, other, *x.stride()[:3], rows.stride(0) if len(rows) > 1 else 0, heads, runs,
+            RUNS=RUNS, D=dim, SECOND=second, num_warps=4)
     return mean, other

@@ -11,6 +11,9 @@ from fgattn.kernels.launch_table import TABLE, launch_for
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 attend_fwd = pytest.importorskip("fgattn.kernels.attend_fwd")
+pooled = pytest.importorskip("fgattn.kernels.pooled")
+select = pytest.importorskip("fgattn.kernels.select")
+summarise = pytest.importorskip("fgattn.kernels.summarise")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.fail("interpreted kernels cannot be compiled: run tests/compile without TRITON_INTERPRET")
 
@@ -20,9 +23,12 @@ TYPES = {
     **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
     **dict.fromkeys(("lists", "counts", "query_rows", "key_rows"), "*i32"),
     **dict.fromkeys(("tail_out", "tail_lse"), "*fp32"),
-    "bits": "*u8", "scale": "fp32",
+    **dict.fromkeys(("bits", "always"), "*u8"), **dict.fromkeys(("requested", "executed"), "*i64"),
+    **dict.fromkeys(("scale", "half", "bound"), "fp32"),
+    **dict.fromkeys(("x", "centroid", "square", "mean", "variance", "second", "value"), "*bf16"),
+    **dict.fromkeys(("rows", "widths"), "*i32"), "lse": "*fp32",
 }
-COUNTS = ("heads", "first", "queries", "tiles", "units", "runs", "n_bytes")
+COUNTS = ("heads", "first", "queries", "tiles", "units", "runs", "cells", "slices", "n_bytes")
 ROWS = sorted(TABLE)
 
 
@@ -91,3 +97,20 @@ def test_list_kernel(arch, unit, tmp_path):
     constants = {"UNIT": unit, "SPLIT": 1, "BLOCK": attend_fwd.LIST_BLOCK}
     made = compiled(attend_fwd.list_kernel, arch, constants, num_warps=4)
     assert resources(made, tmp_path)[1] == 0 and made.metadata.shared < 16 * 1024
+
+
+@pytest.mark.parametrize("dim", attend_fwd.HEAD_DIMS)
+@pytest.mark.parametrize("arch", SHARED_KIB)
+def test_planning_kernels(arch, dim, tmp_path):
+    """Summaries, selection and tail run with one setting on every GPU."""
+    cells, warps = pooled.LAUNCH[dim]
+    tiles = {"BLOCK_RUNS": 64, "D": dim, "TILE_RUNS": 8, "SPAN": 1}
+    for kernel, num_warps, stages, constants in (
+            (summarise.summarise_kernel, 4, 3, {"RUNS": summarise.RUNS, "D": dim, "SECOND": 2}),
+            (select.select_kernel, select.WARPS, select.STAGES,
+             {**tiles, "BLOCK_CELLS": select.BLOCK_CELLS, "JOINED": 1}),
+            (pooled.tail_kernel, warps, pooled.STAGES, {**tiles, "BLOCK_CELLS": cells, "PARTS": 1})):
+        made = compiled(kernel, arch, constants, num_warps=num_warps, num_stages=stages)
+        registers, stack = resources(made, tmp_path)
+        assert made.metadata.shared <= SHARED_KIB[arch] * 1024, kernel
+        assert stack == 0, f"{kernel} spills: {registers} registers, {stack} bytes of stack"

@@ -1,0 +1,114 @@
+"""The planning and tail kernels against the torch path and the reference, in Triton's interpreter."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from fgattn import Settings, TokenLayout, attend, build_plan, reference
+from fgattn.scoring import summarise as summarise_torch
+from fgattn.tail import pooled_tail
+from makers import CASES, assert_lists_agree, random_valid
+from makers import tensors as make
+
+pytest.importorskip("triton", reason="no Triton: nothing to interpret")
+from fgattn.kernels.pooled import tail_triton
+from fgattn.kernels.summarise import SQUARE, VARIANCE, position_rows, summarise
+
+LAYOUT = TokenLayout((2, 5, 9), front=3, back=5)  # 98 tokens
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("padded", [False, True])
+def test_summaries(padded, dim):
+    """Means, squares and variances of short, partly and wholly missing runs, through strides."""
+    length = 98
+    x = make(2, length, dim=dim, batch=2)[1].transpose(1, 2).contiguous().transpose(1, 2)
+    valid = random_valid(2, length) if padded else None
+    if padded:
+        valid[1, 16:32] = False
+    rows = position_rows(torch.randperm(length, generator=torch.Generator().manual_seed(0)), valid)
+    mean, variance = (y.unflatten(0, (2, 2)) for y in summarise(x, rows, VARIANCE))
+    _, square = summarise(x, rows, SQUARE)
+    for b in range(2):
+        row = rows[b if padded else 0, :length].long()
+        expected = summarise_torch(x[b][:, row.clamp(min=0)], row >= 0, variance=True)
+        torch.testing.assert_close(mean[b], expected[0], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(variance[b], expected[1], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(square, mean.flatten(0, 1).square(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [16, 32, 64, 128])
+@pytest.mark.parametrize("m", [16, 32, 64, 128])
+def test_lists_of_every_tile_shape(m, n):
+    """Bits and counts against the reference; several blocks of cells and of centroids would be slower."""
+    q, k, _ = make(2, 98, seed=m + n)
+    settings = Settings(2.0, m, n)
+    plan = build_plan(q, k, settings, LAYOUT, impl="triton")
+    assert_lists_agree(plan, reference.select(q, k, settings, LAYOUT), m)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_lists_of_every_kind_of_sequence(case):
+    """Grids, sinks, missing keys, partial and foreign queries: equal to the torch path."""
+    q, k, _ = case.tensors()
+    for settings in (Settings(2.0, 64, 16), Settings(1.0, 128, 32), Settings(0.0, 32, 16)):
+        plan = build_plan(q, k, settings, case.layout(), impl="triton")
+        assert_lists_agree(plan, reference.select(q, k, settings, case.layout()), settings.tile_queries)
+
+
+def test_more_than_one_block():
+    """1 300 tokens: two blocks of centroids, two of cells."""
+    layout = TokenLayout((5, 10, 26))
+    q, k, v = make(1, layout.length, dtype=torch.float16)
+    plan = build_plan(q, k, Settings(2.5), layout, impl="triton")
+    expected = build_plan(q, k, Settings(2.5), layout, impl="torch")
+    assert 0.05 < plan.density < 0.9
+    assert torch.equal(plan.bits, expected.bits) and torch.equal(plan.requested, expected.requested)
+    assert_same_tail(q, k, v, plan, 2e-3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_extreme_queries_and_keys(value):
+    """NaN keeps, infinities and huge values select as in torch."""
+    for side in (0, 1):
+        tensors = make(1, 98)
+        tensors[side][0, 0, 40, 3] = value
+        q, k, _ = tensors
+        plan = build_plan(q, k, Settings(2.0, 64, 16), LAYOUT, impl="triton")
+        assert torch.equal(plan.bits, build_plan(q, k, Settings(2.0, 64, 16), LAYOUT, impl="torch").bits)
+
+
+def assert_same_tail(q, k, v, plan, tolerance=1e-5):
+    out, lse = tail_triton(q, k, v, plan)
+    expected_out, expected_lse = pooled_tail(q, k, v, plan)
+    torch.testing.assert_close(lse, expected_lse, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(out, expected_out, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8, 16, 32, 64, 128])
+def test_tail_of_every_slice_width(n):
+    """Ragged cells and slices; 64-row and 128-row tiles; -inf where nothing is skipped."""
+    q, k, v = make(2, 98, seed=n)
+    for m in (32, 128):
+        assert_same_tail(q, k, v, build_plan(q, k, Settings(2.0, m, n), LAYOUT))
+    assert tail_triton(q, k, v, build_plan(q, k, Settings(0.0, 64, n), LAYOUT))[1].isneginf().all()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_tail_of_every_kind_of_sequence(case):
+    """Missing keys, other lengths, batches."""
+    q, k, v = case.tensors()
+    for n in (2, 16):
+        assert_same_tail(q, k, v, build_plan(q, k, Settings(2.0, 64, n), case.layout()))
+
+
+def test_one_plan_for_all_heads():
+    """Plans from masks may have one batch row and head."""
+    from fgattn import plan_from_mask
+
+    q, k, v = make(2, 98, batch=2)
+    plan = plan_from_mask(torch.rand(2, 7) > 0.5, 64, 16, query_length=98, key_length=98, tail=True)
+    assert_same_tail(q, k, v, plan)
+    torch.testing.assert_close(attend(q, k, v, plan, impl="triton"),
+                               attend(q, k, v, dataclasses.replace(plan), impl="torch"))
