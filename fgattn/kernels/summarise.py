@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..order import CELL
 
-RUNS = 4  # runs of a program
+RUNS = 16  # runs of a program
 NOTHING, SQUARE, VARIANCE = 0, 1, 2  # what is wanted beside the mean
 
 
@@ -22,27 +22,40 @@ def summarise_kernel(
     x, rows, mean, second, stride_b, stride_h, stride_l, stride_rows_b, heads, runs,
     RUNS: tl.constexpr, D: tl.constexpr, SECOND: tl.constexpr,
 ):
-    block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     b, h = head // heads, head % heads
-    place = block * RUNS * 16 + tl.arange(0, RUNS * 16)
+    run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
     dim = tl.arange(0, D)
-    row = tl.load(rows + b * stride_rows_b + place, mask=place < runs * 16, other=-1).to(tl.int64)
-    value = tl.load(x + b * stride_b + h * stride_h + row[:, None] * stride_l + dim[None, :],
-                    mask=row[:, None] >= 0, other=0.0).to(tl.float32)
-    exists = tl.reshape((row >= 0).to(tl.float32), (RUNS, 16))
-    value = tl.reshape(value, (RUNS, 16, D))
-    n = tl.maximum(tl.sum(exists, 1), 1.0)[:, None]
-    average = tl.sum(value, 1) / n  # [RUNS, D]
-    run = block * RUNS + tl.arange(0, RUNS)
+    x += b * stride_b + h * stride_h
+    rows += b * stride_rows_b
+    n = tl.zeros([RUNS], tl.float32)
+    total = tl.zeros([RUNS, D], tl.float32)
+    shifted = tl.zeros([RUNS, D], tl.float32)  # relative to the run's first row: no cancellation
+    squares = tl.zeros([RUNS, D], tl.float32)
+    origin = tl.zeros([RUNS, D], tl.float32)
+    for i in tl.static_range(16):
+        row = tl.load(rows + run * 16 + i, mask=run < runs, other=-1)
+        exists = row[:, None] >= 0
+        at = x + row.to(tl.int64)[:, None] * stride_l + dim[None, :]
+        value = tl.load(at, mask=exists, other=0.0).to(tl.float32)
+        n += (row >= 0).to(tl.float32)
+        total += value
+        if SECOND == 2:
+            if i == 0:
+                origin = value
+            value = tl.where(exists, value - origin, 0.0)
+            shifted += value
+            squares += value * value
+    n = tl.maximum(n, 1.0)[:, None]
+    average = total / n
     at = (head * runs + run[:, None]) * D + dim[None, :]
     tl.store(mean + at, average.to(mean.dtype.element_ty), mask=run[:, None] < runs)
     if SECOND == 1:
         tl.store(second + at, (average * average).to(mean.dtype.element_ty), mask=run[:, None] < runs)
     if SECOND == 2:
-        spread = (value - average[:, None, :]) * exists[:, :, None]
-        tl.store(second + at, (tl.sum(spread * spread, 1) / n).to(mean.dtype.element_ty),
-                 mask=run[:, None] < runs)
+        shifted = shifted / n
+        variance = tl.maximum(squares / n - shifted * shifted, 0.0)
+        tl.store(second + at, variance.to(mean.dtype.element_ty), mask=run[:, None] < runs)
 
 
 def on_device(x: torch.Tensor):
