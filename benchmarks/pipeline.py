@@ -13,7 +13,7 @@ from fgattn import Settings, TokenLayout, attend, build_plan
 from fgattn.demo.generate import schedule
 from fgattn.demo.quantise import load_model
 from fgattn.demo.scenes import conditioning
-from fgattn.tail import pooled_tail
+from fgattn.kernels.pooled import tail_triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -72,7 +72,7 @@ def rows(quick: bool = False):
                 raise SystemExit(f"step {step}, block {block}, {settings}: relative error {error:.2e}")
             planning, tail, call, cudnn = milliseconds(
                 lambda q=q, k=k, s=settings: build_plan(q, k, s, layout),
-                lambda q=q, k=k, v=v, p=plan: pooled_tail(q, k, v, p),
+                lambda q=q, k=k, v=v, p=plan: tail_triton(q, k, v, p),
                 lambda q=q, k=k, v=v, p=plan: attend(q, k, v, p, impl="triton"), dense, repeats=5)
             result.append({
                 "M": m, "N": n, "threshold": threshold, "step": step, "block": block, "L": layout.length,
