@@ -23,7 +23,7 @@ STAGES = 2
 @triton.jit
 def tail_kernel(
     centroid, mean, value, bits, widths, out, lse, stride_bits_b, stride_bits_h, stride_widths_b,
-    heads, runs, cells, slices, n_bytes, scale,
+    heads, runs, cells, tiles, slices, n_bytes, scale,
     BLOCK_RUNS: tl.constexpr, BLOCK_CELLS: tl.constexpr, D: tl.constexpr, TILE_RUNS: tl.constexpr,
     PARTS: tl.constexpr, SPAN: tl.constexpr,
 ):
@@ -35,27 +35,29 @@ def tail_kernel(
                 mask=run[:, None] < runs, other=0.0)
     bits += head // heads * stride_bits_b + head % heads * stride_bits_h
     widths += head // heads * stride_widths_b
-    bits_of = bits + (run // TILE_RUNS)[:, None].to(tl.int64) * n_bytes
+    T: tl.constexpr = BLOCK_RUNS // TILE_RUNS
+    tile = tl.program_id(0) * T + tl.arange(0, T)
+    bits_of = bits + tile[:, None].to(tl.int64) * n_bytes
     m_i = tl.full([BLOCK_RUNS], -1e30, tl.float32)
     l_i = tl.zeros([BLOCK_RUNS], tl.float32)
     acc = tl.zeros([BLOCK_RUNS, D], tl.float32)
     for j in range(0, cells, BLOCK_CELLS):
         cell = j + tl.arange(0, BLOCK_CELLS)
-        skipped = tl.zeros([BLOCK_RUNS, BLOCK_CELLS], tl.int32)
+        skipped = tl.zeros([T, BLOCK_CELLS], tl.int32)
         for i in tl.static_range(PARTS):
             part = (cell // SPAN) * PARTS + i
             there = (cell < cells) & (part < slices)
             # above 16 keys a slice holds SPAN cells: its width here is that of the cell
             width = tl.load(widths + cell * PARTS + i, mask=there, other=0).to(tl.int32)
-            octet = tl.load(bits_of + (part // 8)[None, :],
-                            mask=(run[:, None] < runs) & there[None, :], other=0)
-            left = 1 - ((octet.to(tl.int32) >> (part % 8)[None, :]) & 1)
-            skipped += left * width[None, :]
+            octet = tl.load(bits_of + (part // 8)[None, :], mask=(tile < tiles)[:, None] & there[None, :],
+                            other=0)
+            skipped += (1 - ((octet.to(tl.int32) >> (part % 8)[None, :]) & 1)) * width[None, :]
+        weight = tl.log(skipped.to(tl.float32))[:, None, :]  # -inf where everything is executed
+        weight = tl.reshape(tl.broadcast_to(weight, (T, TILE_RUNS, BLOCK_CELLS)), (BLOCK_RUNS, BLOCK_CELLS))
         at = (head * cells + cell[:, None]) * D + dim[None, :]
         m = tl.load(mean + at, mask=cell[:, None] < cells, other=0.0)
         v = tl.load(value + at, mask=cell[:, None] < cells, other=0.0)
-        logits = scale * tl.dot(c, tl.trans(m)) + tl.log(skipped.to(tl.float32))
-        logits = tl.where(skipped > 0, logits, float("-inf"))
+        logits = scale * tl.dot(c, tl.trans(m)) + weight
         m_new = tl.maximum(m_i, tl.max(logits, 1))
         p = tl.exp(logits - m_new[:, None])
         alpha = tl.exp(m_i - m_new)
@@ -85,7 +87,7 @@ def tail_triton(q, k, v, plan: SparsePlan):
     with on_device(q):
         tail_kernel[(triton.cdiv(runs, BLOCK_RUNS), batch * heads)](
             centroid, mean, value, bits, widths, out, lse, *stride_bits,
-            widths.stride(0) if len(widths) > 1 else 0, heads, runs, cells,
+            widths.stride(0) if len(widths) > 1 else 0, heads, runs, cells, bits.shape[2],
             triton.cdiv(plan.keys, plan.tile_keys), bits.shape[3], plan.softmax_scale(dim),
             BLOCK_RUNS=BLOCK_RUNS, BLOCK_CELLS=block_cells, D=dim, TILE_RUNS=plan.tile_rows // CELL,
             PARTS=CELL // width, SPAN=max(1, plan.tile_keys // CELL), num_warps=warps, num_stages=STAGES)

@@ -57,11 +57,9 @@ def select_kernel(
         logits = _logits(c, c2, mean, variance, base, j, cells, scale, half, BLOCK_CELLS, D)
         cell = j + tl.arange(0, BLOCK_CELLS)
         n = tl.load(counts + cell, mask=cell < cells, other=0).to(tl.float32)
-        logits = tl.where(n[None, :] > 0, logits + tl.log(n)[None, :], float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(logits, 1))
-        # equal infinities: their difference is 0
-        p = tl.where(logits == m_new[:, None], 1.0, tl.exp(logits - m_new[:, None]))
-        l_i = l_i * tl.where(m_i == m_new, 1.0, tl.exp(m_i - m_new)) + tl.sum(p, 1)
+        logits += tl.log(n)[None, :]  # an empty cell has logit 0 before, -inf after
+        m_new = tl.minimum(tl.maximum(m_i, tl.max(logits, 1)), 3e38)  # finite: no inf - inf
+        l_i = l_i * tl.exp(m_i - m_new) + tl.sum(tl.exp(logits - m_new[:, None]), 1)
         m_i = m_new
     limit = m_i + tl.log(l_i) + bound
 
