@@ -113,8 +113,8 @@ def build_plan(
         settings: threshold, tile sizes, tail, order.
         layout: of the keys; `layout.length` must be L_k.
         scale: softmax scale, D**-0.5 if None.
-        impl: "torch" or "triton" (on a GPU, for slices of 16 keys and more); None takes the faster one
-            that runs. Their plans differ at most where a score is within 1e-4 of the threshold.
+        impl: "torch" or "triton" (on a GPU); None takes the faster one that runs. Their plans differ at
+            most where a score is within 1e-4 of the threshold.
 
     Raises:
         InvalidArgument: shapes, layout and settings that do not fit together.
@@ -136,7 +136,7 @@ def build_plan(
     scale = dim**-0.5 if scale is None else scale
     if impl is None:
         impl = "torch" if runtime.triton_reason(q) else "triton"
-    if impl == "triton" and n >= CELL and queries and keys:
+    if impl == "triton" and queries and keys:
         from .kernels.select import plan_bits
 
         bits = plan_bits(q, k, geo, valid, settings, scale)

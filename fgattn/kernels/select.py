@@ -1,9 +1,13 @@
-"""Score and select: the plan's bits straight from the summaries, for slices of whole cells (N >= 16).
+"""Score and select: the plan's bits straight from the summaries.
 
-One program takes BLOCK_RUNS centroids of one head and passes over all cells twice: first for the
-log-sum-exp, then for the comparison; logits are never stored.
+select_kernel: one program takes BLOCK_RUNS centroids of one head and passes over all cells twice,
+first for the log-sum-exp, then for the comparison; logits are never stored.
 
-    logit = scale c.m + scale^2/2 sum_d c_d^2 s2_d,   kept unless logit < lse + ln(threshold / L_k) - 0.001
+    logit = scale c.m + scale^2/2 sum_d c_d^2 s2_d,   kept unless logit < limit_c
+    limit_c = lse_c + ln(threshold / L_k) - 0.001
+
+refine_kernel, for slices below 16 keys: the same programs pass over the keys of the cells that were
+kept, and keep a slice unless scale c.k < limit_c for all its keys and all the tile's centroids.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from ..tensors import compute_type
 from .summarise import SQUARE, VARIANCE, on_device, position_rows, summarise
 
 BLOCK_RUNS, BLOCK_CELLS = 64, 64
+REFINE_CELLS, REFINE_STAGES = 4, 3  # of the key-by-key pass
 WARPS, STAGES = 4, 2
 
 
@@ -33,8 +38,35 @@ def _logits(c, c2, mean, variance, base, j, cells, scale, half, BLOCK_CELLS: tl.
 
 
 @triton.jit
+def _any_run(under, T: tl.constexpr, TILE_RUNS: tl.constexpr, BLOCK: tl.constexpr):
+    """[runs, BLOCK] -> [T, BLOCK]: 1 where a run of the tile is not under its limit."""
+    return tl.max(tl.reshape(1 - under.to(tl.int32), (T, TILE_RUNS, BLOCK)), 1)
+
+
+@triton.jit
+def _record(kept, width, bits, first_byte, joined, joined_tiles, n_bytes, asked, done,
+            JOINED: tl.constexpr, E: tl.constexpr, S: tl.constexpr):
+    """Count a step's kept slices [T, S] of `width` keys, join tiles and store them as bits."""
+    asked += tl.sum(kept * width[None, :], 1)
+    kept = tl.max(tl.reshape(kept, (E, JOINED, S)), 1)
+    done += tl.sum(kept * width[None, :], 1)
+    octets = tl.sum(tl.reshape(kept, (E, S // 8, 8)) << tl.arange(0, 8)[None, None, :], 2)
+    byte = first_byte + tl.arange(0, S // 8)
+    tl.store(bits + joined[:, None].to(tl.int64) * n_bytes + byte[None, :], octets.to(tl.uint8),
+             mask=(joined[:, None] < joined_tiles) & (byte[None, :] < n_bytes))
+    return asked, done
+
+
+@triton.jit
+def _total(keys, tile, queries, ROWS: tl.constexpr):
+    """Scores in tiles of ROWS queries that keep so many keys, the last tile being short."""
+    rows = tl.minimum(tl.maximum(queries - tile * ROWS, 0), ROWS)
+    return tl.sum(keys.to(tl.int64) * rows, 0)
+
+
+@triton.jit
 def select_kernel(
-    centroid, square, mean, variance, counts, widths, always, bits, requested, executed,
+    centroid, square, mean, variance, counts, widths, always, limits, bits, requested, executed,
     stride_counts_b, stride_widths_b, heads, queries, runs, cells, tiles, slices, n_bytes, scale, half, bound,
     BLOCK_RUNS: tl.constexpr, BLOCK_CELLS: tl.constexpr, D: tl.constexpr,
     TILE_RUNS: tl.constexpr, JOINED: tl.constexpr, SPAN: tl.constexpr,
@@ -43,8 +75,7 @@ def select_kernel(
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     run = block * BLOCK_RUNS + tl.arange(0, BLOCK_RUNS)
-    dim = tl.arange(0, D)
-    at = (head * runs + run[:, None]) * D + dim[None, :]
+    at = (head * runs + run[:, None]) * D + tl.arange(0, D)[None, :]
     c = tl.load(centroid + at, mask=run[:, None] < runs, other=0.0)
     c2 = tl.load(square + at, mask=run[:, None] < runs, other=0.0)
     base = head * cells * D
@@ -62,15 +93,15 @@ def select_kernel(
         l_i = l_i * tl.exp(m_i - m_new) + tl.sum(tl.exp(logits - m_new[:, None]), 1)
         m_i = m_new
     limit = m_i + tl.log(l_i) + bound
+    tl.store(limits + head * runs + run, limit, mask=run < runs)
 
     T: tl.constexpr = BLOCK_RUNS // TILE_RUNS  # mask tiles of this program
     E: tl.constexpr = T // JOINED  # executed tiles
     S: tl.constexpr = BLOCK_CELLS // SPAN  # slices of a step
     tile = block * T + tl.arange(0, T)
-    rows = tl.minimum(tl.maximum(queries - tile * TILE_RUNS * 16, 0), TILE_RUNS * 16)
     joined = block * E + tl.arange(0, E)
-    most: tl.constexpr = JOINED * TILE_RUNS * 16
-    joined_rows = tl.minimum(tl.maximum(queries - joined * most, 0), most)
+    joined_tiles = tl.cdiv(tiles, JOINED)
+    bits += head * joined_tiles * n_bytes
     asked = tl.zeros([T], tl.int32)
     done = tl.zeros([E], tl.int32)
     for j in range(0, cells, BLOCK_CELLS):
@@ -78,27 +109,73 @@ def select_kernel(
         cell = j + tl.arange(0, BLOCK_CELLS)
         n = tl.load(counts + cell, mask=cell < cells, other=0)
         under = (logits < limit[:, None]) | (run[:, None] >= runs)  # a NaN is not under
-        kept = tl.max(tl.reshape(1 - under.to(tl.int32), (T, TILE_RUNS, BLOCK_CELLS)), 1)
+        kept = _any_run(under, T, TILE_RUNS, BLOCK_CELLS)
         forced = tl.load(always + tile[:, None] * cells + cell[None, :],
                          mask=(tile[:, None] < tiles) & (cell[None, :] < cells), other=0)
         kept = tl.where(n[None, :] > 0, kept | forced.to(tl.int32), 0)
         kept = tl.max(tl.reshape(kept, (T, S, SPAN)), 2)
         part = j // SPAN + tl.arange(0, S)
         width = tl.load(widths + part, mask=part < slices, other=0).to(tl.int32)
-        asked += tl.sum(kept * width[None, :], 1)
-        kept = tl.max(tl.reshape(kept, (E, JOINED, S)), 1)
-        done += tl.sum(kept * width[None, :], 1)
-        octets = tl.sum(tl.reshape(kept, (E, S // 8, 8)) << tl.arange(0, 8)[None, None, :], 2)
-        byte = j // SPAN // 8 + tl.arange(0, S // 8)
-        tl.store(bits + (head * tl.cdiv(tiles, JOINED) + joined[:, None]) * n_bytes + byte[None, :],
-                 octets.to(tl.uint8),
-                 mask=(joined[:, None] < tl.cdiv(tiles, JOINED)) & (byte[None, :] < n_bytes))
-    tl.store(requested + head * tl.num_programs(0) + block, tl.sum(asked.to(tl.int64) * rows, 0))
-    tl.store(executed + head * tl.num_programs(0) + block, tl.sum(done.to(tl.int64) * joined_rows, 0))
+        asked, done = _record(kept, width, bits, j // SPAN // 8, joined, joined_tiles, n_bytes, asked, done,
+                              JOINED, E, S)
+    tl.store(requested + head * tl.num_programs(0) + block, _total(asked, tile, queries, TILE_RUNS * 16))
+    tl.store(executed + head * tl.num_programs(0) + block,
+             _total(done, joined, queries, JOINED * TILE_RUNS * 16))
+
+
+@triton.jit
+def refine_kernel(
+    centroid, k, rows, always, limits, cell_bits, bits, requested, executed,
+    stride_kb, stride_kh, stride_kl, stride_rows_b, heads, queries, runs, cells, tiles, cell_bytes, n_bytes,
+    scale, BLOCK_RUNS: tl.constexpr, BLOCK_CELLS: tl.constexpr, D: tl.constexpr,
+    TILE_RUNS: tl.constexpr, JOINED: tl.constexpr, N: tl.constexpr,
+):
+    """`cell_bits`: kept cells of each mask tile. BLOCK_CELLS: cells of a step, 16 keys each."""
+    block = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    run = block * BLOCK_RUNS + tl.arange(0, BLOCK_RUNS)
+    dim = tl.arange(0, D)
+    c = tl.load(centroid + (head * runs + run[:, None]) * D + dim[None, :],
+                mask=run[:, None] < runs, other=0.0)
+    limit = tl.load(limits + head * runs + run, mask=run < runs, other=0.0)
+    k += head // heads * stride_kb + head % heads * stride_kh
+    rows += head // heads * stride_rows_b
+    T: tl.constexpr = BLOCK_RUNS // TILE_RUNS
+    E: tl.constexpr = T // JOINED
+    KEYS: tl.constexpr = BLOCK_CELLS * 16
+    S: tl.constexpr = KEYS // N
+    tile = block * T + tl.arange(0, T)
+    joined = block * E + tl.arange(0, E)
+    joined_tiles = tl.cdiv(tiles, JOINED)
+    bits += head * joined_tiles * n_bytes
+    cell_bits += (head * tiles + tile[:, None]) * cell_bytes
+    asked = tl.zeros([T], tl.int32)
+    done = tl.zeros([E], tl.int32)
+    for j in range(0, cells, BLOCK_CELLS):
+        key = j * 16 + tl.arange(0, KEYS)
+        cell = key // 16
+        inside = (tile[:, None] < tiles) & (cell[None, :] < cells)
+        octet = tl.load(cell_bits + (cell // 8)[None, :], mask=inside, other=0).to(tl.int32)
+        in_kept_cell = (octet >> (cell % 8)[None, :]) & 1
+        row = tl.load(rows + key, mask=cell < cells, other=-1)
+        keys = tl.load(k + row.to(tl.int64)[:, None] * stride_kl + dim[None, :], mask=row[:, None] >= 0,
+                       other=0.0)
+        scores = scale * tl.dot(c, tl.trans(keys))
+        under = (scores < limit[:, None]) | (run[:, None] >= runs)
+        forced = tl.load(always + tile[:, None] * cells + cell[None, :], mask=inside, other=0)
+        kept = (_any_run(under, T, TILE_RUNS, KEYS) | forced.to(tl.int32)) & in_kept_cell
+        exists = (row >= 0).to(tl.int32)
+        kept = tl.max(tl.reshape(kept * exists[None, :], (T, S, N)), 2)
+        width = tl.sum(tl.reshape(exists, (S, N)), 1)
+        asked, done = _record(kept, width, bits, j * 16 // N // 8, joined, joined_tiles, n_bytes, asked, done,
+                              JOINED, E, S)
+    tl.store(requested + head * tl.num_programs(0) + block, _total(asked, tile, queries, TILE_RUNS * 16))
+    tl.store(executed + head * tl.num_programs(0) + block,
+             _total(done, joined, queries, JOINED * TILE_RUNS * 16))
 
 
 def plan_bits(q, k, geo: Geometry, valid: torch.Tensor | None, settings: Settings, scale: float):
-    """Bits and score counts of a plan, N >= 16.
+    """Bits and score counts of a plan.
 
     Args:
         q: [B, H, L_q, D]; k: [B, H, L_k, D]; any outer strides, neither empty.
@@ -113,20 +190,36 @@ def plan_bits(q, k, geo: Geometry, valid: torch.Tensor | None, settings: Setting
     centroid, square = summarise(q, position_rows(geo.query_tokens), SQUARE)
     mean, variance = summarise(k, key_rows, VARIANCE)
     counts = (key_rows >= 0).view(len(key_rows), -1, CELL).sum(2, dtype=torch.int32)
-    span = settings.tile_keys // CELL
-    widths = torch.nn.functional.pad(counts, (0, -counts.shape[1] % span))
-    widths = widths.view(len(counts), -1, span).sum(2, dtype=torch.int32)
-    always = geo.always_kept(settings.tile_queries)
-    rows = max(settings.tile_queries, KERNEL_ROWS)
-    n_bytes, blocks = triton.cdiv(widths.shape[1], 8), triton.cdiv(centroid.shape[1], BLOCK_RUNS)
-    bits = torch.empty(batch, heads, triton.cdiv(queries, rows), n_bytes, dtype=torch.uint8, device=device)
+    (runs, cells), m, n = (centroid.shape[1], counts.shape[1]), settings.tile_queries, settings.tile_keys
+    always = geo.always_kept(m).view(torch.uint8)
+    blocks, tiles, rows = triton.cdiv(runs, BLOCK_RUNS), len(always), max(m, KERNEL_ROWS)
     scores = torch.empty(2, batch, heads, blocks, dtype=torch.int64, device=device)
+    limits = torch.empty(batch * heads, runs, dtype=torch.float32, device=device)
+    common = {"BLOCK_RUNS": BLOCK_RUNS, "D": dim, "TILE_RUNS": m // CELL}
+
+    def packed(executed_rows: int, slices: int) -> torch.Tensor:
+        shape = batch, heads, triton.cdiv(queries, executed_rows), triton.cdiv(slices, 8)
+        return torch.empty(shape, dtype=torch.uint8, device=device)
+
+    span = max(1, n // CELL)
+    widths = torch.nn.functional.pad(counts, (0, -cells % span)).view(len(counts), -1, span)
+    widths = widths.sum(2, dtype=torch.int32)
+    coarse = rows if n >= CELL else m  # the key-by-key pass needs the cells of each mask tile
+    bits = packed(coarse, widths.shape[1])
     with on_device(q):
         select_kernel[(blocks, batch * heads)](
-            centroid, square, mean, variance, counts, widths, always.view(torch.uint8), bits, *scores,
-            *(x.stride(0) if len(x) > 1 else 0 for x in (counts, widths)), heads, queries, centroid.shape[1],
-            counts.shape[1], len(always), widths.shape[1], n_bytes, scale, scale * scale / 2,
+            centroid, square, mean, variance, counts, widths, always, limits, bits, *scores,
+            *(x.stride(0) if len(x) > 1 else 0 for x in (counts, widths)), heads, queries, runs, cells,
+            tiles, widths.shape[1], bits.shape[3], scale, scale * scale / 2,
             log_bound(settings.threshold, len(geo.key_tokens)),
-            BLOCK_RUNS=BLOCK_RUNS, BLOCK_CELLS=BLOCK_CELLS, D=dim, TILE_RUNS=settings.tile_queries // CELL,
-            JOINED=rows // settings.tile_queries, SPAN=span, num_warps=WARPS, num_stages=STAGES)
+            BLOCK_CELLS=BLOCK_CELLS, JOINED=coarse // m, SPAN=span, num_warps=WARPS, num_stages=STAGES,
+            **common)
+        if n < CELL:
+            cell_bits, bits = bits, packed(rows, triton.cdiv(len(geo.key_tokens), n))
+            refine_kernel[(blocks, batch * heads)](
+                centroid, k, key_rows, always, limits, cell_bits, bits, *scores, *k.stride()[:3],
+                key_rows.stride(0) if len(key_rows) > 1 else 0, heads, queries, runs, cells, tiles,
+                cell_bits.shape[3], bits.shape[3], scale,
+                BLOCK_CELLS=REFINE_CELLS, JOINED=rows // m, N=n, num_warps=WARPS, num_stages=REFINE_STAGES,
+                **common)
     return bits, *scores.sum(3).double()

@@ -55,6 +55,8 @@ def summarise_kernel(
     if SECOND == 2:
         shifted = shifted / n
         variance = tl.maximum(squares / n - shifted * shifted, 0.0)
+        # overflow and NaN stay; an infinite mean has no variance
+        variance = tl.where(squares < float("inf"), variance, squares + (total - total))
         tl.store(second + at, variance.to(mean.dtype.element_ty), mask=run[:, None] < runs)
 
 

@@ -23,12 +23,12 @@ TYPES = {
     **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
     **dict.fromkeys(("lists", "counts", "query_rows", "key_rows"), "*i32"),
     **dict.fromkeys(("tail_out", "tail_lse"), "*fp32"),
-    **dict.fromkeys(("bits", "always"), "*u8"), **dict.fromkeys(("requested", "executed"), "*i64"),
+    **dict.fromkeys(("bits", "cell_bits", "always"), "*u8"), **dict.fromkeys(("requested", "executed"), "*i64"),
     **dict.fromkeys(("scale", "half", "bound"), "fp32"),
     **dict.fromkeys(("x", "centroid", "square", "mean", "variance", "second", "value"), "*bf16"),
-    **dict.fromkeys(("rows", "widths"), "*i32"), "lse": "*fp32",
+    **dict.fromkeys(("rows", "widths"), "*i32"), **dict.fromkeys(("lse", "limits"), "*fp32"),
 }
-COUNTS = ("heads", "first", "queries", "tiles", "units", "runs", "cells", "slices", "n_bytes")
+COUNTS = ("heads", "first", "queries", "tiles", "units", "runs", "cells", "slices", "n_bytes", "cell_bytes")
 ROWS = sorted(TABLE)
 
 
@@ -109,6 +109,9 @@ def test_planning_kernels(arch, dim, tmp_path):
             (summarise.summarise_kernel, 4, 3, {"RUNS": summarise.RUNS, "D": dim, "SECOND": 2}),
             (select.select_kernel, select.WARPS, select.STAGES,
              {**tiles, "BLOCK_CELLS": select.BLOCK_CELLS, "JOINED": 1}),
+            (select.refine_kernel, select.WARPS, select.REFINE_STAGES,
+             {"BLOCK_RUNS": 64, "BLOCK_CELLS": select.REFINE_CELLS, "D": dim, "TILE_RUNS": 8, "JOINED": 1,
+              "N": 1}),
             (pooled.tail_kernel, warps, pooled.STAGES, {**tiles, "BLOCK_CELLS": cells, "PARTS": 1})):
         made = compiled(kernel, arch, constants, num_warps=num_warps, num_stages=stages)
         registers, stack = resources(made, tmp_path)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from fgattn import Settings, TokenLayout, attend, build_plan, reference
 from fgattn.scoring import summarise as summarise_torch
+from fgattn.settings import TILE_KEYS, TILE_QUERIES
 from fgattn.tail import pooled_tail
 from makers import CASES, assert_lists_agree, random_valid
 from makers import tensors as make
@@ -38,10 +39,10 @@ def test_summaries(padded, dim):
     torch.testing.assert_close(square, mean.flatten(0, 1).square(), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("n", [16, 32, 64, 128])
-@pytest.mark.parametrize("m", [16, 32, 64, 128])
+@pytest.mark.parametrize("n", TILE_KEYS)
+@pytest.mark.parametrize("m", TILE_QUERIES)
 def test_lists_of_every_tile_shape(m, n):
-    """Bits and counts against the reference; several blocks of cells and of centroids would be slower."""
+    """Bits and counts against the reference."""
     q, k, _ = make(2, 98, seed=m + n)
     settings = Settings(2.0, m, n)
     plan = build_plan(q, k, settings, LAYOUT, impl="triton")
@@ -52,7 +53,8 @@ def test_lists_of_every_tile_shape(m, n):
 def test_lists_of_every_kind_of_sequence(case):
     """Grids, sinks, missing keys, partial and foreign queries: equal to the torch path."""
     q, k, _ = case.tensors()
-    for settings in (Settings(2.0, 64, 16), Settings(1.0, 128, 32), Settings(0.0, 32, 16)):
+    for settings in (Settings(2.0, 64, 16), Settings(1.0, 128, 32), Settings(0.0, 32, 16),
+                     Settings(1.5, 32, 2)):
         plan = build_plan(q, k, settings, case.layout(), impl="triton")
         assert_lists_agree(plan, reference.select(q, k, settings, case.layout()), settings.tile_queries)
 
@@ -66,6 +68,8 @@ def test_more_than_one_block():
     assert 0.05 < plan.density < 0.9
     assert torch.equal(plan.bits, expected.bits) and torch.equal(plan.requested, expected.requested)
     assert_same_tail(q, k, v, plan, 2e-3)
+    fine = build_plan(q, k, Settings(2.5, 64, 1), layout, impl="triton")
+    assert torch.equal(fine.bits, build_plan(q, k, Settings(2.5, 64, 1), layout, impl="torch").bits)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
@@ -75,8 +79,9 @@ def test_extreme_queries_and_keys(value):
         tensors = make(1, 98)
         tensors[side][0, 0, 40, 3] = value
         q, k, _ = tensors
-        plan = build_plan(q, k, Settings(2.0, 64, 16), LAYOUT, impl="triton")
-        assert torch.equal(plan.bits, build_plan(q, k, Settings(2.0, 64, 16), LAYOUT, impl="torch").bits)
+        for n in (4, 16):
+            plan = build_plan(q, k, Settings(2.0, 64, n), LAYOUT, impl="triton")
+            assert torch.equal(plan.bits, build_plan(q, k, Settings(2.0, 64, n), LAYOUT, impl="torch").bits)
 
 
 def assert_same_tail(q, k, v, plan, tolerance=1e-5):
