@@ -15,9 +15,7 @@ from ..order import CELL
 from ..plan import SparsePlan
 from .summarise import on_device, position_rows, summarise
 
-BLOCK_RUNS = 64
-LAUNCH = {64: (32, 4), 128: (64, 8)}  # head size: cells of a step, warps; the largest that do not spill
-STAGES = 2
+BLOCK_RUNS, BLOCK_CELLS, WARPS, STAGES = 64, 32, 4, 2  # larger steps spill before sm_90, and are slower on it
 
 
 @triton.jit
@@ -81,7 +79,6 @@ def tail_triton(q, k, v, plan: SparsePlan):
     runs, cells = centroid.shape[1], mean.shape[1]
     out = torch.empty(batch, heads, runs, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, heads, runs, dtype=torch.float32, device=q.device)
-    block_cells, warps = LAUNCH[dim]
     bits = plan.bits
     stride_bits = [s if n > 1 else 0 for s, n in zip(bits.stride()[:2], bits.shape[:2], strict=True)]
     with on_device(q):
@@ -89,6 +86,6 @@ def tail_triton(q, k, v, plan: SparsePlan):
             centroid, mean, value, bits, widths, out, lse, *stride_bits,
             widths.stride(0) if len(widths) > 1 else 0, heads, runs, cells, bits.shape[2],
             triton.cdiv(plan.keys, plan.tile_keys), bits.shape[3], plan.softmax_scale(dim),
-            BLOCK_RUNS=BLOCK_RUNS, BLOCK_CELLS=block_cells, D=dim, TILE_RUNS=plan.tile_rows // CELL,
-            PARTS=CELL // width, SPAN=max(1, plan.tile_keys // CELL), num_warps=warps, num_stages=STAGES)
+            BLOCK_RUNS=BLOCK_RUNS, BLOCK_CELLS=BLOCK_CELLS, D=dim, TILE_RUNS=plan.tile_rows // CELL,
+            PARTS=CELL // width, SPAN=max(1, plan.tile_keys // CELL), num_warps=WARPS, num_stages=STAGES)
     return out, lse

@@ -11,6 +11,8 @@ from fgattn.kernels.launch_table import TABLE, launch_for
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 attend_fwd = pytest.importorskip("fgattn.kernels.attend_fwd")
+gluon = pytest.importorskip("triton.experimental.gluon._runtime", reason="this Triton has no Gluon")
+attend_hopper = pytest.importorskip("fgattn.kernels.attend_hopper")
 pooled = pytest.importorskip("fgattn.kernels.pooled")
 select = pytest.importorskip("fgattn.kernels.select")
 summarise = pytest.importorskip("fgattn.kernels.summarise")
@@ -28,7 +30,7 @@ TYPES = {
     **dict.fromkeys(("x", "centroid", "square", "mean", "variance", "second", "value"), "*bf16"),
     **dict.fromkeys(("rows", "widths"), "*i32"), **dict.fromkeys(("lse", "limits"), "*fp32"),
 }
-COUNTS = ("heads", "first", "queries", "tiles", "units", "runs", "cells", "slices", "n_bytes", "cell_bytes")
+COUNTS = ("heads", "first", "queries", "keys", "tiles", "units", "runs", "cells", "slices", "n_bytes", "cell_bytes")
 ROWS = sorted(TABLE)
 
 
@@ -44,7 +46,8 @@ def compiled(kernel, arch, constants, **options):
         if name.startswith("stride_") or signature[name].startswith("*"):
             aligned[(i,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = triton.compiler.ASTSource(kernel, signature, constexprs=places, attrs=aligned)
+    make = gluon.GluonASTSource if kernel.is_gluon() else triton.compiler.ASTSource
+    source = make(kernel, signature, constexprs=places, attrs=aligned)
     target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
     return triton.compile(source, target=target, options=options)
 
@@ -103,7 +106,6 @@ def test_list_kernel(arch, unit, tmp_path):
 @pytest.mark.parametrize("arch", SHARED_KIB)
 def test_planning_kernels(arch, dim, tmp_path):
     """Summaries, selection and tail run with one setting on every GPU."""
-    cells, warps = pooled.LAUNCH[dim]
     tiles = {"BLOCK_RUNS": 64, "D": dim, "TILE_RUNS": 8, "SPAN": 1}
     for kernel, num_warps, stages, constants in (
             (summarise.summarise_kernel, 4, 3, {"RUNS": summarise.RUNS, "D": dim, "SECOND": 2}),
@@ -112,8 +114,28 @@ def test_planning_kernels(arch, dim, tmp_path):
             (select.refine_kernel, select.WARPS, select.REFINE_STAGES,
              {"BLOCK_RUNS": 64, "BLOCK_CELLS": select.REFINE_CELLS, "D": dim, "TILE_RUNS": 8, "JOINED": 1,
               "N": 1}),
-            (pooled.tail_kernel, warps, pooled.STAGES, {**tiles, "BLOCK_CELLS": cells, "PARTS": 1})):
+            (pooled.tail_kernel, pooled.WARPS, pooled.STAGES,
+             {**tiles, "BLOCK_CELLS": pooled.BLOCK_CELLS, "PARTS": 1})):
         made = compiled(kernel, arch, constants, num_warps=num_warps, num_stages=stages)
         registers, stack = resources(made, tmp_path)
         assert made.metadata.shared <= SHARED_KIB[arch] * 1024, kernel
         assert stack == 0, f"{kernel} spills: {registers} registers, {stack} bytes of stack"
+
+
+@pytest.mark.parametrize("unit", [1, 8, 16])
+@pytest.mark.parametrize(("dim", "tile"), attend_hopper.TABLE, ids=str)
+def test_hopper_kernel(dim, tile, unit, tmp_path):
+    """Nothing is spilled in a loop (a few words of arguments may be), and the programs fit on the SM."""
+    launch = attend_hopper.TABLE[dim, tile]
+    limit = {} if launch.max_registers is None else {"maxnreg": launch.max_registers}
+    made = compiled(attend_hopper.hopper_kernel, 90, num_warps=4, **limit, constants={
+        "CONSUMERS": tile // 64, "BLOCK_N": launch.block_keys, "UNIT": unit, "D": dim,
+        "STAGES": launch.stages, "PRODUCERS": launch.producers, "REGISTERS": launch.registers,
+        "HAS_TAIL": True})
+    registers, stack = resources(made, tmp_path)
+    programs = 1 if launch.max_registers is None else 2
+    threads = 128 * (tile // 64) + 32 * launch.producers
+    assert programs * (made.metadata.shared + 1024) <= (SHARED_KIB[90] + 1) * 1024
+    assert programs * threads * registers <= 65536
+    assert stack <= 8, f"{launch} spills: {stack} bytes of stack"
+    assert "wgmma" in made.asm["ptx"] and "setmaxnreg" in made.asm["ptx"]
