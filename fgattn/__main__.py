@@ -43,7 +43,9 @@ def _implementation(device: torch.device) -> str:
     if device.type == "cpu":
         return "torch: no Triton kernel runs on a CPU"
     reason = runtime.missing() or runtime.device_reason(device)
-    return f"dense attention: {reason}" if reason else "triton: the kernel's self-test passed"
+    if reason:
+        return f"dense attention: {reason}"
+    return f"{runtime.gpu_kernel(device)}: the kernel's self-test passed"
 
 
 def _version(*names: str) -> str:

@@ -13,7 +13,7 @@ from .settings import Settings
 from .tail import pooled_tail
 from .tensors import check_tensors, compute_type
 
-IMPLEMENTATIONS = ("reference", "torch", "triton")
+IMPLEMENTATIONS = ("reference", "torch", "triton", "hopper")
 
 
 def attend(
@@ -23,11 +23,11 @@ def attend(
 
     Args:
         q: [B, H, L_q, D]; k, v: [B, H, L_k, D]; any outer strides, last stride 1, rows 16-byte
-            aligned. fp16, bf16, fp32 (the triton implementation computes it in bf16 on a GPU), or
-            float64 (reference and torch).
+            aligned. fp16, bf16, fp32 (triton and hopper compute it in bf16 on a GPU), or float64
+            (reference and torch).
         plan: made for these shapes.
-        impl: "reference" (the specification, slow), "torch" (any device) or "triton" (GPU);
-            None takes triton where it runs, else torch.
+        impl: "reference" (the specification, slow), "torch" (any device), "triton" (GPU) or
+            "hopper" (compute capability 9.0); None takes the last of them that runs here.
 
     Returns:
         [B, H, L_q, D] in q's dtype; stored as [B, L_q, H, D] if q is.
@@ -41,11 +41,14 @@ def attend(
     if impl not in (None, *IMPLEMENTATIONS):
         raise InvalidArgument("impl", impl, ", ".join(IMPLEMENTATIONS), "None chooses the fastest.")
     if impl is None:
-        impl = "torch" if runtime.triton_reason(q) else "triton"
+        impl = runtime.fastest(q)
     if impl == "reference":
         return reference.attend(q, k, v, plan)
-    if impl == "triton" and (reason := runtime.unavailable(q)):
-        raise Unsupported("impl", impl, "torch or reference here", f"The triton kernel cannot run: {reason}.")
+    reason = runtime.unavailable(q) if impl in ("triton", "hopper") else None
+    if impl == "hopper":
+        reason = reason or runtime.hopper_missing(q.device)
+    if reason:
+        raise Unsupported("impl", impl, "torch or reference here", f"The {impl} kernel cannot run: {reason}.")
     out = _empty_like(q)
     if not q.numel() or not k.shape[2]:
         return out.zero_()
@@ -53,12 +56,15 @@ def attend(
         tail = pooled_tail(q, k, v, plan) if plan.tail else None
         attend_torch(q, k, v, plan, tail, out)
     else:
-        from .kernels.attend_fwd import attend_triton
         from .kernels.pooled import tail_triton
 
         q, k, v = (x.to(compute_type(x)) for x in (q, k, v))
         tail = tail_triton(q, k, v, plan) if plan.tail else None
-        attend_triton(q, k, v, plan, tail, out)
+        if impl == "hopper":
+            from .kernels.attend_hopper import attend_hopper as launch
+        else:
+            from .kernels.attend_fwd import attend_triton as launch
+        launch(q, k, v, plan, tail, out)
     return out
 
 

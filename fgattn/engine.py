@@ -178,7 +178,8 @@ class Engine:
     def _implementation(self, run: _Run) -> str:
         if run.device_reason:
             return f"dense ({run.device_reason})"
-        return "triton" if run.stats.clock.device.type == "cuda" else "torch"
+        device = run.stats.clock.device
+        return runtime.gpu_kernel(device) if device.type == "cuda" else "torch"
 
 
 def step_of(sigma: float, sigmas: Sequence[float]) -> int:

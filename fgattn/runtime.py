@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 
 import torch
+
+log = logging.getLogger(__name__)
+
+
+def fastest(q: torch.Tensor) -> str:
+    """Implementation for tensors like q [B, H, L, D]."""
+    if triton_reason(q):
+        return "torch"
+    return "triton" if hopper_reason(q.device) else "hopper"
 
 
 def triton_reason(q: torch.Tensor) -> str | None:
@@ -43,20 +53,49 @@ def device_reason(device: torch.device) -> str | None:
     return self_test(device)
 
 
-def self_test(device: torch.device) -> str | None:
+def gpu_kernel(device: torch.device) -> str:
+    """The kernel that runs on a GPU, and why not the faster one."""
+    reason = hopper_reason(device)
+    return f"triton (no hopper: {reason})" if reason else "hopper"
+
+
+@functools.cache
+def hopper_reason(device: torch.device) -> str | None:
+    """Why the Hopper kernel cannot run on a device, or None; runs the kernel's self-test once."""
+    if reason := hopper_missing(device):
+        return reason
+    if reason := self_test(device, "hopper", 128):
+        log.warning("FG-Attn leaves its Hopper kernel: %s", reason)
+    return reason
+
+
+def hopper_missing(device: torch.device) -> str | None:
+    """Why the Hopper kernel cannot even be tried on a device where Triton runs, or None."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"no Hopper GPU: {device.type}"
+    if (capability := torch.cuda.get_device_capability(device)) != (9, 0):
+        return f"no Hopper GPU: compute capability {capability[0]}.{capability[1]}, not 9.0"
+    try:
+        from .kernels import attend_hopper  # noqa: F401
+    except (ImportError, AttributeError) as error:  # Gluon is experimental: names come and go
+        return f"this Triton lacks what the Hopper kernel needs: {error}"
+    return None
+
+
+def self_test(device: torch.device, impl: str = "triton", dim: int = 64) -> str | None:
     """Run the kernels on a small case: they must agree with the reference and honour the plan."""
     from .attention import attend
     from .order import TokenLayout
     from .plan import build_plan
     from .settings import Settings
 
-    q, k, v = torch.randn(3, 1, 1, 600, 64, generator=torch.Generator().manual_seed(0)).to(
+    q, k, v = torch.randn(3, 1, 1, 600, dim, generator=torch.Generator().manual_seed(0)).to(
         device, torch.bfloat16).unbind()
     layout = TokenLayout((5, 10, 12))
     everything = build_plan(q, k, Settings(threshold=0.0), layout, impl="torch")
     try:
         plan = build_plan(q, k, Settings(threshold=1.5), layout, impl="triton")
-        result = attend(q, k, v, plan, impl="triton").float()
+        result = attend(q, k, v, plan, impl=impl).float()
     except Exception as error:
         return f"the kernels do not compile or run here: {type(error).__name__}: {error}"
     torch_plan = build_plan(q, k, Settings(threshold=1.5), layout, impl="torch")

@@ -13,6 +13,7 @@ with scores s and the tail's log-sum-exp t, all in base 2.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -31,8 +32,8 @@ LIST_BLOCK = 1024
 
 @triton.jit
 def list_kernel(
-    bits, key_rows, lists, counts, stride_bits_b, stride_bits_h, stride_rows_b, heads, first, tiles,
-    units, n_bytes, UNIT: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    bits, key_rows, lists, counts, stride_bits_b, stride_bits_h, stride_rows_b, stride_list, heads, first,
+    tiles, units, n_bytes, UNIT: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """List of the units whose slice (unit // SPLIT) has its bit set, for one tile, in the order.
 
@@ -44,7 +45,7 @@ def list_kernel(
     head = (first + row).to(tl.int64)
     source = bits + (head // heads) * stride_bits_b + (head % heads) * stride_bits_h
     source += tile.to(tl.int64) * n_bytes
-    out = lists + (row.to(tl.int64) * tiles + tile) * units
+    out = lists + (row.to(tl.int64) * tiles + tile) * stride_list
     count = 0
     for start in range(0, units, BLOCK):
         unit = start + tl.arange(0, BLOCK)
@@ -101,7 +102,7 @@ def _step(
 def attend_kernel(
     q, k, v, out, lists, counts, query_rows, key_rows, tail_out, tail_lse,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
-    stride_ob, stride_oh, stride_ol, stride_rows_b, heads, first, queries, tiles, units, runs, scale,
+    stride_ob, stride_oh, stride_ol, stride_rows_b, stride_list, heads, first, queries, tiles, runs, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
     HAS_TAIL: tl.constexpr,
 ):
@@ -120,7 +121,7 @@ def attend_kernel(
     key_rows += b * stride_rows_b
     listed = row.to(tl.int64) * tiles + tile
     count = tl.load(counts + listed)
-    unit_list = lists + listed * units
+    unit_list = lists + listed * stride_list
 
     m_i = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: an empty list must not give inf - inf
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -152,31 +153,52 @@ IS_INTERPRETED = not isinstance(attend_kernel, triton.JITFunction)
 def attend_triton(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
     """Write softmax over the plan's keys (and `tail` = (out, lse) of tail_triton, or None) to out."""
     (batch, heads, queries, dim), tiles = q.shape, plan.bits.shape[2]
-    unit = 1 if plan.key_valid is not None else min(plan.tile_keys, CELL)
-    units = -(-plan.keys // unit)
-    key_rows = position_rows(plan.geometry.key_tokens, plan.key_valid)
-    stride_rows = key_rows.stride(0) if len(key_rows) > 1 else 0
-    query_rows = plan.geometry.query_tokens.to(torch.int32)
-    tail_out, tail_lse = (None, None) if tail is None else (tail[0], tail[1] * LOG2_E)
-    bits = plan.bits
-    stride_bits = [s if n > 1 else 0 for s, n in zip(bits.stride()[:2], bits.shape[:2], strict=True)]
-    group = max(1, min(batch * heads, LIST_BYTES // (4 * tiles * units)))
-    lists = torch.empty(group, tiles, units, dtype=torch.int32, device=q.device)
-    counts = torch.empty(group, tiles, dtype=torch.int32, device=q.device)
+    tail_out, tail_lse = scaled_tail(tail)
     launch = launch_for(_arch(q.device), dim, plan.tile_rows)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        for first in range(0, batch * heads, group):
-            grid = (tiles, min(group, batch * heads - first))
-            list_kernel[grid](
-                bits, key_rows, lists, counts, *stride_bits, stride_rows, heads, first, tiles, units,
-                bits.shape[3], UNIT=unit, SPLIT=plan.tile_keys // unit, BLOCK=LIST_BLOCK, num_warps=4)
-            attend_kernel[grid](
-                q, k, v, out, lists, counts, query_rows, key_rows, tail_out, tail_lse,
+        lists = Lists(plan, batch, heads)
+        for first, group in lists.groups():
+            attend_kernel[tiles, group](
+                q, k, v, out, lists.lists, lists.counts, lists.query_rows, lists.key_rows, tail_out, tail_lse,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                stride_rows, heads, first, queries, tiles, units,
+                lists.stride_rows, lists.stride, heads, first, queries, tiles,
                 -(-queries // CELL), plan.softmax_scale(dim) * LOG2_E,
-                BLOCK_M=plan.tile_rows, BLOCK_N=launch.block_keys, UNIT=unit, D=dim,
+                BLOCK_M=plan.tile_rows, BLOCK_N=launch.block_keys, UNIT=lists.unit, D=dim,
                 HAS_TAIL=tail is not None, num_warps=launch.warps, num_stages=launch.stages)
+
+
+class Lists:
+    """The unit lists of a plan's tiles, made for one group of heads after the other."""
+
+    def __init__(self, plan: SparsePlan, batch: int, heads: int):
+        bits = self.bits = plan.bits
+        self.heads, self.total, self.tiles = heads, batch * heads, bits.shape[2]
+        self.unit = 1 if plan.key_valid is not None else min(plan.tile_keys, CELL)
+        self.units, self.split = -(-plan.keys // self.unit), plan.tile_keys // self.unit
+        self.stride = -(-self.units // 16) * 16  # lists start aligned: wide loads
+        self.key_rows = position_rows(plan.geometry.key_tokens, plan.key_valid)
+        self.stride_rows = self.key_rows.stride(0) if len(self.key_rows) > 1 else 0
+        self.query_rows = plan.geometry.query_tokens.to(torch.int32)
+        group = max(1, min(self.total, LIST_BYTES // (4 * self.tiles * self.stride)))
+        self.lists = torch.empty(group, self.tiles, self.stride, dtype=torch.int32, device=bits.device)
+        self.counts = torch.empty(group, self.tiles, dtype=torch.int32, device=bits.device)
+
+    def groups(self) -> Iterator[tuple[int, int]]:
+        """(first, number) of the heads whose lists were just made, counted over the batch."""
+        bits, group = self.bits, len(self.lists)
+        strides = [s if n > 1 else 0 for s, n in zip(bits.stride()[:2], bits.shape[:2], strict=True)]
+        for first in range(0, self.total, group):
+            number = min(group, self.total - first)
+            list_kernel[self.tiles, number](
+                bits, self.key_rows, self.lists, self.counts, *strides, self.stride_rows, self.stride,
+                self.heads, first, self.tiles, self.units, bits.shape[3],
+                UNIT=self.unit, SPLIT=self.split, BLOCK=LIST_BLOCK, num_warps=4)
+            yield first, number
+
+
+def scaled_tail(tail):
+    """Output and log-sum-exp of a tail, the latter in base 2; twice None without a tail."""
+    return (None, None) if tail is None else (tail[0], tail[1] * LOG2_E)
 
 
 def _arch(device: torch.device) -> int:

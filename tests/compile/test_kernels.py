@@ -25,12 +25,14 @@ TYPES = {
     **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
     **dict.fromkeys(("lists", "counts", "query_rows", "key_rows"), "*i32"),
     **dict.fromkeys(("tail_out", "tail_lse"), "*fp32"),
-    **dict.fromkeys(("bits", "cell_bits", "always"), "*u8"), **dict.fromkeys(("requested", "executed"), "*i64"),
+    **dict.fromkeys(("bits", "cell_bits", "always"), "*u8"),
+    **dict.fromkeys(("requested", "executed"), "*i64"),
     **dict.fromkeys(("scale", "half", "bound"), "fp32"),
     **dict.fromkeys(("x", "centroid", "square", "mean", "variance", "second", "value"), "*bf16"),
     **dict.fromkeys(("rows", "widths"), "*i32"), **dict.fromkeys(("lse", "limits"), "*fp32"),
 }
-COUNTS = ("heads", "first", "queries", "keys", "tiles", "units", "runs", "cells", "slices", "n_bytes", "cell_bytes")
+COUNTS = (
+    "heads", "first", "queries", "keys", "tiles", "units", "runs", "cells", "slices", "n_bytes", "cell_bytes")
 ROWS = sorted(TABLE)
 
 

@@ -24,8 +24,18 @@ def test_a_gpu_gets_the_engine_s_verdict(monkeypatch, reason):
     """A GPU whose kernel fails is reported dense, with the reason."""
     monkeypatch.setattr(command.runtime, "missing", lambda: None)
     monkeypatch.setattr(command.runtime, "device_reason", lambda device: reason)
+    monkeypatch.setattr(command.runtime, "hopper_reason", lambda device: None)
     verdict = command._implementation(torch.device("cuda", 0))
-    assert verdict == (f"dense attention: {reason}" if reason else "triton: the kernel's self-test passed")
+    assert verdict == (f"dense attention: {reason}" if reason else "hopper: the kernel's self-test passed")
+
+
+def test_a_step_down_has_its_reason(monkeypatch):
+    """Where the faster kernel does not run, the line says why."""
+    monkeypatch.setattr(command.runtime, "missing", lambda: None)
+    monkeypatch.setattr(command.runtime, "device_reason", lambda device: None)
+    monkeypatch.setattr(command.runtime, "hopper_reason", lambda device: "compute capability 8.9")
+    assert command._implementation(torch.device("cuda", 0)) == (
+        "triton (no hopper: compute capability 8.9): the kernel's self-test passed")
 
 
 def test_without_triton_a_gpu_is_dense(monkeypatch):

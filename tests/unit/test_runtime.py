@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fgattn import attend, runtime
+from fgattn import Settings, TokenLayout, Unsupported, attend, build_plan, runtime
 from torch.nn.functional import scaled_dot_product_attention
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +75,33 @@ def test_reason_why_the_kernel_cannot_run(dim, dtype, reason):
 def test_device_reason_of_the_cpu():
     """The interpreter is no way to run a model."""
     assert runtime.device_reason(torch.device("cpu")) == "Triton's interpreter is for tests"
+
+
+def test_hopper_needs_a_hopper_gpu():
+    """Asking for it elsewhere is refused with the reason; nothing is tried."""
+    q, k, v = torch.zeros(3, 1, 1, 16, 64, dtype=torch.bfloat16).unbind()
+    assert runtime.hopper_missing(q.device) == runtime.hopper_reason(q.device) == "no Hopper GPU: cpu"
+    plan = build_plan(q, k, Settings(), TokenLayout.flat(16))
+    with pytest.raises(Unsupported, match="The hopper kernel cannot run: "):
+        attend(q, k, v, plan, impl="hopper")
+    assert runtime.fastest(q) == "torch"
+
+
+@pytest.mark.parametrize(("capability", "gluon", "says"), [
+    ((9, 0), True, None),
+    ((8, 9), True, "no Hopper GPU: compute capability 8.9, not 9.0"),
+    ((9, 0), False, "this Triton lacks what the Hopper kernel needs: "),
+], ids=["Hopper", "Ada", "Triton without Gluon"])
+def test_why_there_is_no_hopper_kernel(capability, gluon, says, monkeypatch):
+    """The GPU and the features of Triton decide, not version strings."""
+    pytest.importorskip("triton.experimental.gluon")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if not gluon:
+        monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
+        monkeypatch.delitem(sys.modules, "fgattn.kernels.attend_hopper", raising=False)
+        monkeypatch.delattr(sys.modules["fgattn.kernels"], "attend_hopper", raising=False)
+    reason = runtime.hopper_missing(torch.device("cuda", 0))
+    assert reason is None if says is None else reason.startswith(says)
 
 
 def no_kernel(*_):
