@@ -67,13 +67,13 @@ def rows(quick: bool = False):
                 (128, 16, 0.7), (128, 16, 1.0), (128, 16, 1.5), (128, 16, 2.0), (128, 1, 1.0), (64, 16, 1.0)):
             settings = Settings(threshold, m, n)
             plan = build_plan(q, k, settings, layout)
-            error = relative_error(attend(q, k, v, plan, impl="triton"), dense())
+            error = relative_error(attend(q, k, v, plan), dense())
             if not error < 1:
                 raise SystemExit(f"step {step}, block {block}, {settings}: relative error {error:.2e}")
             planning, tail, call, cudnn = milliseconds(
                 lambda q=q, k=k, s=settings: build_plan(q, k, s, layout),
                 lambda q=q, k=k, v=v, p=plan: tail_triton(q, k, v, p),
-                lambda q=q, k=k, v=v, p=plan: attend(q, k, v, p, impl="triton"), dense, repeats=5)
+                lambda q=q, k=k, v=v, p=plan: attend(q, k, v, p), dense, repeats=5)
             result.append({
                 "M": m, "N": n, "threshold": threshold, "step": step, "block": block, "L": layout.length,
                 "heads": q.shape[1], "density": float(plan.density),
