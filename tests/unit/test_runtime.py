@@ -110,13 +110,14 @@ def no_kernel(*_):
 
 @pytest.mark.parametrize(("kernel", "says"), [
     (lambda q, k, v, plan: attend(q, k, v, plan, impl="torch"), None),
-    (lambda q, k, v, plan: 1.02 * attend(q, k, v, plan, impl="torch"), "the kernel's self-test is off by 2."),
-    (lambda q, k, v, plan: torch.full_like(q, float("nan")), "the kernel's self-test is off by nan"),
-    (lambda q, k, v, plan: scaled_dot_product_attention(q, k, v), "the kernel's self-test is off by"),
-    (no_kernel, "the kernel does not compile or run here: RuntimeError: no kernel image"),
+    (lambda q, k, v, plan: 1.02 * attend(q, k, v, plan, impl="torch"), "the kernels' self-test is off by 2."),
+    (lambda q, k, v, plan: torch.full_like(q, float("nan")), "the kernels' self-test is off by nan"),
+    (lambda q, k, v, plan: scaled_dot_product_attention(q, k, v), "the kernels' self-test is off by"),
+    (no_kernel, "the kernels do not compile or run here: RuntimeError: no kernel image"),
 ], ids=["right", "2 % off", "NaN", "ignores the mask", "fails"])
 def test_self_test(kernel, says, monkeypatch):
     """A kernel that is wrong on this GPU must be found before it draws a picture."""
+    monkeypatch.setattr("fgattn.plan.build_plan", lambda *given, impl: build_plan(*given, impl="torch"))
     monkeypatch.setattr("fgattn.attention.attend", lambda q, k, v, plan, impl: (
         kernel(q, k, v, plan) if impl == "triton" else attend(q, k, v, plan, impl=impl)))
     result = runtime.self_test(torch.device("cpu"))
