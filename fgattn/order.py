@@ -11,6 +11,8 @@ import torch
 from .errors import InvalidArgument
 
 CELL = 16  # tokens in a cell of keys and in a run of queries
+OCTET = 8  # key positions that a copy engine fetches at once, where they lie in memory as a box
+FLAT, WIDE, DEEP = 0, 1, 2  # boxes: 8 tokens of a row, 4 in two rows of a frame, 4 in two frames
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +67,8 @@ class Geometry:
     | own_cell | [L_q] int64 | cell that holds the query's own key; -1 if it has none |
     | sink_query | [L_q] bool | the query is a sink |
     | sink_cell | [cells] bool | the cell holds a sink |
+    | boxes | None or [ceil(L_k/8)] int32 | first token * 4 + kind of box of each octet of key positions |
+    | grid | (T, H, W) | of the video |
     """
 
     query_tokens: torch.Tensor
@@ -72,6 +76,8 @@ class Geometry:
     own_cell: torch.Tensor
     sink_query: torch.Tensor
     sink_cell: torch.Tensor
+    boxes: torch.Tensor | None
+    grid: tuple[int, int, int]
 
     def always_kept(self, tile_queries: int) -> torch.Tensor:
         """Bool [tiles, cells]: the cells a tile keeps whatever their score; cached."""
@@ -107,6 +113,27 @@ def token_order(grid: tuple[int, int, int], front: int, back: int, order: str) -
     return np.concatenate((video + front, sinks)).astype(np.int64)
 
 
+def octet_boxes(tokens: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray | None:
+    """First token * 4 + kind (FLAT, WIDE or DEEP) of each octet of positions; None if one is no box.
+
+    Args:
+        tokens: token at each position, int64 [L]. The box of a short last octet is FLAT and starts
+            earlier, so that its last tokens are those of the octet.
+        grid: (T, H, W) of the video: a row holds W tokens, a frame H * W.
+    """
+    (_, h, w), missing, four = grid, -len(tokens) % OCTET, np.arange(4)
+    whole = tokens[: len(tokens) // OCTET * OCTET].reshape(-1, OCTET)
+    short = tokens[len(whole) * OCTET:]
+    if missing:
+        whole = np.vstack((whole, short[0] - missing + np.arange(OCTET)))
+        if short[0] < missing or (short != whole[-1, missing:]).any():
+            return None
+    place, kinds = whole - whole[:, :1], np.full(len(whole), -1)
+    for kind, step in ((DEEP, h * w), (WIDE, w), (FLAT, 4)):
+        kinds[(place == np.r_[four, step + four]).all(1)] = kind
+    return None if (kinds < 0).any() else (whole[:, 0] * 4 + kinds).astype(np.int32)
+
+
 @functools.lru_cache(maxsize=32)
 def _geometry(grid, front, back, start, order, queries, device) -> Geometry:
     tokens = token_order(grid, front, back, order)
@@ -121,8 +148,9 @@ def _geometry(grid, front, back, start, order, queries, device) -> Geometry:
     else:
         mine = (tokens >= start) & (tokens < start + queries)
         query_tokens, own_cell, sink_query = tokens[mine] - start, cell[mine], is_sink[mine]
-    return Geometry(*(torch.from_numpy(a).to(device)
-                      for a in (query_tokens, tokens, own_cell, sink_query, sink_cell)))
+    boxes = octet_boxes(tokens, grid)
+    tensors = (query_tokens, tokens, own_cell, sink_query, sink_cell, boxes)
+    return Geometry(*(None if a is None else torch.from_numpy(a).to(device) for a in tensors), grid)
 
 
 @functools.lru_cache(maxsize=32)

@@ -13,13 +13,14 @@ with scores s and the tail's log-sum-exp t, all in base 2.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 
-from ..order import CELL
+from ..order import CELL, OCTET
 from ..plan import SparsePlan
 from .launch_table import launch_for
 from .summarise import position_rows
@@ -27,18 +28,29 @@ from .summarise import position_rows
 HEAD_DIMS = (64, 128)
 LIST_BYTES = 128 << 20  # scratch for lists; more heads than fit run in several launches
 LOG2_E = 1.4426950408889634
-LIST_BLOCK = 1024
+LIST_BLOCK, LIST_SPAN = 2048, 8192  # units: of a step, of a program
+
+
+@triton.jit
+def _ones(octet):
+    """Number of bits set in a byte."""
+    octet -= (octet >> 1) & 0x55
+    octet = (octet & 0x33) + ((octet >> 2) & 0x33)
+    return (octet + (octet >> 4)) & 0xF
 
 
 @triton.jit
 def list_kernel(
-    bits, key_rows, lists, counts, stride_bits_b, stride_bits_h, stride_rows_b, stride_list, heads, first,
-    tiles, units, n_bytes, UNIT: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    bits, entries, lists, listed, stride_bits_b, stride_bits_h, stride_entries_b, stride_list, heads, first,
+    tiles, slices, units, keys, span, n_bytes,
+    SPLIT: tl.constexpr, UNIT: tl.constexpr, HAS_ENTRIES: tl.constexpr, CHECKED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """List of the units whose slice (unit // SPLIT) has its bit set, for one tile, in the order.
+    """List the units whose slice (unit // SPLIT) has its bit set, for one tile, in the order.
 
-    Units of one key are listed as their row of k and v, which saves the other kernel a lookup; those
-    without a key are left out.
+    A unit is listed as its entry, or as itself without entries; if CHECKED, those with an entry below 0
+    are left out. One program writes `span` units; it counts the bits before them to know where. `listed`
+    is the number of keys; the list ends with 16 times -1.
     """
     tile = tl.program_id(0)
     row = tl.program_id(1)
@@ -46,20 +58,42 @@ def list_kernel(
     source = bits + (head // heads) * stride_bits_b + (head % heads) * stride_bits_h
     source += tile.to(tl.int64) * n_bytes
     out = lists + (row.to(tl.int64) * tiles + tile) * stride_list
-    count = 0
-    for start in range(0, units, BLOCK):
-        unit = start + tl.arange(0, BLOCK)
-        part = unit // SPLIT
-        octet = tl.load(source + part // 8, mask=unit < units, other=0).to(tl.int32)
-        kept = (octet >> (part % 8)) & 1
+    begin = tl.program_id(2) * span  # a multiple of 8 * SPLIT
+    end = tl.minimum(begin + span, units)
+    before = begin // (8 * SPLIT)
+    ones = tl.zeros([BLOCK // 8], tl.int32)
+    for start in range(0, before, BLOCK // 8):
+        byte = start + tl.arange(0, BLOCK // 8)
+        ones += _ones(tl.load(source + byte, mask=byte < before, other=0).to(tl.int32))
+    count = tl.sum(ones, 0) * SPLIT
+    STEP: tl.constexpr = 1 if CHECKED else min(SPLIT, 8)  # units of one bit
+    i = tl.arange(0, 8)[None, :]
+    for start in range(begin, end, BLOCK):
+        eight = start // 8 + tl.arange(0, BLOCK // 8)  # units whose bits lie in one byte
+        octet = tl.load(source + eight // SPLIT, mask=eight * 8 < end, other=0).to(tl.int32)
+        octet = octet >> (eight * 8 // SPLIT % 8)
+        unit = eight[:, None] * 8 + i
+        kept = (octet[:, None] >> (i // SPLIT)) & 1
         entry = unit
-        if UNIT == 1:
-            entry = tl.load(key_rows + (head // heads) * stride_rows_b + unit, mask=kept > 0, other=-1)
-            kept = (entry >= 0).to(tl.int32)
-        place = count + tl.cumsum(kept, 0) - 1
-        tl.store(out + place, entry, mask=kept > 0)
-        count += tl.sum(kept, 0)
-    tl.store(counts + row * tiles + tile, count)
+        if HAS_ENTRIES:
+            entry = tl.load(entries + (head // heads) * stride_entries_b + unit, mask=unit < end, other=-1)
+        if CHECKED:
+            kept &= (entry >= 0).to(tl.int32)
+            octet = tl.sum(kept << i, 1)
+        octet &= (1 << (8 // STEP)) - 1
+        number = _ones(octet) * STEP
+        place = (count + tl.cumsum(number, 0) - number)[:, None]
+        place += _ones(octet[:, None] & ((1 << (i // STEP)) - 1)) * STEP + i % STEP
+        tl.store(out + place, entry, mask=(kept > 0) & (unit < end))
+        count += tl.sum(number, 0)
+    if end == units:
+        n_keys = count * UNIT
+        if not CHECKED:  # the last slice was counted as if it were whole
+            last = (tl.load(source + (slices - 1) // 8).to(tl.int32) >> ((slices - 1) % 8)) & 1
+            n_keys -= last * (slices * SPLIT * UNIT - keys)
+            count -= last * (slices * SPLIT - units)
+        tl.store(out + count + tl.arange(0, 16), tl.full([16], -1, tl.int32))
+        tl.store(listed + row * tiles + tile, n_keys)
 
 
 @triton.jit
@@ -100,7 +134,7 @@ def _step(
 
 @triton.jit
 def attend_kernel(
-    q, k, v, out, lists, counts, query_rows, key_rows, tail_out, tail_lse,
+    q, k, v, out, lists, listed, query_rows, key_rows, tail_out, tail_lse,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_ob, stride_oh, stride_ol, stride_rows_b, stride_list, heads, first, queries, tiles, runs, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
@@ -119,9 +153,9 @@ def attend_kernel(
     k_base = k + b * stride_kb + h * stride_kh
     v_base = v + b * stride_vb + h * stride_vh
     key_rows += b * stride_rows_b
-    listed = row.to(tl.int64) * tiles + tile
-    count = tl.load(counts + listed)
-    unit_list = lists + listed * stride_list
+    at = row.to(tl.int64) * tiles + tile
+    count = tl.cdiv(tl.load(listed + at), UNIT)
+    unit_list = lists + at * stride_list
 
     m_i = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: an empty list must not give inf - inf
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -157,43 +191,55 @@ def attend_triton(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
     launch = launch_for(_arch(q.device), dim, plan.tile_rows)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         lists = Lists(plan, batch, heads)
-        for first, group in lists.groups():
+        for b, first, group in lists.groups():
             attend_kernel[tiles, group](
-                q, k, v, out, lists.lists, lists.counts, lists.query_rows, lists.key_rows, tail_out, tail_lse,
+                q, k, v, out, lists.lists, lists.listed, lists.query_rows, lists.key_rows, tail_out, tail_lse,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                lists.stride_rows, lists.stride, heads, first, queries, tiles,
+                lists.stride_rows, lists.stride, heads, b * heads + first, queries, tiles,
                 -(-queries // CELL), plan.softmax_scale(dim) * LOG2_E,
                 BLOCK_M=plan.tile_rows, BLOCK_N=launch.block_keys, UNIT=lists.unit, D=dim,
                 HAS_TAIL=tail is not None, num_warps=launch.warps, num_stages=launch.stages)
 
 
 class Lists:
-    """The unit lists of a plan's tiles, made for one group of heads after the other."""
+    """The unit lists of a plan's tiles, made for one group of heads after the other.
 
-    def __init__(self, plan: SparsePlan, batch: int, heads: int):
+    Units are octets, listed as their box (see order.octet_boxes), if boxes are given; else up to 16 keys,
+    listed as their place in the order; else single keys, listed as their row of k and v.
+    """
+
+    def __init__(self, plan: SparsePlan, batch: int, heads: int, boxes: torch.Tensor | None = None):
         bits = self.bits = plan.bits
-        self.heads, self.total, self.tiles = heads, batch * heads, bits.shape[2]
-        self.unit = 1 if plan.key_valid is not None else min(plan.tile_keys, CELL)
-        self.units, self.split = -(-plan.keys // self.unit), plan.tile_keys // self.unit
-        self.stride = -(-self.units // 16) * 16  # lists start aligned: wide loads
+        self.batch, self.heads, self.tiles, self.keys = batch, heads, bits.shape[2], plan.keys
         self.key_rows = position_rows(plan.geometry.key_tokens, plan.key_valid)
         self.stride_rows = self.key_rows.stride(0) if len(self.key_rows) > 1 else 0
         self.query_rows = plan.geometry.query_tokens.to(torch.int32)
-        group = max(1, min(self.total, LIST_BYTES // (4 * self.tiles * self.stride)))
+        if boxes is not None:
+            self.unit, self.entries = OCTET, boxes
+        else:
+            self.unit = 1 if plan.key_valid is not None else min(plan.tile_keys, CELL)
+            self.entries = self.key_rows if self.unit == 1 else None
+        self.units, self.split = -(-plan.keys // self.unit), plan.tile_keys // self.unit
+        self.slices, self.is_checked = -(-plan.keys // plan.tile_keys), plan.key_valid is not None
+        # Where its bit alone says whether a unit is listed, several programs share a list.
+        self.span = self.units if self.is_checked else LIST_SPAN
+        self.stride = -(-self.units // 16) * 16 + 16  # lists start aligned: wide loads
+        group = max(1, min(heads, LIST_BYTES // (4 * self.tiles * self.stride)))
         self.lists = torch.empty(group, self.tiles, self.stride, dtype=torch.int32, device=bits.device)
-        self.counts = torch.empty(group, self.tiles, dtype=torch.int32, device=bits.device)
+        self.listed = torch.empty(group, self.tiles, dtype=torch.int32, device=bits.device)
 
-    def groups(self) -> Iterator[tuple[int, int]]:
-        """(first, number) of the heads whose lists were just made, counted over the batch."""
+    def groups(self) -> Iterator[tuple[int, int, int]]:
+        """(batch row, first head, number of heads) whose lists were just made."""
         bits, group = self.bits, len(self.lists)
         strides = [s if n > 1 else 0 for s, n in zip(bits.stride()[:2], bits.shape[:2], strict=True)]
-        for first in range(0, self.total, group):
-            number = min(group, self.total - first)
-            list_kernel[self.tiles, number](
-                bits, self.key_rows, self.lists, self.counts, *strides, self.stride_rows, self.stride,
-                self.heads, first, self.tiles, self.units, bits.shape[3],
-                UNIT=self.unit, SPLIT=self.split, BLOCK=LIST_BLOCK, num_warps=4)
-            yield first, number
+        for b, first in itertools.product(range(self.batch), range(0, self.heads, group)):
+            number = min(group, self.heads - first)
+            list_kernel[self.tiles, number, triton.cdiv(self.units, self.span)](
+                bits, self.entries, self.lists, self.listed, *strides, self.stride_rows, self.stride,
+                self.heads, b * self.heads + first, self.tiles, self.slices, self.units, self.keys, self.span,
+                bits.shape[3], SPLIT=self.split, UNIT=self.unit, HAS_ENTRIES=self.entries is not None,
+                CHECKED=self.is_checked, BLOCK=LIST_BLOCK, num_warps=4)
+            yield b, first, number
 
 
 def scaled_tail(tail):

@@ -2,13 +2,13 @@
 
 Tested with Triton 3.6; other versions are tried and judged by the self-test.
 
-A program computes CONSUMERS * 64 query rows of one head. Its producer warps gather the listed rows of k
-and v with cp.async into two rings of packed shared tiles and look the next step's rows up meanwhile;
-each consumer warpgroup runs the online softmax on 64 rows, with WGMMA from shared memory. Barriers of a
-ring: *_full counts the producer threads, whose copies arrive by themselves; *_empty the consumers.
+A program computes CONSUMERS * 64 query rows of one head. Producer warps bring the listed rows of k and v
+into two rings of shared tiles; each consumer warpgroup runs the online softmax on 64 rows, with WGMMA
+from shared memory. Barriers of a ring: *_full counts the producers, *_empty the consumers.
 
-The keys that do not fill a step, the last of the list, come first, so that only this step is masked.
-While the weights of one step multiply v, the scores of the next one are computed.
+Where N is at least 8 and all octets of keys lie in memory as boxes, the copy engine fetches octets; else
+rows are gathered (see hopper_producers). The step that is not full comes first and is the only one
+masked. While the weights of one step multiply v, the scores of the next one are computed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -26,94 +25,55 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..order import CELL
+from ..order import CELL, OCTET
 from ..plan import SparsePlan
 from .attend_fwd import LOG2_E, Lists, scaled_tail
+from .hopper_producers import PRODUCERS, ROWS, descriptors, fetch, gather
 
 
 class Launch(NamedTuple):
     block_keys: int  # keys per step
     stages: int  # of either ring
-    producers: int  # warps
-    registers: tuple[int, int]  # of a thread: second consumer, producer; the first consumer has the rest
     max_registers: int | None  # a thread's share of the program at its start; 128 lets two programs run
 
 
 # Keys: (head size, tile rows). Measured on one H200, see benchmarks/NOTES.md.
 TABLE: dict[tuple[int, int], Launch] = {
-    (64, 64): Launch(128, 2, 4, (0, 56), 128),
-    (64, 128): Launch(128, 4, 4, (224, 56), None),
-    (128, 64): Launch(64, 2, 4, (0, 56), 128),
-    (128, 128): Launch(128, 2, 4, (224, 56), None),
+    (64, 64): Launch(128, 2, 128),
+    (64, 128): Launch(128, 4, None),
+    (128, 64): Launch(64, 2, 128),
+    (128, 128): Launch(128, 2, None),
 }
+# Of a thread: second consumer, producers; the first consumer has the rest.
+GATHER_REGISTERS, BOX_REGISTERS = (224, 56), (232, 40)
 
 
 @gluon.jit
-def _listed(unit_list, count, units, keys, UNIT: gl.constexpr):
-    """Number of keys in a list: only the last unit of the order can be short."""
-    listed = count * UNIT
-    if UNIT > 1:
-        last = gl.load(unit_list + gl.maximum(count - 1, 0))
-        listed = gl.where((count > 0) & (last == units - 1), listed - (units * UNIT - keys), listed)
-    return listed
+def _exists(place, listed, GATHERS: gl.constexpr):
+    """Which places of the last step hold a key; a short octet is at the end of its box."""
+    if GATHERS:
+        return place < listed
+    missing = -listed & (ROWS - 1)
+    end = listed + missing
+    return (place < end - ROWS) | (place >= end - ROWS + missing) & (place < end)
 
 
 @gluon.jit
-def _row(entry, lane, key_rows, mask, UNIT: gl.constexpr):
-    """Rows of k and v of list entries."""
-    if UNIT == 1:
-        return entry
-    return gl.load(key_rows + gl.max_contiguous(entry * UNIT + lane % UNIT, UNIT), mask=mask, other=0)
+def _own_sums(w, like):
+    """Sums of what each thread holds of a row, in the layout of `like` [64, 8]: no exchange."""
+    sums = gl.sum(w.reshape([64, w.shape[1] // 8, 8]), 1)
+    return gl.convert_layout(sums, like.type.layout, assert_trivial=True)
 
 
 @gluon.jit
-def _produce(
-    k, v, stride_kl, stride_vl, unit_list, listed, key_rows, ring,
-    BLOCK_N: gl.constexpr, UNIT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    PRODUCERS: gl.constexpr,
-):
-    k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = ring
-    # A thread has consecutive rows, whose list entries are wide loads; eight threads copy 64 elements of one.
-    layout: gl.constexpr = gl.BlockedLayout([BLOCK_N // (4 * PRODUCERS), 8], [4, 8], [PRODUCERS, 1], [1, 0])
-    lane = gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
-    dim = gl.arange(0, D, gl.SliceLayout(0, layout))
-    steps = gl.cdiv(listed, BLOCK_N)
-    begin = gl.maximum(steps - 1, 0) * BLOCK_N  # of the masked step
-    exists = begin + lane < listed
-    entry = gl.load(unit_list + begin // UNIT + lane // UNIT, mask=exists, other=0)
-    row = _row(entry, lane, key_rows, exists, UNIT)
-    entry = gl.load(unit_list + lane // UNIT, mask=(lane >= 0) & (steps > 1), other=0)
-    for i in range(steps):
-        stage = i % STAGES
-        phase = ((i // STAGES) & 1) ^ 1
-        # The look-ups of the steps to come are under way while this one waits for its tiles.
-        if UNIT == 1:
-            row_next = gl.load(unit_list + i * BLOCK_N + lane, mask=(lane >= 0) & (i + 1 < steps), other=0)
-        else:
-            row_next = _row(entry, lane, key_rows, (lane >= 0) & (i + 1 < steps), UNIT)
-            entry = gl.load(unit_list + (i + 1) * (BLOCK_N // UNIT) + lane // UNIT,
-                            mask=(lane >= 0) & (i + 2 < steps), other=0)
-        kept = exists | (i > 0)  # rows that are not copied are zeros
-        k_at = k + row.to(gl.int64)[:, None] * stride_kl + dim[None, :]
-        mbarrier.wait(k_empty.index(stage), phase)
-        async_copy.async_copy_global_to_shared(k_tiles.index(stage), k_at, mask=kept[:, None])
-        async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
-        v_at = v + row.to(gl.int64)[:, None] * stride_vl + dim[None, :]
-        mbarrier.wait(v_empty.index(stage), phase)
-        async_copy.async_copy_global_to_shared(v_tiles.index(stage), v_at, mask=kept[:, None])
-        async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
-        row = row_next
-    async_copy.wait_group(0)
-
-
-@gluon.jit
-def _step(i, m_i, l_i, acc, p, q_tile, zero, scale, ring, STAGES: gl.constexpr):
+def _step(i, m_i, l_i, acc, p, q_tile, zero, scale, ring, STAGES: gl.constexpr, GATHERS: gl.constexpr):
     """Scores of step i > 0, while the weights p of the step before multiply v."""
     k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = ring
     before = i - 1
     mbarrier.wait(v_full.index(before % STAGES), (before // STAGES) & 1)
     mbarrier.wait(k_full.index(i % STAGES), (i // STAGES) & 1)
-    fence_async_shared()
+    if GATHERS:  # cp.async and WGMMA see shared memory through different proxies
+        fence_async_shared()
     s_token = warpgroup_mma(q_tile, k_tiles.index(i % STAGES).permute((1, 0)), zero, use_acc=False,
                             is_async=True)
     acc_token = warpgroup_mma(p, v_tiles.index(before % STAGES), acc, is_async=True)
@@ -122,7 +82,7 @@ def _step(i, m_i, l_i, acc, p, q_tile, zero, scale, ring, STAGES: gl.constexpr):
     m_new = gl.maximum(m_i, gl.max(s, 1) * scale)
     w = gl.exp2(s * scale - m_new[:, None])
     alpha = gl.exp2(m_i - m_new)
-    l_i = l_i * alpha + gl.sum(w, 1)
+    l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + _own_sums(w, l_i)
     p_next = gl.convert_layout(w.to(p.dtype), p.type.layout)
     acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc_token,))
     mbarrier.arrive(v_empty.index(before % STAGES), count=1)
@@ -132,22 +92,27 @@ def _step(i, m_i, l_i, acc, p, q_tile, zero, scale, ring, STAGES: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    q, out, query_rows, tail_out, tail_lse, stride_ql, stride_ol, begin, queries, listed, scale, q_tile, ring,
-    BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_TAIL: gl.constexpr,
+    task, ring, WARPGROUP: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    HAS_TAIL: gl.constexpr, GATHERS: gl.constexpr,
 ):
+    q, out, query_rows, tail, stride_ql, stride_ol, begin, queries, listed, scale, q_tiles = task
+    tail_out, tail_lse = tail
+    begin += 64 * WARPGROUP
+    q_tile = q_tiles.index(WARPGROUP)
     k_tiles, v_tiles, k_full, k_empty, v_full, _ = ring
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     IO: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     position = begin + gl.arange(0, 64, gl.SliceLayout(1, IO))
     dim = gl.arange(0, D, gl.SliceLayout(0, IO))
-    exists = position < queries
-    token = gl.load(query_rows + position, mask=exists, other=0).to(gl.int64)
+    has_query = position < queries
+    token = gl.load(query_rows + position, mask=has_query, other=0).to(gl.int64)
     q_at = q + token[:, None] * stride_ql + dim[None, :]
-    q_tile.store(gl.load(q_at, mask=exists[:, None], other=0.0))
+    q_tile.store(gl.load(q_at, mask=has_query[:, None], other=0.0))
     zero = gl.full([64, BLOCK_N], 0.0, gl.float32, S)
     m_i = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, S))  # finite: a list can be empty
-    l_i = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, S))
+    l_i = gl.full([64, 8], 0.0, gl.float32, SUMS)
     acc = gl.full([64, D], 0.0, gl.float32, ACC)
     steps = gl.cdiv(listed, BLOCK_N)
     if steps > 0:
@@ -156,19 +121,20 @@ def _consume(
         s = warpgroup_mma(q_tile, k_tiles.index(0).permute((1, 0)), zero, use_acc=False)
         mbarrier.arrive(k_empty.index(0), count=1)
         column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, S))
-        s = gl.where(((steps - 1) * BLOCK_N + column < listed)[None, :], s, float("-inf"))
+        exists = _exists((steps - 1) * BLOCK_N + column, listed, GATHERS)
+        s = gl.where(exists[None, :], s, float("-inf"))
         m_i = gl.maximum(m_i, gl.max(s, 1) * scale)
         w = gl.exp2(s * scale - m_i[:, None])
-        l_i = gl.sum(w, 1)
+        l_i = _own_sums(w, l_i)
         p = gl.convert_layout(w.to(q_tile.dtype), gl.DotOperandLayout(0, ACC, 2))
         for i in range(1, steps):
-            m_i, l_i, acc, p = _step(i, m_i, l_i, acc, p, q_tile, zero, scale, ring, STAGES)
+            m_i, l_i, acc, p = _step(i, m_i, l_i, acc, p, q_tile, zero, scale, ring, STAGES, GATHERS)
         last = steps - 1
         mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
         fence_async_shared()
         acc = warpgroup_mma(p, v_tiles.index(last % STAGES), acc)
     m_row = gl.convert_layout(m_i, gl.SliceLayout(1, ACC))
-    l_row = gl.convert_layout(l_i, gl.SliceLayout(1, ACC))
+    l_row = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, ACC))
     if HAS_TAIL:
         place = begin + gl.arange(0, 64, gl.SliceLayout(1, ACC))
         column = gl.arange(0, D, gl.SliceLayout(0, ACC))
@@ -182,16 +148,17 @@ def _consume(
     acc = acc / gl.where(l_row == 0.0, 1.0, l_row)[:, None]  # nothing kept and no tail: zeros
     q_tile.store(acc.to(q_tile.dtype))  # by way of shared memory, so that rows are stored whole
     gl.store(out + token[:, None] * stride_ol + dim[None, :], q_tile.load(IO).to(out.dtype.element_ty),
-             mask=exists[:, None])
+             mask=has_query[:, None])
 
 
 @gluon.jit
 def hopper_kernel(
-    q, k, v, out, lists, counts, query_rows, key_rows, tail_out, tail_lse,
-    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
-    stride_ob, stride_oh, stride_ol, stride_rows_b, stride_list, heads, first, queries, keys, tiles, units,
-    runs, scale, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, PRODUCERS: gl.constexpr, REGISTERS: gl.constexpr, HAS_TAIL: gl.constexpr,
+    q, k, v, k_flat, k_wide, k_deep, v_flat, v_wide, v_deep, out, lists, listed, query_rows, key_rows,
+    tail_out, tail_lse, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
+    stride_vb, stride_vh, stride_vl, stride_ob, stride_oh, stride_ol, stride_rows_b, stride_list,
+    heads, first, queries, tiles, runs, scale,
+    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr, HAS_TAIL: gl.constexpr, GATHERS: gl.constexpr,
 ):
     tile = gl.program_id(0)
     listed_at = gl.program_id(1).to(gl.int64) * tiles + tile
@@ -206,9 +173,8 @@ def hopper_kernel(
     if HAS_TAIL:
         tail_out += head * runs * D
         tail_lse += head * runs
-    begin = tile * (64 * CONSUMERS)
     unit_list = lists + listed_at * stride_list
-    listed = _listed(unit_list, gl.load(counts + listed_at), units, keys, UNIT)
+    n_listed = gl.load(listed + listed_at)
 
     dtype: gl.constexpr = q.dtype.element_ty
     kv_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype)
@@ -221,28 +187,44 @@ def hopper_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=32 * PRODUCERS)
+        mbarrier.init(k_full.index(i), count=32 * PRODUCERS if GATHERS else PRODUCERS)
         mbarrier.init(k_empty.index(i), count=CONSUMERS)
-        mbarrier.init(v_full.index(i), count=32 * PRODUCERS)
+        mbarrier.init(v_full.index(i), count=32 * PRODUCERS if GATHERS else PRODUCERS)
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
     ring = (k_tiles, v_tiles, k_full, k_empty, v_full, v_empty)
+    task = (q, out, query_rows, (tail_out, tail_lse), stride_ql, stride_ol, tile * (64 * CONSUMERS), queries,
+            n_listed, scale, q_tiles)
     # Constexprs go straight into the arguments: a constexpr in an assigned tuple becomes a tensor.
-    if CONSUMERS == 1:
+    rows = (k, v, stride_kl, stride_vl, unit_list, n_listed, key_rows)
+    boxes = ((k_flat, k_wide, k_deep), (v_flat, v_wide, v_deep), h.to(gl.int32), unit_list, n_listed)
+    if GATHERS and CONSUMERS == 1:
         gl.warp_specialize([
-            (_consume, (q, out, query_rows, tail_out, tail_lse, stride_ql, stride_ol, begin, queries, listed,
-                        scale, q_tiles.index(0), ring, BLOCK_N, D, STAGES, HAS_TAIL)),
-            (_produce, (k, v, stride_kl, stride_vl, unit_list, listed, key_rows, ring, BLOCK_N, UNIT, D,
-                        STAGES, PRODUCERS)),
-        ], [PRODUCERS], [REGISTERS[1]])
+            (_consume, (task, ring, 0, BLOCK_N, D, STAGES, HAS_TAIL, True)),
+            (gather, (rows, ring, BLOCK_N, UNIT, D, STAGES)),
+        ], [4], [REGISTERS[1]])
+    elif GATHERS:
+        gl.warp_specialize([
+            (_consume, (task, ring, 0, BLOCK_N, D, STAGES, HAS_TAIL, True)),
+            (_consume, (task, ring, 1, BLOCK_N, D, STAGES, HAS_TAIL, True)),
+            (gather, (rows, ring, BLOCK_N, UNIT, D, STAGES)),
+        ], [4, 4], REGISTERS)
+    elif CONSUMERS == 1:
+        gl.warp_specialize([
+            (_consume, (task, ring, 0, BLOCK_N, D, STAGES, HAS_TAIL, False)),
+            (fetch, (boxes, ring, 0, BLOCK_N, D, STAGES)),
+            (fetch, (boxes, ring, 1, BLOCK_N, D, STAGES)),
+            (fetch, (boxes, ring, 2, BLOCK_N, D, STAGES)),
+            (fetch, (boxes, ring, 3, BLOCK_N, D, STAGES)),
+        ], [1, 1, 1, 1], [REGISTERS[1], REGISTERS[1], REGISTERS[1], REGISTERS[1]])
     else:
         gl.warp_specialize([
-            (_consume, (q, out, query_rows, tail_out, tail_lse, stride_ql, stride_ol, begin, queries, listed,
-                        scale, q_tiles.index(0), ring, BLOCK_N, D, STAGES, HAS_TAIL)),
-            (_consume, (q, out, query_rows, tail_out, tail_lse, stride_ql, stride_ol, begin + 64, queries,
-                        listed, scale, q_tiles.index(1), ring, BLOCK_N, D, STAGES, HAS_TAIL)),
-            (_produce, (k, v, stride_kl, stride_vl, unit_list, listed, key_rows, ring, BLOCK_N, UNIT, D,
-                        STAGES, PRODUCERS)),
-        ], [4, PRODUCERS], REGISTERS)
+            (_consume, (task, ring, 0, BLOCK_N, D, STAGES, HAS_TAIL, False)),
+            (_consume, (task, ring, 1, BLOCK_N, D, STAGES, HAS_TAIL, False)),
+            (fetch, (boxes, ring, 0, BLOCK_N, D, STAGES)),
+            (fetch, (boxes, ring, 1, BLOCK_N, D, STAGES)),
+            (fetch, (boxes, ring, 2, BLOCK_N, D, STAGES)),
+            (fetch, (boxes, ring, 3, BLOCK_N, D, STAGES)),
+        ], [4, 1, 1, 1, 1], [REGISTERS[0], REGISTERS[1], REGISTERS[1], REGISTERS[1], REGISTERS[1]])
 
 
 def attend_hopper(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
@@ -253,14 +235,20 @@ def attend_hopper(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
         q, scale = -q, -scale
     tail_out, tail_lse = scaled_tail(tail)
     launch = TABLE[dim, plan.tile_rows]
+    boxes = plan.geometry.boxes if plan.key_valid is None and plan.tile_keys >= OCTET else None
+    if not all(stride > 0 for x in (k, v) for stride in x.stride()):  # expanded: no boxes
+        boxes = None
+    registers = GATHER_REGISTERS if boxes is None else BOX_REGISTERS
+    described = (None,) * 6
     with torch.cuda.device(q.device):
-        lists = Lists(plan, batch, heads)
-        for first, group in lists.groups():
+        lists = Lists(plan, batch, heads, boxes)
+        for b, first, group in lists.groups():
+            if boxes is not None:
+                described = (*descriptors(k[b], plan.geometry.grid), *descriptors(v[b], plan.geometry.grid))
             hopper_kernel[tiles, group](
-                q, k, v, out, lists.lists, lists.counts, lists.query_rows, lists.key_rows, tail_out, tail_lse,
-                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                lists.stride_rows, lists.stride, heads, first, queries, plan.keys, tiles, lists.units,
+                q, k, v, *described, out, lists.lists, lists.listed, lists.query_rows, lists.key_rows,
+                tail_out, tail_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+                lists.stride_rows, lists.stride, heads, b * heads + first, queries, tiles,
                 -(-queries // CELL), scale, CONSUMERS=plan.tile_rows // 64, BLOCK_N=launch.block_keys,
-                UNIT=lists.unit, D=dim, STAGES=launch.stages, PRODUCERS=launch.producers,
-                REGISTERS=launch.registers, HAS_TAIL=tail is not None, num_warps=4,
-                maxnreg=launch.max_registers)
+                UNIT=lists.unit, D=dim, STAGES=launch.stages, REGISTERS=registers, HAS_TAIL=tail is not None,
+                GATHERS=boxes is None, num_warps=4, maxnreg=launch.max_registers)

@@ -7,12 +7,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from fgattn.kernels.launch_table import TABLE, launch_for
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 attend_fwd = pytest.importorskip("fgattn.kernels.attend_fwd")
 gluon = pytest.importorskip("triton.experimental.gluon._runtime", reason="this Triton has no Gluon")
 attend_hopper = pytest.importorskip("fgattn.kernels.attend_hopper")
+hopper_producers = pytest.importorskip("fgattn.kernels.hopper_producers")
 pooled = pytest.importorskip("fgattn.kernels.pooled")
 select = pytest.importorskip("fgattn.kernels.select")
 summarise = pytest.importorskip("fgattn.kernels.summarise")
@@ -23,7 +25,7 @@ SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block's 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {
     **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
-    **dict.fromkeys(("lists", "counts", "query_rows", "key_rows"), "*i32"),
+    **dict.fromkeys(("lists", "listed", "entries", "query_rows", "key_rows"), "*i32"),
     **dict.fromkeys(("tail_out", "tail_lse"), "*fp32"),
     **dict.fromkeys(("bits", "cell_bits", "always"), "*u8"),
     **dict.fromkeys(("requested", "executed"), "*i64"),
@@ -32,8 +34,16 @@ TYPES = {
     **dict.fromkeys(("rows", "widths"), "*i32"), **dict.fromkeys(("lse", "limits"), "*fp32"),
 }
 COUNTS = (
-    "heads", "first", "queries", "keys", "tiles", "units", "runs", "cells", "slices", "n_bytes", "cell_bytes")
+    "heads", "first", "queries", "keys", "tiles", "units", "runs", "cells", "slices", "span", "n_bytes",
+    "cell_bytes")
+BOXES = ("k_flat", "k_wide", "k_deep", "v_flat", "v_wide", "v_deep")
 ROWS = sorted(TABLE)
+
+
+def box_type():
+    """The type of a tensor map, as a launch on bf16 tensors would give it."""
+    box = hopper_producers.descriptors(torch.empty(2, 64, 64, dtype=torch.bfloat16), (1, 4, 16))[0]
+    return f"tensordesc<bf16{box.block_shape},{box.layout!r}>"
 
 
 def compiled(kernel, arch, constants, **options):
@@ -42,6 +52,9 @@ def compiled(kernel, arch, constants, **options):
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+            continue
+        if name in BOXES:
+            signature[name] = box_type()
             continue
         signature[name] = TYPES.get(name, "i32")
         assert name in TYPES or name in COUNTS or name.startswith("stride_"), f"what type is {name}?"
@@ -99,7 +112,8 @@ def test_attend_kernel(arch, dim, tile, unit, tmp_path):
 @pytest.mark.parametrize("arch", SHARED_KIB)
 def test_list_kernel(arch, unit, tmp_path):
     """The list of every tile is made on the device."""
-    constants = {"UNIT": unit, "SPLIT": 1, "BLOCK": attend_fwd.LIST_BLOCK}
+    constants = {"UNIT": unit, "SPLIT": 1, "HAS_ENTRIES": unit == 1, "CHECKED": False,
+                 "BLOCK": attend_fwd.LIST_BLOCK}
     made = compiled(attend_fwd.list_kernel, arch, constants, num_warps=4)
     assert resources(made, tmp_path)[1] == 0 and made.metadata.shared < 16 * 1024
 
@@ -124,20 +138,24 @@ def test_planning_kernels(arch, dim, tmp_path):
         assert stack == 0, f"{kernel} spills: {registers} registers, {stack} bytes of stack"
 
 
-@pytest.mark.parametrize("unit", [1, 8, 16])
+@pytest.mark.parametrize("unit", [1, 16, "box"])
 @pytest.mark.parametrize(("dim", "tile"), attend_hopper.TABLE, ids=str)
 def test_hopper_kernel(dim, tile, unit, tmp_path):
     """Nothing is spilled in a loop (a few words of arguments may be), and the programs fit on the SM."""
-    launch = attend_hopper.TABLE[dim, tile]
+    launch, boxed = attend_hopper.TABLE[dim, tile], unit == "box"
     limit = {} if launch.max_registers is None else {"maxnreg": launch.max_registers}
-    made = compiled(attend_hopper.hopper_kernel, 90, num_warps=4, **limit, constants={
-        "CONSUMERS": tile // 64, "BLOCK_N": launch.block_keys, "UNIT": unit, "D": dim,
-        "STAGES": launch.stages, "PRODUCERS": launch.producers, "REGISTERS": launch.registers,
-        "HAS_TAIL": True})
+    constants = {
+        "CONSUMERS": tile // 64, "BLOCK_N": launch.block_keys, "UNIT": 8 if boxed else unit, "D": dim,
+        "STAGES": launch.stages, "HAS_TAIL": True, "GATHERS": not boxed,
+        "REGISTERS": attend_hopper.BOX_REGISTERS if boxed else attend_hopper.GATHER_REGISTERS}
+    if not boxed:
+        constants |= dict.fromkeys(BOXES)
+    made = compiled(attend_hopper.hopper_kernel, 90, constants, num_warps=4, **limit)
     registers, stack = resources(made, tmp_path)
     programs = 1 if launch.max_registers is None else 2
-    threads = 128 * (tile // 64) + 32 * launch.producers
+    threads = 128 * (tile // 64) + 32 * 4
     assert programs * (made.metadata.shared + 1024) <= (SHARED_KIB[90] + 1) * 1024
     assert programs * threads * registers <= 65536
-    assert stack <= 8, f"{launch} spills: {stack} bytes of stack"
+    assert stack <= 16, f"{launch} spills: {stack} bytes of stack"
     assert "wgmma" in made.asm["ptx"] and "setmaxnreg" in made.asm["ptx"]
+    assert ("cp.async.bulk.tensor" in made.asm["ptx"]) == boxed

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fgattn import InvalidArgument, TokenLayout
-from fgattn.order import geometry, token_order
+from fgattn.order import DEEP, FLAT, WIDE, geometry, octet_boxes, token_order
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from makers import restated_order
@@ -121,3 +121,29 @@ def test_geometry_is_reused():
     assert geometry(TokenLayout((4, 8, 8), 2), "cells", 100, CPU) is first
     assert geometry(TokenLayout((4, 8, 8), 2), "raster", 100, CPU) is not first
     assert geometry(TokenLayout((4, 8, 8), 2, query_start=5), "cells", 100, CPU) is not first
+
+
+@examples
+@given(st.tuples(st.tuples(side, side, st.sampled_from((1, 3, 4, 8, 12, 16))), st.integers(0, 20),
+                 st.integers(0, 20)), orders)
+def test_boxes_hold_the_octets(layout, order):
+    """The copy engine brings exactly the tokens of each octet, in their order; none outside the sequence."""
+    grid, (_, h, w) = layout[0], layout[0]
+    tokens = token_order(*layout, order)
+    boxes = octet_boxes(tokens, grid)
+    if boxes is None:
+        return
+    for i, (first, kind) in enumerate(zip(boxes // 4, boxes % 4, strict=True)):
+        step = {FLAT: 4, WIDE: w, DEEP: h * w}[kind]
+        box = [first + pair * step + place for pair in range(2) for place in range(4)]
+        expected = tokens[i * 8 : i * 8 + 8].tolist()
+        assert box[8 - len(expected) :] == expected
+        assert min(box) >= 0 and max(box) < len(tokens)
+
+
+@pytest.mark.parametrize(("grid", "kinds"), [
+    ((21, 30, 52), {WIDE}), ((21, 45, 80), {FLAT, WIDE, DEEP}), ((16, 32, 32), {WIDE}), ((5, 9, 10), None)])
+def test_grids_of_video_models_are_boxes(grid, kinds):
+    """Wan at 480p and 720p takes the fast path; rows that four does not divide cannot."""
+    boxes = geometry(TokenLayout(grid), "cells", 0, CPU).boxes
+    assert kinds is None if boxes is None else set((boxes % 4).tolist()) == kinds
