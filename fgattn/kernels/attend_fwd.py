@@ -28,15 +28,23 @@ from .summarise import position_rows
 HEAD_DIMS = (64, 128)
 LIST_BYTES = 128 << 20  # scratch for lists; more heads than fit run in several launches
 LOG2_E = 1.4426950408889634
-LIST_BLOCK, LIST_SPAN = 2048, 8192  # units: of a step, of a program
+LIST_BLOCK, LIST_SPAN = 512, 4096  # units: of a step, of a program
+
+
+@triton.jit
+def _ones_before(octet):
+    """For a byte, the number of bits set below bit i as the i-th group of four bits, uint32."""
+    x = octet.to(tl.uint32)
+    x = (x | (x << 12)) & 0x000F000F
+    x = (x | (x << 6)) & 0x03030303
+    x = (x | (x << 3)) & 0x11111111  # bit i is now bit 4 * i
+    return x * 0x11111110
 
 
 @triton.jit
 def _ones(octet):
     """Number of bits set in a byte."""
-    octet -= (octet >> 1) & 0x55
-    octet = (octet & 0x33) + ((octet >> 2) & 0x33)
-    return (octet + (octet >> 4)) & 0xF
+    return ((_ones_before(octet) >> 28).to(tl.int32) + (octet >> 7)).to(tl.int32)
 
 
 @triton.jit
@@ -60,11 +68,11 @@ def list_kernel(
     out = lists + (row.to(tl.int64) * tiles + tile) * stride_list
     begin = tl.program_id(2) * span  # a multiple of 8 * SPLIT
     end = tl.minimum(begin + span, units)
-    before = begin // (8 * SPLIT)
+    behind = begin // (8 * SPLIT)
     ones = tl.zeros([BLOCK // 8], tl.int32)
-    for start in range(0, before, BLOCK // 8):
+    for start in range(0, behind, BLOCK // 8):
         byte = start + tl.arange(0, BLOCK // 8)
-        ones += _ones(tl.load(source + byte, mask=byte < before, other=0).to(tl.int32))
+        ones += _ones(tl.load(source + byte, mask=byte < behind, other=0).to(tl.int32))
     count = tl.sum(ones, 0) * SPLIT
     STEP: tl.constexpr = 1 if CHECKED else min(SPLIT, 8)  # units of one bit
     i = tl.arange(0, 8)[None, :]
@@ -82,8 +90,8 @@ def list_kernel(
             octet = tl.sum(kept << i, 1)
         octet &= (1 << (8 // STEP)) - 1
         number = _ones(octet) * STEP
-        place = (count + tl.cumsum(number, 0) - number)[:, None]
-        place += _ones(octet[:, None] & ((1 << (i // STEP)) - 1)) * STEP + i % STEP
+        before = (_ones_before(octet)[:, None] >> (4 * (i // STEP)).to(tl.uint32)).to(tl.int32) & 15
+        place = (count + tl.cumsum(number, 0) - number)[:, None] + before * STEP + i % STEP
         tl.store(out + place, entry, mask=(kept > 0) & (unit < end))
         count += tl.sum(number, 0)
     if end == units:
@@ -238,7 +246,7 @@ class Lists:
                 bits, self.entries, self.lists, self.listed, *strides, self.stride_rows, self.stride,
                 self.heads, b * self.heads + first, self.tiles, self.slices, self.units, self.keys, self.span,
                 bits.shape[3], SPLIT=self.split, UNIT=self.unit, HAS_ENTRIES=self.entries is not None,
-                CHECKED=self.is_checked, BLOCK=LIST_BLOCK, num_warps=4)
+                CHECKED=self.is_checked, BLOCK=LIST_BLOCK, num_warps=1)
             yield b, first, number
 
 
