@@ -26,7 +26,7 @@ from .launch_table import launch_for
 from .summarise import position_rows
 
 HEAD_DIMS = (64, 128)
-LIST_BYTES = 128 << 20  # scratch for lists; more heads than fit run in several launches
+LIST_BYTES = 208 << 20  # scratch for lists; more heads than fit run in several launches
 LOG2_E = 1.4426950408889634
 LIST_BLOCK, LIST_SPAN = 512, 4096  # units: of a step, of a program
 
@@ -75,23 +75,23 @@ def list_kernel(
         ones += _ones(tl.load(source + byte, mask=byte < behind, other=0).to(tl.int32))
     count = tl.sum(ones, 0) * SPLIT
     STEP: tl.constexpr = 1 if CHECKED else min(SPLIT, 8)  # units of one bit
-    i = tl.arange(0, 8)[None, :]
+    i = tl.arange(0, 8)[:, None]  # [8, BLOCK // 8]: neighbouring lanes store to neighbouring places
     for start in range(begin, end, BLOCK):
         eight = start // 8 + tl.arange(0, BLOCK // 8)  # units whose bits lie in one byte
         octet = tl.load(source + eight // SPLIT, mask=eight * 8 < end, other=0).to(tl.int32)
         octet = octet >> (eight * 8 // SPLIT % 8)
-        unit = eight[:, None] * 8 + i
-        kept = (octet[:, None] >> (i // SPLIT)) & 1
+        unit = eight[None, :] * 8 + i
+        kept = (octet[None, :] >> (i // SPLIT)) & 1
         entry = unit
         if HAS_ENTRIES:
             entry = tl.load(entries + (head // heads) * stride_entries_b + unit, mask=unit < end, other=-1)
         if CHECKED:
             kept &= (entry >= 0).to(tl.int32)
-            octet = tl.sum(kept << i, 1)
+            octet = tl.sum(kept << i, 0)
         octet &= (1 << (8 // STEP)) - 1
         number = _ones(octet) * STEP
-        before = (_ones_before(octet)[:, None] >> (4 * (i // STEP)).to(tl.uint32)).to(tl.int32) & 15
-        place = (count + tl.cumsum(number, 0) - number)[:, None] + before * STEP + i % STEP
+        before = (_ones_before(octet)[None, :] >> (4 * (i // STEP)).to(tl.uint32)).to(tl.int32) & 15
+        place = (count + tl.cumsum(number, 0) - number)[None, :] + before * STEP + i % STEP
         tl.store(out + place, entry, mask=(kept > 0) & (unit < end))
         count += tl.sum(number, 0)
     if end == units:
@@ -232,7 +232,8 @@ class Lists:
         # Where its bit alone says whether a unit is listed, several programs share a list.
         self.span = self.units if self.is_checked else LIST_SPAN
         self.stride = -(-self.units // 16) * 16 + 16  # lists start aligned: wide loads
-        group = max(1, min(heads, LIST_BYTES // (4 * self.tiles * self.stride)))
+        fitting = max(1, LIST_BYTES // (4 * self.tiles * self.stride))
+        group = -(-heads // -(-heads // fitting))  # even groups
         self.lists = torch.empty(group, self.tiles, self.stride, dtype=torch.int32, device=bits.device)
         self.listed = torch.empty(group, self.tiles, dtype=torch.int32, device=bits.device)
 

@@ -34,18 +34,19 @@ from .hopper_producers import PRODUCERS, ROWS, descriptors, fetch, gather
 class Launch(NamedTuple):
     block_keys: int  # keys per step
     stages: int  # of either ring
+    gatherers: int  # warps
+    registers: tuple[int, int]  # of a thread: second consumer, gatherers; the first consumer has the rest
     max_registers: int | None  # a thread's share of the program at its start; 128 lets two programs run
 
 
 # Keys: (head size, tile rows). Measured on one H200, see benchmarks/NOTES.md.
 TABLE: dict[tuple[int, int], Launch] = {
-    (64, 64): Launch(128, 2, 128),
-    (64, 128): Launch(128, 4, None),
-    (128, 64): Launch(64, 2, 128),
-    (128, 128): Launch(128, 2, None),
+    (64, 64): Launch(128, 2, 4, (0, 56), 128),
+    (64, 128): Launch(128, 4, 4, (224, 56), None),
+    (128, 64): Launch(64, 2, 4, (0, 56), 128),
+    (128, 128): Launch(128, 2, 8, (208, 40), None),
 }
-# Of a thread: second consumer, producers; the first consumer has the rest.
-GATHER_REGISTERS, BOX_REGISTERS = (224, 56), (232, 40)
+BOX_REGISTERS = (232, 40)
 
 
 @gluon.jit
@@ -158,7 +159,7 @@ def hopper_kernel(
     stride_vb, stride_vh, stride_vl, stride_ob, stride_oh, stride_ol, stride_rows_b, stride_list,
     heads, first, queries, tiles, runs, scale,
     CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr, HAS_TAIL: gl.constexpr, GATHERS: gl.constexpr,
+    GATHERERS: gl.constexpr, REGISTERS: gl.constexpr, HAS_TAIL: gl.constexpr, GATHERS: gl.constexpr,
 ):
     tile = gl.program_id(0)
     listed_at = gl.program_id(1).to(gl.int64) * tiles + tile
@@ -187,9 +188,9 @@ def hopper_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=32 * PRODUCERS if GATHERS else PRODUCERS)
+        mbarrier.init(k_full.index(i), count=32 * GATHERERS if GATHERS else PRODUCERS)
         mbarrier.init(k_empty.index(i), count=CONSUMERS)
-        mbarrier.init(v_full.index(i), count=32 * PRODUCERS if GATHERS else PRODUCERS)
+        mbarrier.init(v_full.index(i), count=32 * GATHERERS if GATHERS else PRODUCERS)
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
     ring = (k_tiles, v_tiles, k_full, k_empty, v_full, v_empty)
     task = (q, out, query_rows, (tail_out, tail_lse), stride_ql, stride_ol, tile * (64 * CONSUMERS), queries,
@@ -200,14 +201,14 @@ def hopper_kernel(
     if GATHERS and CONSUMERS == 1:
         gl.warp_specialize([
             (_consume, (task, ring, 0, BLOCK_N, D, STAGES, HAS_TAIL, True)),
-            (gather, (rows, ring, BLOCK_N, UNIT, D, STAGES)),
-        ], [4], [REGISTERS[1]])
+            (gather, (rows, ring, BLOCK_N, UNIT, D, STAGES, GATHERERS)),
+        ], [GATHERERS], [REGISTERS[1]])
     elif GATHERS:
         gl.warp_specialize([
             (_consume, (task, ring, 0, BLOCK_N, D, STAGES, HAS_TAIL, True)),
             (_consume, (task, ring, 1, BLOCK_N, D, STAGES, HAS_TAIL, True)),
-            (gather, (rows, ring, BLOCK_N, UNIT, D, STAGES)),
-        ], [4, 4], REGISTERS)
+            (gather, (rows, ring, BLOCK_N, UNIT, D, STAGES, GATHERERS)),
+        ], [4, GATHERERS], REGISTERS)
     elif CONSUMERS == 1:
         gl.warp_specialize([
             (_consume, (task, ring, 0, BLOCK_N, D, STAGES, HAS_TAIL, False)),
@@ -238,7 +239,7 @@ def attend_hopper(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
     boxes = plan.geometry.boxes if plan.key_valid is None and plan.tile_keys >= OCTET else None
     if not all(stride > 0 for x in (k, v) for stride in x.stride()):  # expanded: no boxes
         boxes = None
-    registers = GATHER_REGISTERS if boxes is None else BOX_REGISTERS
+    registers = launch.registers if boxes is None else BOX_REGISTERS
     described = (None,) * 6
     with torch.cuda.device(q.device):
         lists = Lists(plan, batch, heads, boxes)
@@ -250,5 +251,5 @@ def attend_hopper(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
                 tail_out, tail_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
                 lists.stride_rows, lists.stride, heads, b * heads + first, queries, tiles,
                 -(-queries // CELL), scale, CONSUMERS=plan.tile_rows // 64, BLOCK_N=launch.block_keys,
-                UNIT=lists.unit, D=dim, STAGES=launch.stages, REGISTERS=registers, HAS_TAIL=tail is not None,
-                GATHERS=boxes is None, num_warps=4, maxnreg=launch.max_registers)
+                UNIT=lists.unit, D=dim, STAGES=launch.stages, GATHERERS=launch.gatherers, REGISTERS=registers,
+                HAS_TAIL=tail is not None, GATHERS=boxes is None, num_warps=4, maxnreg=launch.max_registers)

@@ -16,7 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..order import DEEP, OCTET, WIDE
 
-PRODUCERS = gl.constexpr(4)  # warps
+PRODUCERS = gl.constexpr(4)  # warps that fetch
 HALF = gl.constexpr(64)  # columns of a box: 128 bytes, the widest that the copy engine swizzles
 IS_WIDE, IS_DEEP, ROWS = gl.constexpr(WIDE), gl.constexpr(DEEP), gl.constexpr(OCTET)
 TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -33,12 +33,13 @@ def _row(entry, lane, key_rows, mask, UNIT: gl.constexpr):
 @gluon.jit
 def gather(
     rows, ring, BLOCK_N: gl.constexpr, UNIT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
     """Producer: look rows up, copy them with cp.async; the copies of each thread arrive by themselves."""
     k, v, stride_kl, stride_vl, unit_list, listed, key_rows = rows
     k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = ring
     # A thread has consecutive rows, whose list entries are wide loads; eight threads copy 64 elements of one.
-    layout: gl.constexpr = gl.BlockedLayout([BLOCK_N // (4 * PRODUCERS), 8], [4, 8], [PRODUCERS, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([BLOCK_N // (4 * WARPS), 8], [4, 8], [WARPS, 1], [1, 0])
     lane = gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
     dim = gl.arange(0, D, gl.SliceLayout(0, layout))
     steps = gl.cdiv(listed, BLOCK_N)

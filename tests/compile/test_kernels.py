@@ -147,13 +147,14 @@ def test_hopper_kernel(dim, tile, unit, tmp_path):
     constants = {
         "CONSUMERS": tile // 64, "BLOCK_N": launch.block_keys, "UNIT": 8 if boxed else unit, "D": dim,
         "STAGES": launch.stages, "HAS_TAIL": True, "GATHERS": not boxed,
-        "REGISTERS": attend_hopper.BOX_REGISTERS if boxed else attend_hopper.GATHER_REGISTERS}
+        "REGISTERS": attend_hopper.BOX_REGISTERS if boxed else launch.registers,
+        "GATHERERS": launch.gatherers}
     if not boxed:
         constants |= dict.fromkeys(BOXES)
     made = compiled(attend_hopper.hopper_kernel, 90, constants, num_warps=4, **limit)
     registers, stack = resources(made, tmp_path)
     programs = 1 if launch.max_registers is None else 2
-    threads = 128 * (tile // 64) + 32 * 4
+    threads = 128 * (tile // 64) + 32 * (4 if boxed else launch.gatherers)
     assert programs * (made.metadata.shared + 1024) <= (SHARED_KIB[90] + 1) * 1024
     assert programs * threads * registers <= 65536
     assert stack <= 16, f"{launch} spills: {stack} bytes of stack"
