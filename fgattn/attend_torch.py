@@ -9,18 +9,19 @@ from __future__ import annotations
 import torch
 
 from .order import CELL
-from .plan import SparsePlan
+from .plan import SparsePlan, of_heads
 from .tensors import ordered
 
 
 def attend_torch(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
     """Write softmax over the plan's keys (and `tail` = (out, lse) of pooled_tail, or None) to out."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    query_tokens, key_tokens = plan.geometry.query_tokens, plan.geometry.key_tokens
+    query_tokens, key_tokens = plan.query_tokens, plan.geometry.key_tokens
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             one = slice(h, h + 1)
-            rows = ordered(q, b, one, query_tokens)[0].to(wide) * plan.softmax_scale(q.shape[3])
+            tokens = of_heads(query_tokens, b, one)[0]
+            rows = ordered(q, b, one, tokens)[0].to(wide) * plan.softmax_scale(q.shape[3])
             keys, values = (ordered(x, b, one, key_tokens)[0].to(wide) for x in (k, v))
             if tail is None:
                 tail_out, tail_lse = torch.zeros_like(rows), rows.new_full((len(rows), 1), -torch.inf)
@@ -31,7 +32,7 @@ def attend_torch(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
             for tile, kept in enumerate(plan.kept_keys(b, one)[0]):
                 mine = slice(tile * plan.tile_rows, (tile + 1) * plan.tile_rows)
                 result[mine] = _tile(rows[mine], keys, values, kept, tail_out[mine], tail_lse[mine])
-            out[b, h, query_tokens] = result.to(out.dtype)
+            out[b, h, tokens] = result.to(out.dtype)
 
 
 def _tile(q, k, v, kept, tail_out, tail_lse):

@@ -9,12 +9,11 @@ from torch.nn.functional import pad
 
 from . import runtime
 from .errors import InvalidArgument
+from .grouping import KERNEL_ROWS, group
 from .order import CELL, Geometry, TokenLayout, geometry
 from .selection import merge_runs, select
 from .settings import Settings
 from .tensors import CHUNK_ELEMENTS, check_tensors, head_chunks, ordered
-
-KERNEL_ROWS = 64  # smallest tile that is executed; smaller mask tiles attend the union of theirs
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +25,7 @@ class SparsePlan:
     | bits | [B, H, tiles, ceil(slices/8)] uint8 | bit s%8 of byte s//8: slice s is executed |
     | requested | [B, H] float64 | scores asked for by the mask tiles |
     | executed | [B, H] float64 | scores computed: tiles that run together attend the union |
+    | run_order | None or [B, H, runs] int32 | run of 16 queries at each place of execution; None: in order |
     | geometry | | order of queries and keys |
     | key_valid | None or [B, L_k] bool | keys that exist, in the order |
     | tile_rows | int | queries of an executed tile: max(M, 64) |
@@ -39,6 +39,7 @@ class SparsePlan:
     bits: torch.Tensor
     requested: torch.Tensor
     executed: torch.Tensor
+    run_order: torch.Tensor | None
     geometry: Geometry
     key_valid: torch.Tensor | None
     tile_rows: int
@@ -67,6 +68,15 @@ class SparsePlan:
     def _share(self, scores: torch.Tensor) -> torch.Tensor:
         return scores.sum() / max(1, scores.numel() * self.queries * self.keys)
 
+    @property
+    def query_tokens(self) -> torch.Tensor:
+        """Token of each query in the order of execution, int32 [B, H, L_q]."""
+        tokens = self.geometry.query_tokens.to(torch.int32)
+        if self.run_order is None:
+            return tokens[None, None]
+        places = torch.arange(CELL, dtype=torch.int32, device=tokens.device)
+        return tokens[(self.run_order[..., None] * CELL + places).flatten(2)[..., : self.queries]]
+
     def valid_keys(self, batch: int) -> torch.Tensor | None:
         """None or bool [L_k], in the order."""
         if self.key_valid is None:
@@ -75,8 +85,7 @@ class SparsePlan:
 
     def kept_slices(self, batch: int, heads: slice) -> torch.Tensor:
         """Executed slices of some heads, bool [G, tiles, slices]; G is 1 if heads share them."""
-        bits = self.bits[batch if len(self.bits) > 1 else 0]
-        bits = bits[heads] if len(bits) > 1 else bits
+        bits = of_heads(self.bits, batch, heads)
         places = torch.arange(8, device=bits.device, dtype=torch.uint8)
         kept = (bits[..., None] >> places & 1).bool().flatten(-2)
         return kept[..., : -(-self.keys // self.tile_keys)]
@@ -100,6 +109,12 @@ class SparsePlan:
 
     def softmax_scale(self, dim: int) -> float:
         return dim**-0.5 if self.scale is None else self.scale
+
+
+def of_heads(x: torch.Tensor, batch: int, heads: slice) -> torch.Tensor:
+    """[B or 1, H or 1, ...] -> [G or 1, ...]."""
+    x = x[batch if len(x) > 1 else 0]
+    return x[heads] if len(x) > 1 else x
 
 
 def build_plan(
@@ -144,14 +159,15 @@ def build_plan(
     tiles, slices = -(-queries // m), -(-keys // n)
     elements = max(queries * dim, keys * dim, tiles * (m // CELL) * (keys // CELL + 1), tiles * keys // n)
     parts = []
-    for b, group in head_chunks(batch, heads, elements):
+    for b, part in head_chunks(batch, heads, elements):
         row_valid = None if valid is None else valid[b]
         if queries and keys:
-            rows_q = ordered(q, b, group, geo.query_tokens)
-            kept = select(rows_q, ordered(k, b, group, geo.key_tokens), row_valid, geo, settings, scale)
+            rows_q = ordered(q, b, part, geo.query_tokens)
+            kept = select(rows_q, ordered(k, b, part, geo.key_tokens), row_valid, geo, settings, scale)
         else:
-            kept = torch.zeros(group.stop - group.start, tiles, slices, dtype=torch.bool, device=q.device)
-        parts.append(_pack(kept, m, n, queries, keys, row_valid))
+            empty = torch.zeros(part.stop - part.start, tiles, slices, dtype=torch.bool, device=q.device)
+            kept = empty, empty
+        parts.append(_pack(*kept, m, n, queries, keys, row_valid))
     return _plan(parts, (batch, heads), m, n, geo, valid, settings.tail, scale)
 
 
@@ -194,9 +210,11 @@ def plan_from_mask(
     valid = _ordered_valid(layout, batch, keys, settings.order, mask.device)
     geo = geometry(layout, settings.order, queries, mask.device)
     parts = []
-    for b, group in head_chunks(batch, heads, tiles * slices):
+    for b, part in head_chunks(batch, heads, tiles * slices):
         row_valid = None if valid is None else valid[b]
-        parts.append(_pack(mask[b, group], tile_queries, tile_keys, queries, keys, row_valid))
+        kept = mask[b, part] & (_valid_counts(keys, tile_keys, row_valid, mask.device) > 0)
+        cells = merge_runs(kept, max(1, CELL // tile_keys))
+        parts.append(_pack(kept, cells, tile_queries, tile_keys, queries, keys, row_valid))
     return _plan(parts, (batch, heads), tile_queries, tile_keys, geo, valid, tail, scale)
 
 
@@ -214,18 +232,24 @@ def _ordered_valid(layout, batch, keys, order, device):
     return valid.to(device)[:, tokens]
 
 
-def _pack(kept, m, n, queries, keys, valid):
-    """Kept slices [G, tiles, slices] -> bits [G, executed tiles, bytes], requested and executed [G]."""
-    weight = _valid_counts(keys, n, valid, kept.device)
-    kept = kept & (weight > 0)
-    weight = weight.float()
+def _pack(kept, cells, m, n, queries, keys, valid):
+    """Bits [G, executed tiles, bytes], requested and executed scores [G], run order [G, runs] or None.
+
+    Args:
+        kept: [G, tiles, slices]. cells: the same, but in cells where N < 16: what tiles are grouped by.
+    """
+    weight = _valid_counts(keys, n, valid, kept.device).float()
     requested = _scores(kept, m, queries, weight)
+    order = None
     if m < KERNEL_ROWS:
+        order = group(cells, m, queries)
+        tile = order[:, :: m // CELL, None].long() // (m // CELL)
+        kept = kept.gather(1, tile.expand_as(kept))
         kept = merge_runs(kept.transpose(1, 2), KERNEL_ROWS // m).transpose(1, 2)
     executed = _scores(kept, max(m, KERNEL_ROWS), queries, weight)
     octets = pad(kept, (0, -kept.shape[2] % 8)).unflatten(2, (-1, 8))
     places = torch.arange(8, device=kept.device, dtype=torch.uint8)
-    return (octets.to(torch.uint8) << places).sum(-1, dtype=torch.uint8), requested, executed
+    return (octets.to(torch.uint8) << places).sum(-1, dtype=torch.uint8), requested, executed, order
 
 
 def _valid_counts(keys, width, valid, device):
@@ -244,5 +268,5 @@ def _scores(kept, rows, queries, weight):
 
 
 def _plan(parts, shape, m, n, geo, valid, tail, scale):
-    bits, requested, executed = (torch.cat(p).unflatten(0, shape) for p in zip(*parts, strict=True))
-    return SparsePlan(bits, requested, executed, geo, valid, max(m, KERNEL_ROWS), n, tail, scale)
+    made = (None if p[0] is None else torch.cat(p).unflatten(0, shape) for p in zip(*parts, strict=True))
+    return SparsePlan(*made, geo, valid, max(m, KERNEL_ROWS), n, tail, scale)

@@ -11,7 +11,7 @@ import math
 import torch
 
 from .order import CELL, TokenLayout, geometry
-from .plan import SparsePlan
+from .plan import SparsePlan, of_heads
 from .settings import Settings
 from .tensors import compute_type
 
@@ -77,7 +77,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SparsePlan) 
             valid = torch.ones(plan.keys, dtype=torch.bool, device=q.device)
         for h in range(q.shape[1]):
             kept = plan.kept_keys(b, slice(h, h + 1))[0]
-            rows = q[b, h, plan.geometry.query_tokens]
+            tokens = of_heads(plan.query_tokens, b, slice(h, h + 1))[0]
+            rows = q[b, h, tokens]
             keys, values = (x[b, h, plan.geometry.key_tokens] for x in (k, v))
             mask = kept.repeat_interleave(plan.tile_rows, 0)[: len(rows)]
             # Each row: its kept keys, then one entry per cell for what is skipped.
@@ -96,7 +97,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SparsePlan) 
             # Rows without any entry are zero; entries that do not count must not spread their NaN.
             weights = torch.softmax(scores, 1).masked_fill(scores == -math.inf, 0.0)
             result = weights @ entries.masked_fill((weights == 0).all(0)[:, None], 0.0)
-            out[b, h, plan.geometry.query_tokens] = result.to(q.dtype)
+            out[b, h, tokens] = result.to(q.dtype)
     return out
 
 

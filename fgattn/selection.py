@@ -23,8 +23,8 @@ REFINE_ELEMENTS = 16 << 20  # size of the largest temporary of the key-by-key pa
 def select(
     q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None, geo: Geometry,
     settings: Settings, scale: float,
-) -> torch.Tensor:
-    """Kept slices, bool [G, tiles, slices].
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kept slices, bool [G, tiles, slices], and what tiles are grouped by: the same, or cells where N < 16.
 
     Args:
         q: [G, L_q, D] and k: [G, L_k, D], rows in the order, neither empty.
@@ -38,7 +38,7 @@ def select(
     always = geo.always_kept(settings.tile_queries)
     cells = (_any_run(logits, bound, runs_per_tile) | always) & (count > 0)
     if settings.tile_keys >= CELL:
-        return merge_runs(cells, settings.tile_keys // CELL)
+        return 2 * (merge_runs(cells, settings.tile_keys // CELL),)
 
     del logits
     length = k.shape[1]
@@ -54,7 +54,7 @@ def select(
         keys[:, tile] = chosen & _per_key(cells[:, tile], length)
     if valid is not None:
         keys &= valid
-    return merge_runs(keys, settings.tile_keys)
+    return merge_runs(keys, settings.tile_keys), cells
 
 
 def log_bound(threshold: float, keys: int) -> float:

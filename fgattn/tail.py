@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 
 from .order import CELL
-from .plan import SparsePlan
+from .plan import SparsePlan, of_heads
 from .scoring import cell_logits, summarise
 from .tensors import head_chunks, ordered
 
 
 def pooled_tail(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SparsePlan):
-    """The skipped keys' partial softmax per run of 16 queries.
+    """The skipped keys' partial softmax per run of 16 queries, in the order of execution.
 
     Args:
         q, k, v: [B, H, L, D] as for `attend`, neither side empty.
@@ -31,8 +31,9 @@ def pooled_tail(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SparseP
     out = torch.empty(batch, heads, runs, dim, dtype=wide, device=q.device)
     lse = torch.empty(batch, heads, runs, dtype=wide, device=q.device)
     elements = max(queries * dim, keys * dim, runs * cells, -(-queries // plan.tile_rows) * keys)
+    query_tokens = plan.query_tokens
     for b, group in head_chunks(batch, heads, elements):
-        rows = ordered(q, b, group, plan.geometry.query_tokens)
+        rows = ordered(q, b, group, of_heads(query_tokens, b, group))
         query_mean, _, _ = summarise(rows)
         valid = plan.valid_keys(b)
         key_mean, _, count = summarise(ordered(k, b, group, plan.geometry.key_tokens), valid)

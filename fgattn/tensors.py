@@ -56,5 +56,8 @@ def head_chunks(batch: int, heads: int, elements: int) -> Iterator[tuple[int, sl
 
 
 def ordered(x: torch.Tensor, batch: int, heads: slice, tokens: torch.Tensor) -> torch.Tensor:
-    """Rows of [B, H, L, D] in the order, [G, L, D] in the compute type."""
-    return x[batch, heads].index_select(1, tokens).to(compute_type(x))
+    """Rows of [B, H, L, D] in an order, [L] or [G or 1, L], that is [G, L, D] in the compute type."""
+    x = x[batch, heads]
+    if tokens.ndim == 2 and len(tokens) > 1:
+        return x.gather(1, tokens[..., None].long().expand(-1, -1, x.shape[2])).to(compute_type(x))
+    return x.index_select(1, tokens.flatten()).to(compute_type(x))

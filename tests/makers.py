@@ -6,6 +6,7 @@ import math
 import torch
 from fgattn import SparsePlan, TokenLayout, plan_from_mask, reference
 from fgattn.order import CELL
+from fgattn.plan import of_heads
 
 SHORT_OF_BOUND = 1e-4  # decisions closer to the threshold than this may differ
 
@@ -75,25 +76,37 @@ def restated_order(grid, front, back, order):
     return [token for _, token in video] + list(range(front)) + list(range(last, last + back))
 
 
+def query_tokens(plan: SparsePlan, batch: int, head: int):
+    """Token of each query in a head's order of execution."""
+    return of_heads(plan.query_tokens, batch, slice(head, head + 1))[0].long()
+
+
 def executed_mask(plan: SparsePlan, batch: int, head: int):
-    """bool [L_q, L_k]: the scores a plan computes, both sides in the order."""
+    """bool [L_q, L_k]: the scores a plan computes, queries in the order of execution, keys in the order."""
     kept = plan.kept_keys(batch, slice(head, head + 1))[0]
     return kept.repeat_interleave(plan.tile_rows, 0)[: plan.queries]
 
 
-def in_memory_order(mask, plan: SparsePlan):
-    """[L_q, L_k] in the order -> both sides as stored."""
+def in_memory_order(mask, plan: SparsePlan, batch=0, head=0):
+    """executed_mask of a head -> both sides as stored."""
     result = torch.empty_like(mask)
-    result[plan.geometry.query_tokens[:, None], plan.geometry.key_tokens] = mask
+    result[query_tokens(plan, batch, head)[:, None], plan.geometry.key_tokens] = mask
     return result
 
 
 def assert_lists_agree(plan: SparsePlan, values, m: int):
-    """A plan's lists and counts against reference.select, but for decisions too close to call."""
+    """A plan's lists and counts against reference.select, but for decisions too close to call.
+
+    Tiles are joined in the plan's own order, whose rule has tests of its own.
+    """
     undecided = values.abs() < SHORT_OF_BOUND
     assert undecided.float().mean() < 0.01, "the case decides nothing"
     group = max(1, plan.tile_rows // m)
-    padded = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[2] % group), value=-math.inf)
+    joined = values
+    if plan.run_order is not None:
+        tile = plan.run_order[..., :: m // CELL, None].long() // (m // CELL)
+        joined = values.gather(2, tile.expand_as(values))
+    padded = torch.nn.functional.pad(joined, (0, 0, 0, -values.shape[2] % group), value=-math.inf)
     union = padded.unflatten(2, (-1, group)).amax(3)
     got = torch.stack([plan.kept_slices(b, slice(None)) for b in range(len(values))])
     wrong = (got != (union >= 0)) & (union.abs() >= SHORT_OF_BOUND)
@@ -122,7 +135,8 @@ def low_precision(q, k, v, plan: SparsePlan):
         valid = plan.valid_keys(b)
         valid = torch.ones(plan.keys, dtype=torch.bool) if valid is None else valid.cpu()
         for h in range(q.shape[1]):
-            rows = q[b, h, plan.geometry.query_tokens]
+            tokens = query_tokens(plan, b, h)
+            rows = q[b, h, tokens]
             keys, values = (x[b, h, plan.geometry.key_tokens].masked_fill(~valid.to(x.device)[:, None], 0)
                             for x in (k, v))
             mask = executed_mask(plan, b, h)
@@ -138,7 +152,7 @@ def low_precision(q, k, v, plan: SparsePlan):
                 pooled = pooled[: len(rows)] + left.to(rows).log()
                 scores, values = torch.cat((scores, pooled), 1), torch.cat((values, value_means))
             weights = scores.softmax(1).masked_fill((scores == -math.inf).all(1, keepdim=True), 0)
-            out[b, h, plan.geometry.query_tokens] = weights @ values
+            out[b, h, tokens] = weights @ values
     return out
 
 

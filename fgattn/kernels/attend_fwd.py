@@ -144,9 +144,9 @@ def _step(
 def attend_kernel(
     q, k, v, out, lists, listed, query_rows, key_rows, tail_out, tail_lse,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
-    stride_ob, stride_oh, stride_ol, stride_rows_b, stride_list, heads, first, queries, tiles, runs, scale,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
-    HAS_TAIL: tl.constexpr,
+    stride_ob, stride_oh, stride_ol, stride_queries, stride_rows_b, stride_list, heads, first, queries, tiles,
+    runs, scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, HAS_TAIL: tl.constexpr,
 ):
     tile = tl.program_id(0)
     row = tl.program_id(1)
@@ -155,7 +155,7 @@ def attend_kernel(
     position = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     dim = tl.arange(0, D)
     exists = position < queries
-    token = tl.load(query_rows + position, mask=exists, other=0).to(tl.int64)
+    token = tl.load(query_rows + head * stride_queries + position, mask=exists, other=0).to(tl.int64)
     q_tile = tl.load(q + b * stride_qb + h * stride_qh + token[:, None] * stride_ql + dim[None, :],
                      mask=exists[:, None], other=0.0)
     k_base = k + b * stride_kb + h * stride_kh
@@ -203,7 +203,7 @@ def attend_triton(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
             attend_kernel[tiles, group](
                 q, k, v, out, lists.lists, lists.listed, lists.query_rows, lists.key_rows, tail_out, tail_lse,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                lists.stride_rows, lists.stride, heads, b * heads + first, queries, tiles,
+                lists.stride_queries, lists.stride_rows, lists.stride, heads, b * heads + first, queries, tiles,
                 -(-queries // CELL), plan.softmax_scale(dim) * LOG2_E,
                 BLOCK_M=plan.tile_rows, BLOCK_N=launch.block_keys, UNIT=lists.unit, D=dim,
                 HAS_TAIL=tail is not None, num_warps=launch.warps, num_stages=launch.stages)
@@ -221,7 +221,9 @@ class Lists:
         self.batch, self.heads, self.tiles, self.keys = batch, heads, bits.shape[2], plan.keys
         self.key_rows = position_rows(plan.geometry.key_tokens, plan.key_valid)
         self.stride_rows = self.key_rows.stride(0) if len(self.key_rows) > 1 else 0
-        self.query_rows = plan.geometry.query_tokens.to(torch.int32)
+        tokens = plan.query_tokens  # one order for all heads, or each has its own
+        self.stride_queries = 0 if plan.run_order is None else plan.queries
+        self.query_rows = tokens if plan.run_order is None else tokens.expand(batch, heads, -1).contiguous()
         if boxes is not None:
             self.unit, self.entries = OCTET, boxes
         else:

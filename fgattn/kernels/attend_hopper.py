@@ -156,8 +156,8 @@ def _consume(
 def hopper_kernel(
     q, k, v, k_flat, k_wide, k_deep, v_flat, v_wide, v_deep, out, lists, listed, query_rows, key_rows,
     tail_out, tail_lse, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
-    stride_vb, stride_vh, stride_vl, stride_ob, stride_oh, stride_ol, stride_rows_b, stride_list,
-    heads, first, queries, tiles, runs, scale,
+    stride_vb, stride_vh, stride_vl, stride_ob, stride_oh, stride_ol, stride_queries, stride_rows_b,
+    stride_list, heads, first, queries, tiles, runs, scale,
     CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     GATHERERS: gl.constexpr, REGISTERS: gl.constexpr, HAS_TAIL: gl.constexpr, GATHERS: gl.constexpr,
 ):
@@ -170,6 +170,7 @@ def hopper_kernel(
     k += b * stride_kb + h * stride_kh
     v += b * stride_vb + h * stride_vh
     out += b * stride_ob + h * stride_oh
+    query_rows += head * stride_queries
     key_rows += b * stride_rows_b
     if HAS_TAIL:
         tail_out += head * runs * D
@@ -249,7 +250,7 @@ def attend_hopper(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
             hopper_kernel[tiles, group](
                 q, k, v, *described, out, lists.lists, lists.listed, lists.query_rows, lists.key_rows,
                 tail_out, tail_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                lists.stride_rows, lists.stride, heads, b * heads + first, queries, tiles,
+                lists.stride_queries, lists.stride_rows, lists.stride, heads, b * heads + first, queries, tiles,
                 -(-queries // CELL), scale, CONSUMERS=plan.tile_rows // 64, BLOCK_N=launch.block_keys,
                 UNIT=lists.unit, D=dim, STAGES=launch.stages, GATHERERS=launch.gatherers, REGISTERS=registers,
                 HAS_TAIL=tail is not None, GATHERS=boxes is None, num_warps=4, maxnreg=launch.max_registers)

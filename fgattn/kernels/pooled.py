@@ -20,17 +20,24 @@ BLOCK_RUNS, BLOCK_CELLS, WARPS, STAGES = 64, 32, 4, 2  # larger steps spill befo
 
 @triton.jit
 def tail_kernel(
-    centroid, mean, value, bits, widths, out, lse, stride_bits_b, stride_bits_h, stride_widths_b,
-    heads, runs, cells, tiles, slices, n_bytes, scale,
+    centroid, mean, value, bits, widths, order, out, lse, stride_bits_b, stride_bits_h, stride_widths_b,
+    stride_order_b, stride_order_h, heads, runs, cells, tiles, slices, n_bytes, scale,
     BLOCK_RUNS: tl.constexpr, BLOCK_CELLS: tl.constexpr, D: tl.constexpr, TILE_RUNS: tl.constexpr,
     PARTS: tl.constexpr, SPAN: tl.constexpr,
 ):
-    """PARTS: slices of a cell (1 above 16 keys); SPAN: cells of a slice (1 below)."""
+    """Runs in their order of execution (None: as they come).
+
+    PARTS: slices of a cell (1 above 16 keys); SPAN: cells of a slice (1 below).
+    """
     head = tl.program_id(1).to(tl.int64)
-    run = tl.program_id(0) * BLOCK_RUNS + tl.arange(0, BLOCK_RUNS)
+    place = tl.program_id(0) * BLOCK_RUNS + tl.arange(0, BLOCK_RUNS)
+    run = place
+    if order is not None:
+        order += head // heads * stride_order_b + head % heads * stride_order_h
+        run = tl.load(order + place, mask=place < runs, other=0)
     dim = tl.arange(0, D)
     c = tl.load(centroid + (head * runs + run[:, None]) * D + dim[None, :],
-                mask=run[:, None] < runs, other=0.0)
+                mask=place[:, None] < runs, other=0.0)
     bits += head // heads * stride_bits_b + head % heads * stride_bits_h
     widths += head // heads * stride_widths_b
     T: tl.constexpr = BLOCK_RUNS // TILE_RUNS
@@ -63,8 +70,8 @@ def tail_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
         m_i = m_new
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
-    tl.store(out + (head * runs + run[:, None]) * D + dim[None, :], acc, mask=run[:, None] < runs)
-    tl.store(lse + head * runs + run, m_i + tl.log(l_i), mask=run < runs)  # nothing skipped: -inf
+    tl.store(out + (head * runs + place[:, None]) * D + dim[None, :], acc, mask=place[:, None] < runs)
+    tl.store(lse + head * runs + place, m_i + tl.log(l_i), mask=place < runs)  # nothing skipped: -inf
 
 
 def tail_triton(q, k, v, plan: SparsePlan):
@@ -79,12 +86,13 @@ def tail_triton(q, k, v, plan: SparsePlan):
     runs, cells = centroid.shape[1], mean.shape[1]
     out = torch.empty(batch, heads, runs, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, heads, runs, dtype=torch.float32, device=q.device)
-    bits = plan.bits
-    stride_bits = [s if n > 1 else 0 for s, n in zip(bits.stride()[:2], bits.shape[:2], strict=True)]
+    bits, order = plan.bits, plan.run_order
+    strides = [0 if x is None or len(bits) == 1 else x.stride(0) for x in (bits, order)]
+    strides += [0 if x is None or bits.shape[1] == 1 else x.stride(1) for x in (bits, order)]
     with on_device(q):
         tail_kernel[(triton.cdiv(runs, BLOCK_RUNS), batch * heads)](
-            centroid, mean, value, bits, widths, out, lse, *stride_bits,
-            widths.stride(0) if len(widths) > 1 else 0, heads, runs, cells, bits.shape[2],
+            centroid, mean, value, bits, widths, order, out, lse, *strides[::2],
+            widths.stride(0) if len(widths) > 1 else 0, *strides[1::2], heads, runs, cells, bits.shape[2],
             triton.cdiv(plan.keys, plan.tile_keys), bits.shape[3], plan.softmax_scale(dim),
             BLOCK_RUNS=BLOCK_RUNS, BLOCK_CELLS=BLOCK_CELLS, D=dim, TILE_RUNS=plan.tile_rows // CELL,
             PARTS=CELL // width, SPAN=max(1, plan.tile_keys // CELL), num_warps=WARPS, num_stages=STAGES)

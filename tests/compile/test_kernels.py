@@ -17,6 +17,7 @@ attend_hopper = pytest.importorskip("fgattn.kernels.attend_hopper")
 hopper_producers = pytest.importorskip("fgattn.kernels.hopper_producers")
 pooled = pytest.importorskip("fgattn.kernels.pooled")
 select = pytest.importorskip("fgattn.kernels.select")
+group = pytest.importorskip("fgattn.kernels.group")
 summarise = pytest.importorskip("fgattn.kernels.summarise")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.fail("interpreted kernels cannot be compiled: run tests/compile without TRITON_INTERPRET")
@@ -27,7 +28,8 @@ TYPES = {
     **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
     **dict.fromkeys(("lists", "listed", "entries", "query_rows", "key_rows"), "*i32"),
     **dict.fromkeys(("tail_out", "tail_lse"), "*fp32"),
-    **dict.fromkeys(("bits", "cell_bits", "always"), "*u8"),
+    **dict.fromkeys(("bits", "cell_bits", "pair_bits", "always"), "*u8"),
+    **dict.fromkeys(("order", "pair_order"), "*i32"),
     **dict.fromkeys(("requested", "executed"), "*i64"),
     **dict.fromkeys(("scale", "half", "bound"), "fp32"),
     **dict.fromkeys(("x", "centroid", "square", "mean", "variance", "second", "value"), "*bf16"),
@@ -126,12 +128,20 @@ def test_planning_kernels(arch, dim, tmp_path):
     for kernel, num_warps, stages, constants in (
             (summarise.summarise_kernel, 4, 3, {"RUNS": summarise.RUNS, "D": dim, "SECOND": 2}),
             (select.select_kernel, select.WARPS, select.STAGES,
-             {**tiles, "BLOCK_CELLS": select.BLOCK_CELLS, "JOINED": 1}),
+             {**tiles, "BLOCK_CELLS": select.BLOCK_CELLS}),
             (select.refine_kernel, select.WARPS, select.REFINE_STAGES,
              {"BLOCK_RUNS": 64, "BLOCK_CELLS": select.REFINE_CELLS, "D": dim, "TILE_RUNS": 8, "JOINED": 1,
+              "N": 1, "order": None}),
+            (select.refine_kernel, select.WARPS, select.REFINE_STAGES,
+             {"BLOCK_RUNS": 64, "BLOCK_CELLS": select.REFINE_CELLS, "D": dim, "TILE_RUNS": 1, "JOINED": 4,
               "N": 1}),
+            (group.pair_kernel, group.WARPS, 3,
+             {"WINDOW": group.WINDOW, "TILE_RUNS": 1, "FARTHEST": group.FARTHEST,
+              "BLOCK_BYTES": group.BLOCK_BYTES, "COUNT": True}),
             (pooled.tail_kernel, pooled.WARPS, pooled.STAGES,
-             {**tiles, "BLOCK_CELLS": pooled.BLOCK_CELLS, "PARTS": 1})):
+             {**tiles, "BLOCK_CELLS": pooled.BLOCK_CELLS, "PARTS": 1, "order": None}),
+            (pooled.tail_kernel, pooled.WARPS, pooled.STAGES,
+             {**tiles, "BLOCK_CELLS": pooled.BLOCK_CELLS, "TILE_RUNS": 4, "PARTS": 1})):
         made = compiled(kernel, arch, constants, num_warps=num_warps, num_stages=stages)
         registers, stack = resources(made, tmp_path)
         assert made.metadata.shared <= SHARED_KIB[arch] * 1024, kernel

@@ -72,6 +72,19 @@ def test_more_than_one_block():
     assert torch.equal(fine.bits, build_plan(q, k, Settings(2.5, 64, 1), layout, impl="torch").bits)
 
 
+@pytest.mark.parametrize("n", [2, 16, 32])
+@pytest.mark.parametrize("m", [16, 32])
+def test_tiles_are_grouped_as_in_torch(m, n):
+    """More tiles than a window, a short one at the end: the same order, lists, counts and tail."""
+    layout = TokenLayout((4, 17, 19))
+    q, k, v = make(2, layout.length, dtype=torch.float16)
+    plan, expected = (build_plan(q, k, Settings(2.0, m, n), layout, impl=i) for i in ("triton", "torch"))
+    assert torch.equal(plan.run_order, expected.run_order)
+    assert torch.equal(plan.bits, expected.bits)
+    assert torch.equal(plan.requested, expected.requested) and torch.equal(plan.executed, expected.executed)
+    assert_same_tail(q, k, v, plan, 2e-3)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
 def test_extreme_queries_and_keys(value):
     """NaN keeps, infinities and huge values select as in torch."""
@@ -108,12 +121,13 @@ def test_tail_of_every_kind_of_sequence(case):
         assert_same_tail(q, k, v, build_plan(q, k, Settings(2.0, 64, n), case.layout()))
 
 
-def test_one_plan_for_all_heads():
+@pytest.mark.parametrize(("m", "tiles"), [(64, 2), (16, 7)])
+def test_one_plan_for_all_heads(m, tiles):
     """Plans from masks may have one batch row and head."""
     from fgattn import plan_from_mask
 
     q, k, v = make(2, 98, batch=2)
-    plan = plan_from_mask(torch.rand(2, 7) > 0.5, 64, 16, query_length=98, key_length=98, tail=True)
+    plan = plan_from_mask(torch.rand(tiles, 7) > 0.5, m, 16, query_length=98, key_length=98, tail=True)
     assert_same_tail(q, k, v, plan)
     torch.testing.assert_close(attend(q, k, v, plan, impl="triton"),
                                attend(q, k, v, dataclasses.replace(plan), impl="torch"))

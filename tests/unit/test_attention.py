@@ -52,13 +52,18 @@ def assert_like_reference(q, k, v, plan):
         assert_error_of_rounding(result, q, k, v, plan)
 
 
-def defined_attention(q, k, v, mask, m, layout, scale, has_tail):
-    """One head, row by row from the definitions; mask [L_q, L_k] in the order, before the union."""
+def defined_attention(q, k, v, mask, m, layout, scale, has_tail, runs):
+    """One head, row by row from the definitions; mask [L_q, L_k] in the order, before the union.
+
+    `runs`: the run of 16 queries at each place of execution.
+    """
     tokens = restated_order(layout.grid, layout.front, layout.back, "cells")
     valid = [layout.key_valid is None or bool(layout.key_valid[0, t]) for t in tokens]
     queries = [t - layout.query_start for t in tokens if 0 <= t - layout.query_start < len(q)]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     executed_rows = max(m, 64)
+    order = [row for run in runs for row in range(16 * run, min(16 * run + 16, len(q)))]
+    queries, mask = [queries[row] for row in order], mask[order]
 
     def mean(x, rows):
         return x[rows].to(wide).mean(0).to(q.dtype).double()
@@ -98,8 +103,9 @@ def test_reference_is_the_definition(m, n, dtype, has_tail):
     mask = random_mask(-(-queries // m), -(-layout.length // n), seed=m)
     plan = plan_from_mask(mask, m, n, query_length=queries, layout=layout, order="cells", tail=has_tail,
                           scale=0.3)
+    runs = range(9) if plan.run_order is None else plan.run_order[0, 0].tolist()
     by_key = mask.repeat_interleave(m, 0)[:queries].repeat_interleave(n, 1)[:, :layout.length]
-    expected = defined_attention(q[0, 0], k[0, 0], v[0, 0], by_key, m, layout, 0.3, has_tail)
+    expected = defined_attention(q[0, 0], k[0, 0], v[0, 0], by_key, m, layout, 0.3, has_tail, runs)
     k, v = poisoned(k, layout.key_valid), poisoned(v, layout.key_valid)
     got = attend(q, k, v, plan, impl="reference")[0, 0]
     if dtype == torch.float64:
@@ -172,7 +178,7 @@ def test_a_mask_is_a_masked_softmax(n, impl):
     """Without a tail, a plan is nothing but a mask for torch's own attention."""
     q, k, v = make(2, LENGTH, dtype=torch.float64)
     plan = mask_plan(64, n, LENGTH, heads=2, share=0.5)
-    mask = torch.stack([in_memory_order(executed_mask(plan, 0, h), plan) for h in range(2)])
+    mask = torch.stack([in_memory_order(executed_mask(plan, 0, h), plan, 0, h) for h in range(2)])
     expected = scaled_dot_product_attention(q, k, v, attn_mask=mask[None]).nan_to_num(0)
     assert (attend(q, k, v, plan, impl=impl) - expected).abs().max() < 1e-12
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from fgattn import TokenLayout, attend, plan_from_mask, tail, tensors
 from fgattn.tail import pooled_tail
-from makers import executed_mask, poisoned, random_mask, random_valid
+from makers import executed_mask, poisoned, query_tokens, random_mask, random_valid
 from makers import tensors as make
 
 LAYOUT = TokenLayout((3, 7, 10), front=3, back=9)  # 222 tokens
@@ -55,7 +55,7 @@ def test_tail_by_brute_force(m, n, padded):
     assert out.shape == (2, 2, runs, 40) and lse.shape == (2, 2, runs)
     for b in range(2):
         for h in range(2):
-            rows = q[b, h, plan.geometry.query_tokens]
+            rows = q[b, h, query_tokens(plan, b, h)]
             keys, values, exists = (x[plan.geometry.key_tokens] for x in (k[b, h], v[b, h], valid[b]))
             expected = defined_tail(rows, keys, values, executed_mask(plan, b, h), exists, 0.2)
             for got, wanted in zip((out, lse), expected, strict=True):
