@@ -1,4 +1,4 @@
-"""python -m benchmarks kernel|pipeline [--quick]: measure on this machine's GPU, write results/NAME.csv."""
+"""python -m benchmarks NAME [--quick]: measure on this machine's GPU, write results/NAME.csv."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from . import kernel, measure, pipeline
+from . import kernel, measure, pipeline, small_tiles
 
-BENCHMARKS = {"kernel": kernel.rows, "pipeline": pipeline.rows}
+BENCHMARKS = {"kernel": kernel.rows, "pipeline": pipeline.rows, "small_tiles": small_tiles.rows}
 
 
 def main() -> int:
