@@ -214,6 +214,7 @@ def plan_bits(q, k, geo: Geometry, valid: torch.Tensor | None, settings: Setting
             tiles, widths.shape[1], bits.shape[3], scale, scale * scale / 2,
             log_bound(settings.threshold, len(geo.key_tokens)),
             BLOCK_CELLS=BLOCK_CELLS, SPAN=span, num_warps=WARPS, num_stages=STAGES, **common)
+        del square, mean, variance  # room for the groups' lists
         cell_bits, executed = bits, requested
         if m < KERNEL_ROWS:
             bits, executed, order = grouped(bits, widths, m, queries)
