@@ -203,8 +203,8 @@ def attend_triton(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
             attend_kernel[tiles, group](
                 q, k, v, out, lists.lists, lists.listed, lists.query_rows, lists.key_rows, tail_out, tail_lse,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                lists.stride_queries, lists.stride_rows, lists.stride, heads, b * heads + first, queries, tiles,
-                -(-queries // CELL), plan.softmax_scale(dim) * LOG2_E,
+                lists.stride_queries, lists.stride_rows, lists.stride, heads, b * heads + first, queries,
+                tiles, -(-queries // CELL), plan.softmax_scale(dim) * LOG2_E,
                 BLOCK_M=plan.tile_rows, BLOCK_N=launch.block_keys, UNIT=lists.unit, D=dim,
                 HAS_TAIL=tail is not None, num_warps=launch.warps, num_stages=launch.stages)
 

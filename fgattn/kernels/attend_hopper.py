@@ -250,7 +250,7 @@ def attend_hopper(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
             hopper_kernel[tiles, group](
                 q, k, v, *described, out, lists.lists, lists.listed, lists.query_rows, lists.key_rows,
                 tail_out, tail_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                lists.stride_queries, lists.stride_rows, lists.stride, heads, b * heads + first, queries, tiles,
-                -(-queries // CELL), scale, CONSUMERS=plan.tile_rows // 64, BLOCK_N=launch.block_keys,
+                lists.stride_queries, lists.stride_rows, lists.stride, heads, b * heads + first, queries,
+                tiles, -(-queries // CELL), scale, CONSUMERS=plan.tile_rows // 64, BLOCK_N=launch.block_keys,
                 UNIT=lists.unit, D=dim, STAGES=launch.stages, GATHERERS=launch.gatherers, REGISTERS=registers,
                 HAS_TAIL=tail is not None, GATHERS=boxes is None, num_warps=4, maxnreg=launch.max_registers)
