@@ -23,7 +23,7 @@ import triton.language as tl
 from ..order import CELL, OCTET
 from ..plan import SparsePlan
 from .launch_table import launch_for
-from .summarise import position_rows
+from .summarise import COUNTS, position_rows
 
 HEAD_DIMS = (64, 128)
 LIST_BYTES = 208 << 20  # scratch for lists; more heads than fit run in several launches
@@ -47,7 +47,7 @@ def _ones(octet):
     return ((_ones_before(octet) >> 28).to(tl.int32) + (octet >> 7)).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_bits_b", "stride_bits_h", *COUNTS])
 def list_kernel(
     bits, entries, lists, listed, stride_bits_b, stride_bits_h, stride_entries_b, stride_list, heads, first,
     tiles, slices, units, keys, span, n_bytes,
@@ -140,7 +140,7 @@ def _step(
     return acc, m_new, l_i
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_queries", *COUNTS])
 def attend_kernel(
     q, k, v, out, lists, listed, query_rows, key_rows, tail_out, tail_lse,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,

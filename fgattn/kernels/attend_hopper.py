@@ -29,6 +29,7 @@ from ..order import CELL, OCTET
 from ..plan import SparsePlan
 from .attend_fwd import LOG2_E, Lists, scaled_tail
 from .hopper_producers import PRODUCERS, ROWS, descriptors, fetch, gather
+from .summarise import COUNTS
 
 
 class Launch(NamedTuple):
@@ -152,7 +153,7 @@ def _consume(
              mask=has_query[:, None])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["stride_queries", *COUNTS])
 def hopper_kernel(
     q, k, v, k_flat, k_wide, k_deep, v_flat, v_wide, v_deep, out, lists, listed, query_rows, key_rows,
     tail_out, tail_lse, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,

@@ -12,11 +12,12 @@ import triton.language as tl
 
 from ..grouping import FARTHEST, KERNEL_ROWS, WINDOW
 from ..order import CELL
+from .summarise import COUNTS
 
 BLOCK_BYTES, WARPS = 16, 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_order", "stride_widths_b", *COUNTS])
 def pair_kernel(
     bits, order, widths, pair_bits, pair_order, executed, stride_order, stride_widths_b, heads, queries, runs,
     tiles, slices, n_bytes, WINDOW: tl.constexpr, TILE_RUNS: tl.constexpr, FARTHEST: tl.constexpr,

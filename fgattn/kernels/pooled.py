@@ -13,12 +13,12 @@ import triton.language as tl
 
 from ..order import CELL
 from ..plan import SparsePlan
-from .summarise import on_device, position_rows, summarise
+from .summarise import COUNTS, on_device, position_rows, summarise
 
 BLOCK_RUNS, BLOCK_CELLS, WARPS, STAGES = 64, 32, 4, 2  # larger steps spill before sm_90, and are slower on it
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_bits_b", "stride_bits_h", "stride_widths_b", *COUNTS])
 def tail_kernel(
     centroid, mean, value, bits, widths, order, out, lse, stride_bits_b, stride_bits_h, stride_widths_b,
     stride_order_b, stride_order_h, heads, runs, cells, tiles, slices, n_bytes, scale,

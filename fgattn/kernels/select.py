@@ -22,7 +22,7 @@ from ..selection import log_bound
 from ..settings import Settings
 from ..tensors import compute_type
 from .group import grouped
-from .summarise import SQUARE, VARIANCE, on_device, position_rows, summarise
+from .summarise import COUNTS, SQUARE, VARIANCE, on_device, position_rows, summarise
 
 BLOCK_RUNS, BLOCK_CELLS = 64, 64
 REFINE_CELLS, REFINE_STAGES = 4, 3  # of the key-by-key pass
@@ -31,10 +31,10 @@ WARPS, STAGES = 4, 2
 
 @triton.jit
 def _logits(c, c2, mean, variance, base, j, cells, scale, half, BLOCK_CELLS: tl.constexpr, D: tl.constexpr):
-    cell = j + tl.arange(0, BLOCK_CELLS)
+    cell = tl.minimum(j + tl.arange(0, BLOCK_CELLS), cells - 1)  # past the end the count is 0: no mask
     at = base + cell[:, None] * D + tl.arange(0, D)[None, :]
-    m = tl.load(mean + at, mask=cell[:, None] < cells, other=0.0)
-    s2 = tl.load(variance + at, mask=cell[:, None] < cells, other=0.0)
+    m = tl.load(mean + at)
+    s2 = tl.load(variance + at)
     return scale * tl.dot(c, tl.trans(m)) + half * tl.dot(c2, tl.trans(s2))
 
 
@@ -60,11 +60,11 @@ def _total(keys, tile, queries, ROWS: tl.constexpr):
     return tl.sum(keys.to(tl.int64) * rows, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_counts_b", "stride_widths_b", *COUNTS])
 def select_kernel(
     centroid, square, mean, variance, counts, widths, always, limits, bits, requested,
-    stride_counts_b, stride_widths_b, heads, queries, runs, cells, tiles, slices, n_bytes, scale, half, bound,
-    BLOCK_RUNS: tl.constexpr, BLOCK_CELLS: tl.constexpr, D: tl.constexpr,
+    stride_always, stride_counts_b, stride_widths_b, heads, queries, runs, cells, tiles, slices, n_bytes,
+    scale, half, bound, BLOCK_RUNS: tl.constexpr, BLOCK_CELLS: tl.constexpr, D: tl.constexpr,
     TILE_RUNS: tl.constexpr, SPAN: tl.constexpr,
 ):
     """TILE_RUNS: runs of a mask tile; SPAN: cells of a slice."""
@@ -84,8 +84,9 @@ def select_kernel(
         logits = _logits(c, c2, mean, variance, base, j, cells, scale, half, BLOCK_CELLS, D)
         cell = j + tl.arange(0, BLOCK_CELLS)
         n = tl.load(counts + cell, mask=cell < cells, other=0).to(tl.float32)
-        logits += tl.log(n)[None, :]  # an empty cell has logit 0 before, -inf after
-        m_new = tl.minimum(tl.maximum(m_i, tl.max(logits, 1)), 3e38)  # finite: no inf - inf
+        # Finite, so that there is no inf - inf, but for a NaN, which keeps; an empty cell adds -inf.
+        logits = tl.minimum(logits, 3e38, propagate_nan=tl.PropagateNan.ALL) + tl.log(n)[None, :]
+        m_new = tl.maximum(m_i, tl.max(logits, 1))
         l_i = l_i * tl.exp(m_i - m_new) + tl.sum(tl.exp(logits - m_new[:, None]), 1)
         m_i = m_new
     limit = m_i + tl.log(l_i) + bound
@@ -102,8 +103,8 @@ def select_kernel(
         n = tl.load(counts + cell, mask=cell < cells, other=0)
         under = (logits < limit[:, None]) | (run[:, None] >= runs)  # a NaN is not under
         kept = _any_run(under, T, TILE_RUNS, BLOCK_CELLS)
-        forced = tl.load(always + tile[:, None] * cells + cell[None, :],
-                         mask=(tile[:, None] < tiles) & (cell[None, :] < cells), other=0)
+        forced = tl.load(always + tile[:, None] * stride_always + cell[None, :],
+                         mask=(tile[:, None] < tiles) & (cell[None, :] < stride_always), other=0)
         kept = tl.where(n[None, :] > 0, kept | forced.to(tl.int32), 0)
         kept = tl.max(tl.reshape(kept, (T, S, SPAN)), 2)
         part = j // SPAN + tl.arange(0, S)
@@ -113,11 +114,11 @@ def select_kernel(
     tl.store(requested + head * tl.num_programs(0) + block, _total(asked, tile, queries, TILE_RUNS * 16))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def refine_kernel(
     centroid, k, rows, always, limits, order, cell_bits, bits, requested, executed,
-    stride_kb, stride_kh, stride_kl, stride_rows_b, heads, queries, runs, cells, tiles, cell_bytes, n_bytes,
-    scale, BLOCK_RUNS: tl.constexpr, BLOCK_CELLS: tl.constexpr, D: tl.constexpr,
+    stride_always, stride_kb, stride_kh, stride_kl, stride_rows_b, heads, queries, runs, cells, tiles,
+    cell_bytes, n_bytes, scale, BLOCK_RUNS: tl.constexpr, BLOCK_CELLS: tl.constexpr, D: tl.constexpr,
     TILE_RUNS: tl.constexpr, JOINED: tl.constexpr, N: tl.constexpr,
 ):
     """Runs are taken in their order of execution (None: as they come).
@@ -161,7 +162,7 @@ def refine_kernel(
                        other=0.0)
         scores = scale * tl.dot(c, tl.trans(keys))
         under = (scores < limit[:, None]) | (place[:, None] >= runs)
-        forced = tl.load(always + tile[:, None] * cells + cell[None, :], mask=inside, other=0)
+        forced = tl.load(always + tile[:, None] * stride_always + cell[None, :], mask=inside, other=0)
         kept = (_any_run(under, T, TILE_RUNS, KEYS) | forced.to(tl.int32)) & in_kept_cell
         exists = (row >= 0).to(tl.int32)
         kept = tl.max(tl.reshape(kept * exists[None, :], (T, S, N)), 2)
@@ -210,8 +211,8 @@ def plan_bits(q, k, geo: Geometry, valid: torch.Tensor | None, settings: Setting
     with on_device(q):
         select_kernel[(blocks, batch * heads)](
             centroid, square, mean, variance, counts, widths, always, limits, bits, requested,
-            *(x.stride(0) if len(x) > 1 else 0 for x in (counts, widths)), heads, queries, runs, cells,
-            tiles, widths.shape[1], bits.shape[3], scale, scale * scale / 2,
+            always.stride(0), *(x.stride(0) if len(x) > 1 else 0 for x in (counts, widths)),
+            heads, queries, runs, cells, tiles, widths.shape[1], bits.shape[3], scale, scale * scale / 2,
             log_bound(settings.threshold, len(geo.key_tokens)),
             BLOCK_CELLS=BLOCK_CELLS, SPAN=span, num_warps=WARPS, num_stages=STAGES, **common)
         del square, mean, variance  # room for the groups' lists
@@ -223,8 +224,8 @@ def plan_bits(q, k, geo: Geometry, valid: torch.Tensor | None, settings: Setting
             bits, executed = packed(rows, triton.cdiv(len(geo.key_tokens), n)), torch.empty_like(requested)
             refine_kernel[(blocks, batch * heads)](
                 centroid, k, key_rows, always, limits, order, cell_bits, bits, requested, executed,
-                *k.stride()[:3], key_rows.stride(0) if len(key_rows) > 1 else 0, heads, queries, runs, cells,
-                tiles, cell_bits.shape[3], bits.shape[3], scale,
+                always.stride(0), *k.stride()[:3], key_rows.stride(0) if len(key_rows) > 1 else 0,
+                heads, queries, runs, cells, tiles, cell_bits.shape[3], bits.shape[3], scale,
                 BLOCK_CELLS=REFINE_CELLS, JOINED=rows // m, N=n, num_warps=WARPS, num_stages=REFINE_STAGES,
                 **common)
     return bits, requested.sum(2).double(), executed.sum(2).double(), order

@@ -15,9 +15,14 @@ from ..order import CELL
 
 RUNS = 16  # runs of a program
 NOTHING, SQUARE, VARIANCE = 0, 1, 2  # what is wanted beside the mean
+# Arguments that Triton shall not compile variants for (being 1, or divisible by 16): each video length and
+# number of heads would cost its own seconds.
+COUNTS = [
+    "heads", "first", "queries", "keys", "tiles", "units", "runs", "cells", "slices", "span", "n_bytes",
+    "cell_bytes"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def summarise_kernel(
     x, rows, mean, second, stride_b, stride_h, stride_l, stride_rows_b, heads, runs,
     RUNS: tl.constexpr, D: tl.constexpr, SECOND: tl.constexpr,

@@ -33,11 +33,8 @@ TYPES = {
     **dict.fromkeys(("requested", "executed"), "*i64"),
     **dict.fromkeys(("scale", "half", "bound"), "fp32"),
     **dict.fromkeys(("x", "centroid", "square", "mean", "variance", "second", "value"), "*bf16"),
-    **dict.fromkeys(("rows", "widths"), "*i32"), **dict.fromkeys(("lse", "limits"), "*fp32"),
+    **dict.fromkeys(("rows", "widths", "counts"), "*i32"), **dict.fromkeys(("lse", "limits"), "*fp32"),
 }
-COUNTS = (
-    "heads", "first", "queries", "keys", "tiles", "units", "runs", "cells", "slices", "span", "n_bytes",
-    "cell_bytes")
 BOXES = ("k_flat", "k_wide", "k_deep", "v_flat", "v_wide", "v_deep")
 ROWS = sorted(TABLE)
 
@@ -59,8 +56,9 @@ def compiled(kernel, arch, constants, **options):
             signature[name] = box_type()
             continue
         signature[name] = TYPES.get(name, "i32")
-        assert name in TYPES or name in COUNTS or name.startswith("stride_"), f"what type is {name}?"
-        if name.startswith("stride_") or signature[name].startswith("*"):
+        general = kernel.params[i].do_not_specialize  # one variant for every value
+        assert name in TYPES or general or name.startswith("stride_"), f"what type is {name}?"
+        if signature[name] != "fp32" and not general:
             aligned[(i,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     make = gluon.GluonASTSource if kernel.is_gluon() else triton.compiler.ASTSource
