@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import platform
 import sys
 from importlib import metadata
@@ -73,4 +74,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("fgattn").setLevel(logging.INFO)  # says when kernels are compiled, and why one is left
+    logging.getLogger("fgattn").addHandler(logging.StreamHandler())
     sys.exit(main(sys.argv[1:]))

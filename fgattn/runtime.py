@@ -1,4 +1,7 @@
-"""Which implementation runs on a device, and why not the faster one."""
+"""Which implementation runs on a device, and why not a faster one: Hopper, then portable Triton, then none.
+
+Each is tried, not looked up by version: a kernel runs where it passes a self-test on first use.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import logging
 
 import torch
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("fgattn")
 
 
 def fastest(q: torch.Tensor) -> str:
@@ -38,19 +41,34 @@ def unavailable(q: torch.Tensor) -> str | None:
     return None
 
 
+@functools.cache
 def missing() -> str | None:
     """Why there is no Triton kernel at all, or None."""
-    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+    if not importlib.util.find_spec("triton"):
+        return "Triton is not installed"
+    try:
+        from .kernels import attend_fwd  # noqa: F401
+    except Exception as error:  # a build for another Python, driver or torch; one that is too old
+        return f"Triton is installed but does not load: {_one_line(error)}"
+    return None
 
 
 @functools.cache
 def device_reason(device: torch.device) -> str | None:
-    """Why the Triton kernel cannot run on a device, or None; runs the kernel's self-test once."""
+    """Why no GPU kernel can run on a device, or None; runs the fastest one's self-test once.
+
+    The portable kernel is tested, and so compiled, where the Hopper kernel does not run.
+    """
     if device.type != "cuda":
         return "Triton's interpreter is for tests"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    return self_test(device)
+    if not (hopper := hopper_reason(device)):
+        return None
+    if reason := self_test(device, "triton"):
+        return f"{reason} (no hopper: {hopper})"
+    log.info("FG-Attn runs its portable Triton kernel: %s", hopper)
+    return None
 
 
 def gpu_kernel(device: torch.device) -> str:
@@ -62,42 +80,49 @@ def gpu_kernel(device: torch.device) -> str:
 @functools.cache
 def hopper_reason(device: torch.device) -> str | None:
     """Why the Hopper kernel cannot run on a device, or None; runs the kernel's self-test once."""
-    if reason := hopper_missing(device):
-        return reason
-    if reason := self_test(device, "hopper", 128):
-        log.warning("FG-Attn leaves its Hopper kernel: %s", reason)
-    return reason
+    return hopper_missing(device) or self_test(device, "hopper")
 
 
 def hopper_missing(device: torch.device) -> str | None:
     """Why the Hopper kernel cannot even be tried on a device where Triton runs, or None."""
     if device.type != "cuda" or torch.version.hip is not None:
-        return f"no Hopper GPU: {device.type}"
+        return f"no Hopper GPU: {device.type if torch.version.hip is None else 'ROCm'}"
     if (capability := torch.cuda.get_device_capability(device)) != (9, 0):
         return f"no Hopper GPU: compute capability {capability[0]}.{capability[1]}, not 9.0"
     try:
         from .kernels import attend_hopper  # noqa: F401
-    except (ImportError, AttributeError) as error:  # Gluon is experimental: names come and go
-        return f"this Triton lacks what the Hopper kernel needs: {error}"
+    except Exception as error:  # Gluon is experimental: names and arguments come and go
+        return f"this Triton lacks what the Hopper kernel needs: {_one_line(error)}"
     return None
 
 
-def self_test(device: torch.device, impl: str = "triton", dim: int = 64) -> str | None:
-    """Run the kernels on a small case: they must agree with the reference and honour the plan."""
+def self_test(device: torch.device, impl: str) -> str | None:
+    """Why the kernels fail on a small case, or None: they must agree with the reference and honour the plan.
+
+    It has the shapes of a default run (M=128, N=16, D=128, bf16, tail), whose kernels are then compiled.
+    """
+    try:
+        reason = _wrong(device, impl)
+    except Exception as error:
+        log.warning("FG-Attn leaves its %s kernel, which fails its self-test:", impl, exc_info=True)
+        return f"the kernels do not compile or run here: {_one_line(error)}"
+    if reason:
+        log.warning("FG-Attn leaves its %s kernel: %s", impl, reason)
+    return reason
+
+
+def _wrong(device: torch.device, impl: str) -> str | None:
     from .attention import attend
     from .order import TokenLayout
     from .plan import build_plan
     from .settings import Settings
 
-    q, k, v = torch.randn(3, 1, 1, 600, dim, generator=torch.Generator().manual_seed(0)).to(
+    q, k, v = torch.randn(3, 1, 1, 600, 128, generator=torch.Generator().manual_seed(0)).to(
         device, torch.bfloat16).unbind()
     layout = TokenLayout((5, 10, 12))
     everything = build_plan(q, k, Settings(threshold=0.0), layout, impl="torch")
-    try:
-        plan = build_plan(q, k, Settings(threshold=1.5), layout, impl="triton")
-        result = attend(q, k, v, plan, impl=impl).float()
-    except Exception as error:
-        return f"the kernels do not compile or run here: {type(error).__name__}: {error}"
+    plan = build_plan(q, k, Settings(threshold=1.5), layout, impl="triton")
+    result = attend(q, k, v, plan, impl=impl).float()
     torch_plan = build_plan(q, k, Settings(threshold=1.5), layout, impl="torch")
     if (plan.bits != torch_plan.bits).double().mean().item() > 0.05:
         return "the kernels' self-test selects other keys than the reference"
@@ -109,3 +134,8 @@ def self_test(device: torch.device, impl: str = "triton", dim: int = 64) -> str 
     if ((result - dense).norm() / dense.norm()).item() < 5e-2:
         return "the kernels' self-test ignores the plan"
     return None
+
+
+def _one_line(error: Exception) -> str:
+    """An exception as text for reports; Triton's run over many lines."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

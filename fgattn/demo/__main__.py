@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -102,4 +103,6 @@ def _checked(options: argparse.Namespace) -> tuple[Settings, int]:
 
 
 if __name__ == "__main__":
+    logging.getLogger("fgattn").setLevel(logging.INFO)  # says when kernels are compiled
+    logging.getLogger("fgattn").addHandler(logging.StreamHandler())
     sys.exit(main())

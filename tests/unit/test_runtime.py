@@ -1,13 +1,19 @@
 """Runtime: the library without Triton, and reasons why the kernel does not run."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from fgattn import Settings, TokenLayout, Unsupported, attend, build_plan, runtime
+from fgattn import Settings, TokenLayout, Unsupported, attend, build_plan, engine, runtime
+from fgattn import __main__ as doctor
+from fgattn.engine import Engine
+from fgattn.settings import Policy
+from fgattn.stats import Clock
 from torch.nn.functional import scaled_dot_product_attention
 
 ROOT = Path(__file__).parents[2]
@@ -104,8 +110,106 @@ def test_why_there_is_no_hopper_kernel(capability, gluon, says, monkeypatch):
     assert reason is None if says is None else reason.startswith(says)
 
 
+@pytest.fixture
+def fresh():
+    """Verdicts are kept for a process: none from before, none left behind."""
+    cached = (runtime.missing, runtime.device_reason, runtime.hopper_reason)
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(("hopper", "portable", "dense", "runs", "tested"), [
+    (None, None, None, "hopper", ["hopper"]),
+    ("off by 2", None, None, "triton (no hopper: off by 2)", ["hopper", "triton"]),
+    ("off by 2", "no image", "no image (no hopper: off by 2)", None, ["hopper", "triton"]),
+], ids=["Hopper", "portable", "dense"])
+def test_every_step_down_has_its_reason(hopper, portable, dense, runs, tested, fresh, monkeypatch, caplog):
+    """Hopper, portable, dense: in the verdict of the engine, the doctor and the report, and in the log."""
+    asked = []
+
+    def wrong(device, impl):
+        asked.append(impl)
+        return {"hopper": hopper, "triton": portable}[impl]
+
+    monkeypatch.setattr(runtime, "_wrong", wrong)
+    monkeypatch.setattr(runtime, "hopper_missing", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with caplog.at_level(logging.INFO, "fgattn"):
+        assert runtime.device_reason(GPU) == runtime.device_reason(GPU) == dense
+    assert asked == tested, "each kernel is tried once, and only where the faster one failed"
+    said = [f"FG-Attn leaves its hopper kernel: {hopper}"] if hopper else []
+    if dense:
+        said.append(f"FG-Attn leaves its triton kernel: {portable}")
+    elif hopper:
+        said.append(f"FG-Attn runs its portable Triton kernel: {hopper}")
+    assert [r.getMessage() for r in caplog.records] == said
+    if not dense:
+        assert runtime.gpu_kernel(GPU) == runs
+    monkeypatch.setattr(runtime, "missing", lambda: None)
+    assert doctor._implementation(GPU) == (
+        f"dense attention: {dense}" if dense else f"{runs}: the kernel's self-test passed")
+    run = SimpleNamespace(device_reason=engine._device_reason(GPU), stats=SimpleNamespace(clock=Clock(GPU)))
+    assert Engine(Settings(), Policy())._implementation(run) == (f"dense ({dense})" if dense else runs)
+
+
+def test_a_gpu_without_hopper_says_so(fresh, monkeypatch, caplog):
+    """An Ada card: nothing failed, so no warning; the log and the doctor still say what runs."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(runtime, "_wrong", lambda device, impl: None)
+    with caplog.at_level(logging.INFO, "fgattn"):
+        assert runtime.device_reason(GPU) is None
+    reason = "no Hopper GPU: compute capability 8.9, not 9.0"
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("INFO", f"FG-Attn runs its portable Triton kernel: {reason}")]
+    assert runtime.gpu_kernel(GPU) == f"triton (no hopper: {reason})"
+
+
+def test_broken_triton_is_a_reason(fresh, monkeypatch):
+    """Installed, but for another driver or torch: everything but the kernels still works."""
+    pytest.importorskip("triton")
+    monkeypatch.setitem(sys.modules, "fgattn.kernels", None)
+    assert runtime.missing().startswith("Triton is installed but does not load: ModuleNotFoundError: ")
+    q, k, v = torch.randn(3, 1, 1, 64, 64).unbind()
+    plan = build_plan(q, k, Settings(), TokenLayout.flat(64))
+    assert torch.equal(attend(q, k, v, plan), attend(q, k, v, plan, impl="torch"))
+
+
+@pytest.mark.parametrize(("module", "hit", "said"), [
+    ("fgattn.kernels.select", False, ["FG-Attn is compiling kernels, once: select_kernel"]),
+    ("fgattn.kernels.select", True, []),
+    ("torch._inductor.runtime", False, []),
+], ids=["new", "from the cache", "somebody else's"])
+def test_compiling_is_announced(module, hit, said, caplog):
+    """By Triton's own account: silent where its cache serves; whoever listened before still hears."""
+    pytest.importorskip("triton")
+    from fgattn.kernels import announced
+
+    heard = []
+    source = SimpleNamespace(name="select_kernel", fn=SimpleNamespace(__module__=module))
+    event = {"src": source, "cache_hit": hit, "times": None}
+    with caplog.at_level(logging.INFO, "fgattn"):
+        announced(None)(**event)
+        assert [r.getMessage() for r in caplog.records] == said
+        announced(lambda **event: heard.append(event))(**event)
+    assert heard == [event]
+
+
+def test_compiling_is_heard():
+    """Triton calls the listener that the package left with it."""
+    triton = pytest.importorskip("triton")
+    kernels = pytest.importorskip("fgattn.kernels")
+    assert triton.knobs.compilation.listener.__qualname__ == "announced.<locals>.listener"
+    assert triton.knobs.compilation.listener.__module__ == kernels.__name__
+
+
 def no_kernel(*_):
-    raise RuntimeError("no kernel image")
+    raise RuntimeError("no kernel image\n  for this device")
 
 
 @pytest.mark.parametrize(("kernel", "says"), [
@@ -113,12 +217,14 @@ def no_kernel(*_):
     (lambda q, k, v, plan: 1.02 * attend(q, k, v, plan, impl="torch"), "the kernels' self-test is off by 2."),
     (lambda q, k, v, plan: torch.full_like(q, float("nan")), "the kernels' self-test is off by nan"),
     (lambda q, k, v, plan: scaled_dot_product_attention(q, k, v), "the kernels' self-test is off by"),
-    (no_kernel, "the kernels do not compile or run here: RuntimeError: no kernel image"),
+    (no_kernel, "the kernels do not compile or run here: RuntimeError: no kernel image for this device"),
 ], ids=["right", "2 % off", "NaN", "ignores the mask", "fails"])
-def test_self_test(kernel, says, monkeypatch):
-    """A kernel that is wrong on this GPU must be found before it draws a picture."""
+def test_self_test(kernel, says, monkeypatch, caplog):
+    """A kernel that is wrong on this GPU must be found before it draws a picture, and said in the log."""
     monkeypatch.setattr("fgattn.plan.build_plan", lambda *given, impl: build_plan(*given, impl="torch"))
     monkeypatch.setattr("fgattn.attention.attend", lambda q, k, v, plan, impl: (
         kernel(q, k, v, plan) if impl == "triton" else attend(q, k, v, plan, impl=impl)))
-    result = runtime.self_test(torch.device("cpu"))
+    result = runtime.self_test(torch.device("cpu"), "triton")
     assert result is None if says is None else result.startswith(says)
+    assert len(caplog.records) == (result is not None)
+    assert [bool(r.exc_info) for r in caplog.records] == [kernel is no_kernel] * len(caplog.records)
