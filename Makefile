@@ -1,6 +1,7 @@
 # make demo   one video, dense and with FG-Attn, without ComfyUI; options: make demo ARGS="--threshold 0.7"
 # make test   all tests that can run here
 # make lint   ruff
+# make sanitize   NVIDIA's compute-sanitizer on the kernels: memory of all, races of the portable ones
 # Everything runs in .venv, which is made on first use from PYTHON. A torch that PYTHON already has is used, not replaced.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint sanitize clean
 
 # Passive: on a busy CPU, threads that spin while they wait slow the demo down.
 demo: $(READY)
@@ -23,6 +24,15 @@ test: $(READY)
 
 lint: $(READY)
 	$(RUN) -m ruff check .
+
+# Memory: without PyTorch's pool every tensor is an allocation, with padding none touches the next one.
+# Races: our kernels alone, whose names are not mangled; not the Hopper one, see benchmarks/NOTES.md.
+SANITIZER ?= compute-sanitizer
+sanitize: $(READY)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --padding 1024 --error-exitcode 9 \
+		$(RUN) -m tests.gpu.sanitize
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool racecheck --error-exitcode 9 \
+		--kernel-name 'regex=^[a-z]+_kernel$$' $(RUN) -m tests.gpu.sanitize triton
 
 clean:
 	rm -rf $(VENV) demo_out .pytest_cache .ruff_cache .hypothesis
