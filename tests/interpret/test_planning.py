@@ -9,7 +9,7 @@ from fgattn import Settings, TokenLayout, attend, build_plan, reference
 from fgattn.scoring import summarise as summarise_torch
 from fgattn.settings import TILE_KEYS, TILE_QUERIES
 from fgattn.tail import pooled_tail
-from makers import CASES, assert_lists_agree, random_valid
+from makers import CASES, assert_lists_agree, random_mask, random_valid
 from makers import tensors as make
 
 pytest.importorskip("triton", reason="no Triton: nothing to interpret")
@@ -127,7 +127,7 @@ def test_one_plan_for_all_heads(m, tiles):
     from fgattn import plan_from_mask
 
     q, k, v = make(2, 98, batch=2)
-    plan = plan_from_mask(torch.rand(tiles, 7) > 0.5, m, 16, query_length=98, key_length=98, tail=True)
+    plan = plan_from_mask(random_mask(tiles, 7), m, 16, query_length=98, key_length=98, tail=True)
     assert_same_tail(q, k, v, plan)
     torch.testing.assert_close(attend(q, k, v, plan, impl="triton"),
                                attend(q, k, v, dataclasses.replace(plan), impl="torch"))
