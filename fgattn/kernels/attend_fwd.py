@@ -32,19 +32,15 @@ LIST_BLOCK, LIST_SPAN = 512, 4096  # units: of a step, of a program
 
 
 @triton.jit
-def _ones_before(octet):
-    """For a byte, the number of bits set below bit i as the i-th group of four bits, uint32."""
+def _ones_up_to(octet):
+    """For a byte, the number of bits set up to and with bit i as the i-th group of four bits, uint32."""
     x = octet.to(tl.uint32)
     x = (x | (x << 12)) & 0x000F000F
     x = (x | (x << 6)) & 0x03030303
     x = (x | (x << 3)) & 0x11111111  # bit i is now bit 4 * i
-    return x * 0x11111110
-
-
-@triton.jit
-def _ones(octet):
-    """Number of bits set in a byte."""
-    return ((_ones_before(octet) >> 28).to(tl.int32) + (octet >> 7)).to(tl.int32)
+    x += x << 4
+    x += x << 8
+    return x + (x << 16)
 
 
 @triton.jit(do_not_specialize=["stride_bits_b", "stride_bits_h", *COUNTS])
@@ -72,7 +68,7 @@ def list_kernel(
     ones = tl.zeros([BLOCK // 8], tl.int32)
     for start in range(0, behind, BLOCK // 8):
         byte = start + tl.arange(0, BLOCK // 8)
-        ones += _ones(tl.load(source + byte, mask=byte < behind, other=0).to(tl.int32))
+        ones += (_ones_up_to(tl.load(source + byte, mask=byte < behind, other=0)) >> 28).to(tl.int32)
     count = tl.sum(ones, 0) * SPLIT
     STEP: tl.constexpr = 1 if CHECKED else min(SPLIT, 8)  # units of one bit
     i = tl.arange(0, 8)[:, None]  # [8, BLOCK // 8]: neighbouring lanes store to neighbouring places
@@ -89,8 +85,9 @@ def list_kernel(
             kept &= (entry >= 0).to(tl.int32)
             octet = tl.sum(kept << i, 0)
         octet &= (1 << (8 // STEP)) - 1
-        number = _ones(octet) * STEP
-        before = (_ones_before(octet)[None, :] >> (4 * (i // STEP)).to(tl.uint32)).to(tl.int32) & 15
+        ones_up_to = _ones_up_to(octet)
+        number = (ones_up_to >> 28).to(tl.int32) * STEP
+        before = ((ones_up_to << 4)[None, :] >> (4 * (i // STEP)).to(tl.uint32)).to(tl.int32) & 15
         place = (count + tl.cumsum(number, 0) - number)[None, :] + before * STEP + i % STEP
         tl.store(out + place, entry, mask=(kept > 0) & (unit < end))
         count += tl.sum(number, 0)

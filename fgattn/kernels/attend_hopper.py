@@ -137,14 +137,19 @@ def _consume(
         acc = warpgroup_mma(p, v_tiles.index(last % STAGES), acc)
     m_row = gl.convert_layout(m_i, gl.SliceLayout(1, ACC))
     l_row = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, ACC))
-    if HAS_TAIL:
+    if HAS_TAIL:  # the rows of a run share it
         place = begin + gl.arange(0, 64, gl.SliceLayout(1, ACC))
-        column = gl.arange(0, D, gl.SliceLayout(0, ACC))
         tail_l = gl.load(tail_lse + place // 16, mask=place < queries, other=float("-inf"))
         m_new = gl.maximum(m_row, tail_l)
         alpha, beta = gl.exp2(m_row - m_new), gl.exp2(tail_l - m_new)
-        pooled = gl.load(tail_out + (place // 16)[:, None] * D + column[None, :],
-                         mask=(place < queries)[:, None], other=0.0)
+        by_run = acc.reshape([4, 16, D])
+        RUNS: gl.constexpr = gl.SliceLayout(1, by_run.type.layout)
+        run = begin // 16 + gl.arange(0, 4, gl.SliceLayout(1, RUNS))
+        column = gl.arange(0, D, gl.SliceLayout(0, RUNS))
+        pooled = gl.load(tail_out + run[:, None] * D + column[None, :], mask=(run * 16 < queries)[:, None],
+                         other=0.0)
+        pooled, _ = gl.broadcast(gl.expand_dims(pooled, 1), by_run)
+        pooled = gl.convert_layout(pooled.reshape([64, D]), ACC, assert_trivial=True)
         acc = acc * alpha[:, None] + pooled * beta[:, None]
         l_row = l_row * alpha + beta
     acc = acc / gl.where(l_row == 0.0, 1.0, l_row)[:, None]  # nothing kept and no tail: zeros
