@@ -1,4 +1,5 @@
-"""python -m benchmarks NAME [--quick]: measure on this machine's GPU, write results/NAME.csv."""
+"""python -m benchmarks kernel|plan|quality|end2end [--quick]: measure on this machine's GPU.
+python -m benchmarks report: write tables and plots of the results into the READMEs."""
 
 from __future__ import annotations
 
@@ -7,21 +8,24 @@ from pathlib import Path
 
 import torch
 
-from . import kernel, measure, pipeline, small_tiles
+from . import measure, report, runner
+from .registry import REGISTRY
 
-BENCHMARKS = {"kernel": kernel.rows, "pipeline": pipeline.rows, "small_tiles": small_tiles.rows}
 
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("name", choices=BENCHMARKS)
-    parser.add_argument("--quick", action="store_true", help="fewer settings")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS, help="folder of the CSV file")
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=[*REGISTRY, "report"])
+    parser.add_argument("--quick", action="store_true", help="fewer settings and peers")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS, help="folder of the CSV files")
     parser.add_argument("--commit", default=measure.checked_out(), help="that is measured (default: git's)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.name == "report":
+        report.write(options.out)
+        return 0
     if not torch.cuda.is_available():
         parser.error("no CUDA GPU: nothing is measured")
-    measure.write(options.name, BENCHMARKS[options.name](quick=options.quick), options.out, options.commit)
+    runner.run(options.name, REGISTRY[options.name], options.quick, options.out, options.commit)
     return 0
 
 

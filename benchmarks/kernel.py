@@ -1,68 +1,160 @@
-"""The attention kernel alone, on random masks: rate against dense cuDNN at every M and N.
+"""The attention kernel alone: rates against dense cuDNN, and what uneven or indirect input costs.
 
-rate = 4 L^2 D H * density / time, so that 1.0 of the dense rate means that nothing is lost to the
-fine grain. Each row is checked against float64 on sampled query tiles.
+ratio = speed-up * density, so that 1.0 of the dense rate means that nothing is lost to the fine grain. Lists
+are made in the timed call. Each row is checked against float64 on sampled query tiles.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+from collections.abc import Iterator
 
 import torch
-from fgattn import attend, plan_from_mask, runtime
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from fgattn import TokenLayout, attend, plan_from_mask, runtime
+from fgattn.kernels.pooled import tail_triton
 
-from .measure import milliseconds, relative_error
+from . import peers
+from .measure import sampled_error
+from .runner import Case, Run
+from .shapes import LARGE_720P, SMALL_480P, Shape, random_qkv
 
-TOLERANCE = 5e-3  # relative L2; bf16 rounding of the weights and the output gives 2e-3
-
-
-def random_mask(heads: int, tiles: int, slices: int, density: float) -> torch.Tensor:
-    """Exactly the same number of random slices in every tile."""
-    scores = torch.rand(heads, tiles, slices, device="cuda")
-    return scores <= scores.kthvalue(max(1, round(density * slices)), dim=2, keepdim=True).values
-
-
-def sampled_error(q, k, v, out, mask, m: int, n: int) -> float:
-    """Relative error of a few query tiles against float64 with a dense mask."""
-    errors = []
-    for head, tile in ((0, 0), (q.shape[1] - 1, mask.shape[1] - 1), (q.shape[1] // 2, mask.shape[1] // 2)):
-        rows = slice(tile * m, min((tile + 1) * m, q.shape[2]))
-        keep = mask[head, tile].repeat_interleave(n)[: k.shape[2]]
-        scores = q[0, head, rows].double() @ k[0, head, keep].double().T * q.shape[3] ** -0.5
-        errors.append(relative_error(out[0, head, rows], scores.softmax(1) @ v[0, head, keep].double()))
-    return max(errors)
+DENSITY = 0.3
+TILE_KEYS = (1, 2, 4, 8, 16, 32, 64, 128)
+SPREAD = 20  # longest over shortest list of the skewed case
+LAUNCHES = {"hopper": "fgattn.kernels.attend_hopper:attend_hopper",
+            "triton": "fgattn.kernels.attend_fwd:attend_triton"}
 
 
-def rows(length: int = 32760, heads: int = 12, density: float = 0.3, quick: bool = False):
-    """One row per (D, M, N) and kernel that this machine's GPU runs; lists are made in the timed call."""
-    impls = ["triton"] if runtime.hopper_reason(torch.device("cuda")) else ["hopper", "triton"]
-    result = []
-    for dim in (128, 64):
-        torch.manual_seed(0)
-        q, k, v = torch.randn(3, 1, heads, length, dim, device="cuda", dtype=torch.bfloat16).unbind()
+def cases(quick: bool) -> Iterator[Case]:
+    """Every line of the table of targets; peers and the portable kernel's rows unless quick."""
+    ours = ["triton"] if runtime.hopper_reason(torch.device("cuda")) else ["hopper", "triton"]
+    ours, repeats = (ours[:1], 10) if quick else (ours, 20)
+    shape = SMALL_480P
 
-        def dense(q=q, k=k, v=v):
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                return scaled_dot_product_attention(q, k, v)
+    def case(name, make, *args, dim=128, shape=shape, repeats=repeats, **columns) -> Case:
+        flop = 4 * shape.length**2 * dim * shape.heads
+        return Case(
+            {"case": name, "D": dim, "L": shape.length, "heads": shape.heads, **columns},
+            functools.partial(make, shape, dim, *args), repeats,
+            figures=lambda row: {"tflops": flop * row["density"] / row["ms"] / 1e9})
 
-        for m in (128, 64):
-            for n in (1, 16, 64) if quick else (1, 2, 4, 8, 16, 32, 64, 128):
-                mask = random_mask(heads, -(-length // m), -(-length // n), density)
-                plan = plan_from_mask(mask, m, n, query_length=length, key_length=length)
+    for m in (128, 64):
+        for n in (1, 8, 16, 32, 64, 128) if quick else TILE_KEYS:
+            yield case("random lists", random_lists, m, n, DENSITY, ours)
+    for n in (16,) if quick else (1, 4, 16, 64, 128):
+        impls = ours if n in (1, 16, 64) else ours[:1]
+        yield case("random lists", random_lists, 128, n, DENSITY, impls, dim=64)
+    for density in (0.1, 0.05):
+        yield case("random lists", random_lists, 128, 16, density, ours)
+    yield case("random lists", random_lists, 128, 16, DENSITY, ours[:1], shape=LARGE_720P, repeats=5)
+    yield case("all keys", all_keys, ours, () if quick else (peers.flash, peers.fa4))
+    yield case("skewed lists", skewed_lists, ours[0])
+    yield case("given tail", given_tail, ours[0])
+    yield case("addressing", addressing, ours[0])
+    if not quick:
+        for m, n in ((128, 128), (64, 64), (128, 16), (128, 1)):
+            yield case("block-sparse peers", block_sparse, m, n, ours[0])
+        for tau, density in ((0.524, 0.3), (1.282, 0.1), (1.881, 0.03)):  # quantiles of a Gaussian
+            yield case("sol_attn", sol, tau, density, ours[0])
 
-                runs = [functools.partial(attend, q, k, v, plan, impl=impl) for impl in impls]
-                errors = [sampled_error(q, k, v, run(), mask, m, n) for run in runs]
-                if not max(errors) < TOLERANCE:
-                    raise SystemExit(f"D={dim} M={m} N={n}: relative errors {errors}, no rate is reported")
-                *ours, cudnn = milliseconds(*runs, dense, repeats=10)
-                flop = 4 * length**2 * dim * heads
-                for impl, error, taken in zip(impls, errors, ours, strict=True):
-                    rate = flop * float(plan.density) / taken["ms"] / 1e9
-                    result.append({
-                        "kernel": impl, "D": dim, "M": m, "N": n, "L": length, "heads": heads,
-                        "density": float(plan.density), **taken, "tflops": rate,
-                        "cudnn_dense_ms": cudnn["ms"], "ratio_to_cudnn": rate / (flop / cudnn["ms"] / 1e9),
-                        "relative_error": error})
-    return result
+
+def random_lists(shape: Shape, dim: int, m: int, n: int, density: float, impls: list[str]) -> list[Run]:
+    q, k, v = random_qkv(shape, dim)
+    mask = random_mask(shape, m, n, density)
+    return [peers.cudnn(q, k, v), *(ours(q, k, v, mask, m, n, impl) for impl in impls)]
+
+
+def all_keys(shape: Shape, dim: int, impls: list[str], others) -> list[Run]:
+    q, k, v = random_qkv(shape, dim)
+    mask = torch.ones(shape.heads, -(-shape.length // 128), -(-shape.length // 16), dtype=torch.bool,
+                      device="cuda")
+    return [peers.cudnn(q, k, v), *(ours(q, k, v, mask, 128, 16, impl) for impl in impls),
+            *(other(q, k, v) for other in others)]
+
+
+def skewed_lists(shape: Shape, dim: int, impl: str) -> list[Run]:
+    """Lists of equal length against lists of the same total, spread over heads and tiles."""
+    q, k, v = random_qkv(shape, dim)
+    even = random_mask(shape, 128, 16, DENSITY)
+    heads, tiles, slices = even.shape
+    # Longer in some heads and in some tiles; by rank, so that lengths fill the whole spread.
+    rank = (torch.rand(heads, 1, device="cuda") + torch.rand(heads, tiles, device="cuda")).flatten()
+    rank = rank.argsort().argsort().double() / (rank.numel() - 1)
+    counts = SPREAD**rank
+    counts = (counts * (even.sum() / counts.sum())).round().long().view(heads, tiles)
+    order = torch.rand(heads, tiles, slices, device="cuda").argsort(-1).argsort(-1)
+    skewed = order < counts[..., None]
+    return [ours(q, k, v, even, 128, 16, impl, name=f"{impl}, even"),
+            ours(q, k, v, skewed, 128, 16, impl, name=f"{impl}, {SPREAD}:1")]
+
+
+def given_tail(shape: Shape, dim: int, impl: str) -> list[Run]:
+    """The launch without and with a tail that is there already."""
+    q, k, v = random_qkv(shape, dim)
+    mask = random_mask(shape, 128, 16, DENSITY)
+    plan = plan_from_mask(mask, 128, 16, query_length=shape.length, key_length=shape.length)
+    tail = tail_triton(q, k, v, plan)
+    module, launch = LAUNCHES[impl].split(":")
+    launch = getattr(importlib.import_module(module), launch)
+
+    def call(tail):
+        out = torch.empty_like(q)
+        launch(q, k, v, plan, tail, out)
+        return out
+
+    return [ours(q, k, v, mask, 128, 16, impl, name=f"{impl}, no tail", call=lambda: call(None)),
+            ours(q, k, v, mask, 128, 16, impl, name=f"{impl}, tail", call=lambda: call(tail), tail=tail)]
+
+
+def addressing(shape: Shape, dim: int, impl: str) -> list[Run]:
+    """Contiguous [B, H, L, D] in raster order against [B, L, H, D] and the order of cells."""
+    q, k, v = random_qkv(shape, dim)
+    mask = random_mask(shape, 128, 16, DENSITY)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    return [ours(*x, mask, 128, 16, impl, name=f"{impl}, {name}", layout=shape.layout, order=order)
+            for name, x, order in (
+                ("contiguous raster", (q, k, v), "raster"), ("BLHD", strided, "raster"),
+                ("cells", (q, k, v), "cells"), ("BLHD cells", strided, "cells"))]
+
+
+def block_sparse(shape: Shape, dim: int, m: int, n: int, impl: str) -> list[Run]:
+    """One mask, every kernel that can run it."""
+    q, k, v = random_qkv(shape, dim)
+    mask = random_mask(shape, m, n, DENSITY)
+    runs = [peers.cudnn(q, k, v), ours(q, k, v, mask, m, n, impl), peers.flashinfer(q, k, v, mask, m, n)]
+    if n >= 64:
+        runs.append(peers.flex(q, k, v, mask, n))
+    if n >= 16:
+        runs.append(peers.fa4_sparse(q, k, v, mask, m, n))
+    return runs
+
+
+def sol(shape: Shape, dim: int, tau: float, density: float, impl: str) -> list[Run]:
+    """`sol_attn` at the threshold that gives a density on random tensors, ours at the same block size."""
+    q, k, v = random_qkv(shape, dim)
+    return [peers.cudnn(q, k, v), ours(q, k, v, random_mask(shape, 64, 64, density), 64, 64, impl),
+            peers.sol(q, k, v, tau)]
+
+
+def ours(q, k, v, mask, m: int, n: int, impl: str, name: str = "", call=None, tail=None,
+         layout: TokenLayout | None = None, order: str = "raster") -> Run:
+    """One of our kernels on a mask [H, tiles, slices], checked against that mask."""
+    length = k.shape[2]
+    plan = plan_from_mask(mask, m, n, query_length=length, key_length=length, layout=layout, order=order)
+
+    def error(out) -> float:
+        return sampled_error(
+            q, k, v, out, m, lambda head, tile: mask[head, tile].repeat_interleave(n)[:length],
+            plan.geometry, tail)
+
+    return Run(name or impl, call or functools.partial(attend, q, k, v, plan, impl=impl), error,
+               peers.TOLERANCE, {"M": m, "N": n, "density": float(plan.density)})
+
+
+def random_mask(shape: Shape, m: int, n: int, density: float) -> torch.Tensor:
+    """Exactly the same number of random slices in every tile, [H, tiles, slices]."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    scores = torch.rand(shape.heads, -(-shape.length // m), -(-shape.length // n), generator=generator,
+                        device="cuda")
+    return scores <= scores.kthvalue(max(1, round(density * scores.shape[2])), dim=2, keepdim=True).values

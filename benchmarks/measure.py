@@ -1,4 +1,4 @@
-"""GPU timing with a cold cache, errors, and CSV files that say where they come from."""
+"""GPU timing with a cold cache, errors against float64, and CSV files that say where they come from."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import csv
 import datetime
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 import triton
+from fgattn.order import CELL
 
 RESULTS = Path(__file__).parent / "results"
 FLUSH_BYTES = 256 << 20  # larger than any L2
-BUSY_CYCLES = 2_000_000  # about 1 ms: longer than queueing a call takes
+BUSY_CYCLES = 4_000_000  # about 2 ms: longer than queueing a call takes
 
 
 def milliseconds(*runs: Callable[[], object], repeats: int = 20, warmup: int = 3) -> list[dict[str, float]]:
@@ -39,17 +40,50 @@ def milliseconds(*runs: Callable[[], object], repeats: int = 20, warmup: int = 3
             end.record()
             end.synchronize()
             taken.append(start.elapsed_time(end))
-    summary = []
-    for taken in times:
-        low, median, high = torch.tensor(taken).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-        summary.append({"ms": median, "ms_p20": low, "ms_p80": high})
-    return summary
+    return [quantiles(taken) for taken in times]
+
+
+def quantiles(times: list[float]) -> dict[str, float]:
+    """Columns of a list of times in ms."""
+    low, median, high = torch.tensor(times, dtype=torch.float64).quantile(
+        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    return {"ms": median, "ms_p20": low, "ms_p80": high}
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative L2 error; infinite if anything is not finite."""
     error = ((got.double() - expected.double()).norm() / expected.double().norm()).item()
     return error if error == error else float("inf")
+
+
+def sampled_error(q, k, v, out, rows: int, kept=None, geometry=None, tail=None) -> float:
+    """Worst relative error of three query tiles against float64 with a dense mask.
+
+    Args:
+        q, k, v, out: [1, H, L, D].
+        rows: queries of a tile.
+        kept: (head, tile) -> bool [L_k] by position; None is every key.
+        geometry: order of tokens; None is as stored.
+        tail: partial output [1, H, runs, D] and log-sum-exp [1, H, runs] that is merged, or None.
+    """
+    heads, queries = q.shape[1:3]
+    tiles, errors = -(-queries // rows), []
+    query_tokens = torch.arange(queries, device=q.device) if geometry is None else geometry.query_tokens
+    key_tokens = torch.arange(k.shape[2], device=q.device) if geometry is None else geometry.key_tokens
+    for head, tile in ((0, 0), (heads - 1, tiles - 1), (heads // 2, tiles // 2)):
+        position = torch.arange(tile * rows, min((tile + 1) * rows, queries), device=q.device)
+        keys = key_tokens if kept is None else key_tokens[kept(head, tile)]
+        scores = q[0, head, query_tokens[position]].double() @ k[0, head, keys].double().T
+        scores *= q.shape[3] ** -0.5
+        if tail is not None:
+            pooled, total = (x[0, head, position // CELL].double() for x in tail)
+            scores = torch.cat((scores, total[:, None]), 1)
+        weights = scores.softmax(1)
+        expected = weights[:, :len(keys)] @ v[0, head, keys].double()
+        if tail is not None:
+            expected += weights[:, -1:] * pooled
+        errors.append(relative_error(out[0, head, query_tokens[position]], expected))
+    return max(errors)
 
 
 def machine(commit: str) -> dict[str, str]:
@@ -71,17 +105,16 @@ def checked_out() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def write(name: str, rows: list[dict[str, object]], folder: Path, commit: str) -> None:
-    """Write rows to a CSV file, each with the machine's columns, and print them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    where = machine(commit)
-    with open(folder / f"{name}.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
+def write(path: Path, rows: Iterable[dict[str, object]], where: dict[str, str]) -> None:
+    """Write rows to a CSV file, each followed by the machine's columns; empty where a row has no value."""
+    rows = list(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, [*columns, *where], lineterminator="\n")
         table.writeheader()
-        table.writerows({**{k: _short(v) for k, v in row.items()}, **where} for row in rows)
-    for row in rows:
-        print("  ".join(f"{k} {_short(v)}" for k, v in row.items()))
+        table.writerows({**{k: short(v) for k, v in row.items()}, **where} for row in rows)
 
 
-def _short(value: object) -> object:
-    return f"{value:.4g}" if isinstance(value, float) else value
+def short(value: object) -> object:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else value

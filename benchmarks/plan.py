@@ -1,0 +1,132 @@
+"""What planning and the tail cost, stage by stage, beside dense cuDNN attention on the same tensors.
+
+Stages are timed apart, with their launches hidden. `plan` is build_plan, which summarises q and k first;
+`tail` summarises q, k and v again. Bits are checked against the torch implementation's on a few heads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from fgattn import Settings, attend, build_plan, scoring
+from fgattn.kernels.attend_fwd import Lists
+from fgattn.kernels.pooled import tail_triton
+from fgattn.kernels.summarise import SQUARE, VARIANCE, position_rows, summarise
+from fgattn.order import geometry
+from fgattn.tail import pooled_tail
+
+from . import peers
+from .measure import relative_error, sampled_error
+from .runner import Case, Run
+from .shapes import LARGE_720P, SMALL_480P, Shape, for_density, random_qkv
+
+DENSITY = 0.3
+CHECKED_HEADS = 2
+BITS_TOLERANCE = 1e-4  # share of bytes that differ: decisions within rounding
+EXACT = 1e-9  # any tile that differs is too much
+ROUNDING = 1e-2  # relative L2 of sums that are rounded to bf16
+LAYERS, BRANCHES = 40, 2  # of Wan 14B with both conditioning branches
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    for shape in (SMALL_480P, LARGE_720P):
+        columns = {"shape": shape.name, "L": shape.length, "heads": shape.heads, "D": 128}
+        yield Case({"case": "stages", **columns}, functools.partial(stages, shape), 5 if quick else 10,
+                   figures=lambda row: {"share": row["ms"] / row["yardstick_ms"]})
+    yield Case({"case": "memory", **columns}, functools.partial(memory, LARGE_720P), repeats=3, warmup=1)
+
+
+def stages(shape: Shape) -> list[Run]:
+    q, k, v = random_qkv(shape)
+    layout = shape.layout
+    geo = geometry(layout, Settings().order, shape.length, q.device)
+    query_rows, key_rows = position_rows(geo.query_tokens), position_rows(geo.key_tokens)
+
+    def summaries():
+        return (*summarise(q, query_rows, SQUARE), *summarise(k, key_rows, VARIANCE))
+
+    runs = [peers.cudnn(q, k, v),
+            Run("summarise q, k", summaries, functools.partial(summary_error, q, k, geo), ROUNDING)]
+    for n in (16, 1):
+        settings = for_density(q, k, Settings(tile_keys=n), layout, DENSITY)
+        plan = build_plan(q, k, settings, layout)
+        columns = {"M": 128, "N": n, "threshold": settings.threshold, "density": float(plan.density)}
+        runs += [
+            Run("plan", functools.partial(build_plan, q, k, settings, layout),
+                functools.partial(bits_error, q, k, settings, layout), BITS_TOLERANCE, columns),
+            Run("lists", functools.partial(make_lists, plan), functools.partial(lists_error, plan), EXACT,
+                columns),
+            Run("tail", functools.partial(tail_triton, q, k, v, plan),
+                functools.partial(tail_error, q, k, v, settings, layout), ROUNDING, columns)]
+    return runs
+
+
+def memory(shape: Shape) -> list[Run]:
+    """One planned call with single keys: what it takes beside q, k, v and the output."""
+    q, k, v = random_qkv(shape)
+    settings = for_density(q, k, Settings(tile_keys=1), shape.layout, DENSITY)
+    for _ in range(2):  # the first call compiles and fills caches that stay
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        plan = build_plan(q, k, settings, shape.layout)
+        out = attend(q, k, v, plan)
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - before - out.nbytes
+    coarse = build_plan(q, k, replace(settings, tile_keys=16), shape.layout)
+    kept_plans = (coarse.bits.nbytes + coarse.requested.nbytes + coarse.executed.nbytes) * LAYERS * BRANCHES
+    del out
+
+    def call():
+        return attend(q, k, v, build_plan(q, k, settings, shape.layout))
+
+    def error(out) -> float:
+        return sampled_error(q, k, v, out, plan.tile_rows,
+                             lambda head, tile: plan.kept_keys(0, slice(head, head + 1))[0, tile],
+                             plan.geometry, tail_triton(q, k, v, plan))
+
+    return [Run("plan and attend", call, error, peers.TOLERANCE,
+                {"M": 128, "N": 1, "threshold": settings.threshold, "density": float(plan.density),
+                 "extra_mb": extra / 1e6, "kept_plans_gb": kept_plans / 1e9})]
+
+
+def make_lists(plan):
+    """The lists that an attention call makes from a plan's bits; the last group of heads stays."""
+    lists = Lists(plan, *plan.bits.shape[:2])
+    *_, last = lists.groups()
+    return lists, *last
+
+
+def lists_error(plan, made) -> float:
+    """Share of the tiles of the last heads whose list has another length than the bits say."""
+    lists, first, number = made
+    head = first + number - 1
+    kept = plan.kept_slices(0, slice(head, head + 1))[0].sum(-1) * lists.split
+    return (lists.counts[number - 1] != kept).double().mean().item()
+
+
+def bits_error(q, k, settings, layout, plan) -> float:
+    """Share of bytes that differ from the torch implementation's."""
+    heads = slice(0, CHECKED_HEADS)
+    expected = build_plan(q[:, heads], k[:, heads], settings, layout, impl="torch")
+    return (plan.bits[:, heads] != expected.bits).double().mean().item()
+
+
+def tail_error(q, k, v, settings, layout, tail) -> float:
+    """Of the pooled outputs, relative to the torch implementation's for the same plan."""
+    heads = slice(0, CHECKED_HEADS)
+    q, k, v = (x[:, heads] for x in (q, k, v))
+    expected = pooled_tail(q, k, v, build_plan(q, k, settings, layout))
+    return max(relative_error(got[:, heads], known) for got, known in zip(tail, expected, strict=True))
+
+
+def summary_error(q, k, geo, summaries) -> float:
+    """Of the first head's means, squares and variances."""
+    mean, square, key_mean, key_variance = (x[0] for x in summaries)
+    expected = scoring.summarise(q[0, :1, geo.query_tokens])[0]
+    keys = scoring.summarise(k[0, :1, geo.key_tokens], variance=True)
+    return max(relative_error(got, known[0]) for got, known in (
+        (mean, expected), (square, expected.square()), (key_mean, keys[0]), (key_variance, keys[1])))
