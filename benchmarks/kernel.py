@@ -41,22 +41,23 @@ def cases(quick: bool) -> Iterator[Case]:
 
     for m in (128, 64):
         for n in (1, 8, 16, 32, 64, 128) if quick else TILE_KEYS:
-            yield case("random lists", random_lists, m, n, DENSITY, ours)
+            yield case("random lists", random_lists, m, n, DENSITY, ours, M=m, N=n)
     for n in (16,) if quick else (1, 4, 16, 64, 128):
         impls = ours if n in (1, 16, 64) else ours[:1]
-        yield case("random lists", random_lists, 128, n, DENSITY, impls, dim=64)
+        yield case("random lists", random_lists, 128, n, DENSITY, impls, dim=64, M=128, N=n)
     for density in (0.1, 0.05):
-        yield case("random lists", random_lists, 128, 16, density, ours)
-    yield case("random lists", random_lists, 128, 16, DENSITY, ours[:1], shape=LARGE_720P, repeats=5)
+        yield case("random lists", random_lists, 128, 16, density, ours, M=128, N=16)
+    yield case("random lists", random_lists, 128, 16, DENSITY, ours[:1], shape=LARGE_720P, repeats=5,
+               M=128, N=16)
     yield case("all keys", all_keys, ours, () if quick else (peers.flash, peers.fa4))
     yield case("skewed lists", skewed_lists, ours[0])
     yield case("given tail", given_tail, ours[0])
     yield case("addressing", addressing, ours[0])
     if not quick:
         for m, n in ((128, 128), (64, 64), (128, 16), (128, 1)):
-            yield case("block-sparse peers", block_sparse, m, n, ours[0])
+            yield case("block-sparse peers", block_sparse, m, n, ours[0], M=m, N=n)
         for tau, density in ((0.524, 0.3), (1.282, 0.1), (1.881, 0.03)):  # quantiles of a Gaussian
-            yield case("sol_attn", sol, tau, density, ours[0])
+            yield case("sol_attn", sol, tau, density, ours[0], M=64, N=64)
 
 
 def random_lists(shape: Shape, dim: int, m: int, n: int, density: float, impls: list[str]) -> list[Run]:

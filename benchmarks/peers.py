@@ -183,7 +183,7 @@ def _block_sparse(name: str, q, k, v, mask, rows: int, keys: int, call) -> Run:
 
 def _listed(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Number [..., tiles] and, packed to the left, places [..., tiles, slices] of what a mask keeps."""
-    places = mask.to(torch.int8).argsort(-1, descending=True, stable=True)
+    places = mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return mask.sum(-1, dtype=torch.int32), places.to(torch.int32)
 
 

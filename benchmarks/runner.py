@@ -90,11 +90,11 @@ def rows_of(case: Case, clock=milliseconds) -> list[dict[str, object]]:
 def run(name: str, sources: Iterable[Callable], quick: bool, folder: Path, commit: str) -> None:
     """Measure a benchmark's sources; write NAME.csv and NAME_targets.csv, and print both.
 
-    A source is a function of `quick` that yields cases, or rows that are finished already.
+    A source is a function of `quick` that yields cases, or rows that it has measured and checked itself.
     """
     where, rows = machine(commit), []
     for item in (item for source in sources for item in _items(source, quick)):
-        found = rows_of(item) if isinstance(item, Case) else [item]
+        found = rows_of(item) if isinstance(item, Case) else [{"status": MEASURED, **item}]
         rows += found
         write(folder / f"{name}.csv", rows, where)  # after each case: a run that is killed leaves its rows
         for row in found:

@@ -80,6 +80,12 @@ def lowest(column: str, **columns) -> Callable[[list[Row]], float]:
     return lambda rows: min(row[column] for row in pick(rows, **columns))
 
 
+def small_tiles(m: int) -> Callable[[list[Row]], float]:
+    """Geometric mean of the rates over the real masks."""
+    return lambda rows: geometric_mean([
+        row["ratio"] for row in pick(rows, case="small tiles", impl=OURS, M=m)])
+
+
 def slower(percent_of: tuple[str, ...], **columns) -> Callable[[list[Row]], float]:
     """Percent of time more than the yardstick takes for the same work, the worst of some runs."""
     return lambda rows: max(100 * (1 / row["ratio"] - 1) for row in pick(
@@ -131,7 +137,7 @@ def equal_error(rows: list[Row]) -> float:
     for tau in (1.0, 1.3, 1.7):
         orders = means(pick(rows, impl="sol_attn", threshold=tau), "order").values()
         ratios.append(min(ms / _time_at(error, curve) for error, ms in orders))
-    return math.exp(-sum(map(math.log, ratios)) / len(ratios))
+    return 1 / geometric_mean(ratios)
 
 
 def means(rows: Iterable[Row], by: str) -> dict[object, tuple[float, float]]:
@@ -139,8 +145,12 @@ def means(rows: Iterable[Row], by: str) -> dict[object, tuple[float, float]]:
     groups: dict[object, list[Row]] = {}
     for row in rows:
         groups.setdefault(row[by], []).append(row)
-    return {key: tuple(math.exp(sum(math.log(row[column]) for row in group) / len(group))
-                       for column in ("error", "ms")) for key, group in groups.items()}
+    return {key: tuple(geometric_mean([row[column] for row in group]) for column in ("error", "ms"))
+            for key, group in groups.items()}
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def _time_at(error: float, curve: list[tuple[float, float]]) -> float:
@@ -158,8 +168,8 @@ TARGETS: dict[str, tuple[Target, ...]] = {
         Target("M=128, N=1", _ratio(M=128, N=1), 0.95, 1.00),
         Target("M=128, N from 8 to 128, the lowest", _ratio(M=128, N=FROM_8), 1.00, 1.05),
         Target("M=64, N from 8 to 128, the lowest", _ratio(M=64, N=FROM_8), 0.85, 0.95),
-        Target("M=32, N=16, real masks, density 0.15", lowest("ratio", case="small tiles", M=32), 0.54, 0.65),
-        Target("M=16, N=16, real masks, density 0.15", lowest("ratio", case="small tiles", M=16), 0.45, 0.54),
+        Target("M=32, N=16, real masks, density 0.15", small_tiles(32), 0.54, 0.65),
+        Target("M=16, N=16, real masks, density 0.15", small_tiles(16), 0.45, 0.54),
         Target("density 0.1, M=128, N=16", _ratio(near=0.1, M=128, N=16), 0.90, 0.95),
         Target("density 0.05, M=128, N=16", _ratio(near=0.05, M=128, N=16), 0.80, 0.90),
         Target("skewed lists (20:1), against even ones",
@@ -178,8 +188,8 @@ TARGETS: dict[str, tuple[Target, ...]] = {
           for shape, target, stretch in ((P480, 1.5, 1.0), (P720, 1.0, 0.7))),
         *(Target(f"score, select and lists, N=1, {shape}", _share(select, shape, 1), 7.0, 5.0, True, "%")
           for shape in (P480, P720)),
-        *(Target(f"a quarter of planning, lists, tail, N=16, {shape}", _share(reused, shape), 2.0, 1.5, True, "%")
-          for shape in (P480, P720)),
+        *(Target(f"a quarter of planning, lists, tail, N=16, {shape}", _share(reused, shape), 2.0, 1.5, True,
+                 "%") for shape in (P480, P720)),
         Target(f"memory of one call, MB, N=1, {P720}", lowest("extra_mb", case="memory"), 256, None, True),
         Target(f"kept plans of 40 layers, 2 branches, GB, N=16, {P720}",
                lowest("kept_plans_gb", case="memory"), 1.2, None, True),

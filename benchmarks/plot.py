@@ -1,0 +1,84 @@
+"""Line plots as SVG text: no dependency, and the same data give the same file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from xml.sax.saxutils import escape
+
+WIDTH, HEIGHT = 760, 420
+LEFT, RIGHT, TOP, BOTTOM = 64, 560, 46, 350  # of the frame; the legend is right of it
+GREEN, BLUE, ORANGE, PURPLE = "#2a9d5c", "#3572b0", "#d98a1f", "#8a5bb5"
+RED, BROWN, GREY, INK, RULE = "#c8453b", "#8c6239", "#6b7280", "#1f2933", "#d5dae0"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Ticks; the first and the last are the ends, where no value lies beyond them."""
+
+    ticks: Sequence[float]
+    log: bool = False
+
+    def covering(self, values: Sequence[float]) -> tuple[float, float]:
+        return min([self.ticks[0], *values]), max([self.ticks[-1], *values])
+
+
+@dataclass(frozen=True)
+class Curve:
+    name: str
+    colour: str
+    points: Sequence[tuple[float, float]]
+    line: bool = True
+    labels: Sequence[str] = ()
+
+
+def draw(curves: Sequence[Curve], title: str, across: str, up: str, x: Axis, y: Axis, note: str) -> str:
+    """An SVG picture; curves without points are left out."""
+    curves = [curve for curve in curves if curve.points]
+    at_x = _scale(x, [p[0] for c in curves for p in c.points], LEFT, RIGHT)
+    at_y = _scale(y, [p[1] for c in curves for p in c.points], BOTTOM, TOP)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
+        f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12" fill="{INK}">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>', _text(LEFT, 24, title, size=14)]
+    for tick in x.ticks:
+        parts += [_line(at_x(tick), TOP, at_x(tick), BOTTOM, RULE),
+                  _text(at_x(tick), BOTTOM + 16, f"{tick:g}", "middle")]
+    for tick in y.ticks:
+        parts += [_line(LEFT, at_y(tick), RIGHT, at_y(tick), RULE),
+                  _text(LEFT - 6, at_y(tick) + 4, f"{tick:g}", "end")]
+    parts += [_text((LEFT + RIGHT) / 2, BOTTOM + 36, across, "middle"), _text(LEFT - 44, TOP - 8, up),
+              _text(LEFT, HEIGHT - 8, note, size=10)]
+    for number, curve in enumerate(curves):
+        places = [(at_x(a), at_y(b)) for a, b in curve.points]
+        if curve.line:
+            path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{curve.colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{curve.colour}"/>' for a, b in places]
+        parts += [_text(a + 6, b - 6, label, size=10, colour=curve.colour)
+                  for (a, b), label in zip(places, curve.labels, strict=False)]
+        row = TOP + 12 + 22 * number
+        parts += [f'<circle cx="{RIGHT + 22}" cy="{row - 4}" r="4" fill="{curve.colour}"/>',
+                  _text(RIGHT + 34, row, curve.name)]
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _scale(axis: Axis, values: Sequence[float], start: float, end: float):
+    """Value -> pixel."""
+    low, high = axis.covering(values)
+
+    def place(value: float) -> float:
+        along, whole = (math.log(x / low) if axis.log else x - low for x in (value, high))
+        return start + along / whole * (end - start)
+
+    return place
+
+
+def _line(x0: float, y0: float, x1: float, y1: float, colour: str) -> str:
+    return f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" stroke="{colour}"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start", size: int = 12, colour: str = INK) -> str:
+    return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{colour}">'
+            f"{escape(text)}</text>")

@@ -1,0 +1,286 @@
+"""The benchmarks' registry, runner, targets and report, without a GPU: nothing is timed here."""
+
+import csv
+import re
+import sys
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from benchmarks import __main__, measure, peers, plot, registry, report, runner, targets
+from benchmarks.runner import Case, Run
+
+MACHINE = {"gpu": "a GPU", "torch": "2", "triton": "3", "python": "3.12", "date": "2026-01-01",
+           "commit": "12e4567"}
+
+
+def clock(*calls, repeats, warmup):
+    """Times of 10, 5, 2.5 ... ms, in place of a GPU's."""
+    return [{"ms": 10 / 2**i, "ms_p20": 9.0, "ms_p80": 11.0} for i, _ in enumerate(calls)]
+
+
+def make_run(name="ours", error=0.001, call=lambda: None, **columns):
+    return Run(name, call, lambda out: error, 0.01, columns)
+
+
+def fail(*_):
+    raise RuntimeError("out of\nmemory")
+
+
+def case_of(*runs, **columns):
+    return Case({"case": "test", **columns}, lambda: list(runs))
+
+
+def test_registry_has_every_verb():
+    assert list(registry.REGISTRY) == ["kernel", "plan", "quality", "end2end"]
+    assert set(targets.TARGETS) == set(registry.REGISTRY)
+    assert all(callable(source) for sources in registry.REGISTRY.values() for source in sources)
+
+
+def test_nothing_is_measured_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["kernel"])
+    assert stop.value.code == 2 and "no CUDA GPU" in capsys.readouterr().err
+
+
+def test_quantiles():
+    assert measure.quantiles([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == {"ms": 3.5, "ms_p20": 2.0, "ms_p80": 5.0}
+    assert measure.quantiles([7.0]) == {"ms": 7.0, "ms_p20": 7.0, "ms_p80": 7.0}
+
+
+def test_rows_have_ratios_to_the_first_run():
+    dense, ours = runner.rows_of(
+        case_of(make_run("dense", density=1.0), make_run("ours", density=0.3), L=7), clock)
+    assert dense["ratio"] == 1 and dense["status"] == runner.MEASURED
+    assert ours["yardstick"] == "dense" and ours["yardstick_ms"] == 10 and ours["speedup"] == 2
+    assert ours["ratio"] == pytest.approx(0.6) and ours["error"] == 0.001 and ours["L"] == 7
+    assert {"ms", "ms_p20", "ms_p80"} <= ours.keys()
+
+
+def test_figures_are_added():
+    case = Case({}, lambda: [make_run(), make_run()], figures=lambda row: {"twice": 2 * row["ms"]})
+    assert [row["twice"] for row in runner.rows_of(case, clock)] == [20, 10]
+
+
+@pytest.mark.parametrize("bad, reason", [
+    (make_run("bad", error=0.02), "withheld: error 0.02, not below 0.01"),
+    (make_run("bad", error=float("inf")), "withheld: error inf, not below 0.01"),
+    (make_run("bad", error=float("nan")), "withheld: error nan, not below 0.01"),
+    (make_run("bad", call=fail), "withheld: RuntimeError: out of memory"),
+    (Run("bad", missing="not installed: No module named 'peer'"), "not installed: No module named 'peer'")])
+def test_a_row_that_fails_is_withheld_alone(bad, reason):
+    rows = runner.rows_of(case_of(make_run("dense"), bad, make_run("good")), clock)
+    assert [row["impl"] for row in rows] == ["dense", "bad", "good"]
+    assert rows[1]["status"] == reason and "ms" not in rows[1] and "speedup" not in rows[1]
+    assert rows[2]["status"] == runner.MEASURED and rows[2]["ms"] == 5
+
+
+def test_without_a_yardstick_nothing_is_measured():
+    rows = runner.rows_of(case_of(make_run("dense", error=1.0), make_run()), clock)
+    assert not [row for row in rows if "ms" in row or row["status"] == runner.MEASURED]
+
+
+def test_a_case_that_cannot_be_made_or_timed_is_withheld():
+    made = runner.rows_of(Case({"case": "huge"}, fail), clock)
+    assert made == [{"case": "huge", "status": "withheld: RuntimeError: out of memory"}]
+    timed = runner.rows_of(case_of(make_run()), lambda *calls, **_: fail())
+    assert timed[0]["status"] == "withheld: RuntimeError: out of memory" and "ms" not in timed[0]
+
+
+def test_one_failure_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "machine", lambda commit: MACHINE | {"commit": commit})
+    monkeypatch.setattr(runner.rows_of, "__defaults__", (clock,))
+
+    def broken(quick):
+        yield case_of(make_run("first"))
+        fail()
+
+    def fine(quick):
+        yield {"case": "finished", "impl": "by hand", "status": runner.MEASURED, "ms": 1.23456}
+        yield case_of(make_run("last"), quick=quick)
+
+    runner.run("kernel", (broken, fine), True, tmp_path, "abc")
+    rows, reached = (list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
+                     for name in ("kernel", "kernel_targets"))
+    assert [row["impl"] for row in rows] == ["first", "", "by hand", "last"]
+    assert "out of memory" in rows[1]["status"] and rows[2]["ms"] == "1.235" and rows[3]["quick"] == "True"
+    assert all(row["commit"] == "abc" and row["gpu"] == "a GPU" for row in rows)
+    assert len(reached) == len(targets.TARGETS["kernel"])
+
+
+def test_peers_that_are_missing_say_so(monkeypatch):
+    q, k, v = torch.randn(3, 1, 1, 64, 16).unbind()
+    mask = torch.ones(1, 1, 1, dtype=torch.bool)
+    for module in ("flash_attn", "flash_attn.cute", "flashinfer", "comfy_kitchen"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for run in (peers.fa4(q, k, v), peers.fa4_sparse(q, k, v, mask, 64, 64),
+                peers.flashinfer(q, k, v, mask, 64, 64), peers.sol(q, k, v, 1.0)):
+        assert run.missing.startswith("not installed: ") and run.name in report.NAMES | {"sol_attn": 0}
+
+
+def test_a_peer_that_does_not_run_is_withheld(monkeypatch):
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", SimpleNamespace(sol_attn=None))
+    run = peers.sol(None, None, None, 1.0)
+    assert run.missing.startswith("withheld: does not run here: AttributeError")
+
+
+def make_masked(length=100, rows=32, keys=16, heads=2):
+    q, k, v = torch.randn(3, 1, heads, length, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    mask = torch.rand(heads, -(-length // rows), -(-length // keys),
+                      generator=torch.Generator().manual_seed(1)) < 0.5
+    mask[..., 0] = True
+    dense = mask.repeat_interleave(rows, 1)[:, :length].repeat_interleave(keys, 2)[..., :length]
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense[None])
+    return q, k, v, mask, dense, out
+
+
+def test_block_sparse_peers_are_judged_by_their_mask():
+    """Right output passes, dense output does not; density counts short tiles and slices."""
+    q, k, v, mask, dense, out = make_masked()
+    run = peers._block_sparse("peer", q, k, v, mask, 32, 16, None)
+    assert run.error(out) < 1e-5 < 0.1 < run.error(torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    assert run.columns["density"] == pytest.approx(dense.double().mean().item())
+
+
+def test_sampled_error_merges_a_tail():
+    q, k, v, mask, dense, _ = make_masked(length=96)
+    scores = (q @ k.transpose(2, 3) / 4).double()
+    run = 96 // 16
+    pooled, total = torch.randn(1, 2, run, 16), torch.randn(1, 2, run)
+    weights = scores.masked_fill(~dense, -torch.inf)
+    weights = torch.cat((weights, total.repeat_interleave(16, 2)[..., None].double()), 3).softmax(3)
+    expected = weights[..., :-1] @ v.double() + weights[..., -1:] * pooled.repeat_interleave(16, 2).double()
+
+    def kept(head, tile):
+        return mask[head, tile].repeat_interleave(16)
+
+    assert measure.sampled_error(q, k, v, expected, 32, kept, tail=(pooled, total)) < 1e-6
+    assert measure.sampled_error(q, k, v, expected, 32, kept) > 1e-2
+    assert measure.sampled_error(q, k, v, expected * float("nan"), 32, kept) == float("inf")
+
+
+def test_listed():
+    counts, places = peers._listed(torch.tensor([[False, True, False, True]]))
+    assert counts.tolist() == [2] and places[0, :2].tolist() == [1, 3]
+
+
+KERNEL_ROW = {"case": "random lists", "impl": "hopper", "D": 128, "L": 32760, "M": 128, "density": 0.3,
+              "status": targets.MEASURED}
+
+
+def kernel_rows(**ratios):
+    return [KERNEL_ROW | {"N": int(n[1:]), "ratio": ratio} for n, ratio in ratios.items()]
+
+
+def by_figure(name, rows):
+    return {line["figure"]: line for line in targets.table(name, rows)}
+
+
+@pytest.mark.parametrize("ratio, met", [(0.94, "no"), (0.95, "yes"), (0.99, "yes"), (1.0, "stretch")])
+def test_targets_that_are_met(ratio, met):
+    line = by_figure("kernel", kernel_rows(n1=ratio))["M=128, N=1"]
+    assert (line["value"], line["target"], line["stretch"], line["met"]) == (ratio, 0.95, 1.0, met)
+
+
+def test_targets_are_the_worst_of_all_their_rows():
+    figure = "M=128, N from 8 to 128, the lowest"
+    rows = kernel_rows(n8=1.1, n16=0.9, n32=1.1, n64=1.1, n128=1.1)
+    assert by_figure("kernel", rows)[figure]["value"] == 0.9
+    assert by_figure("kernel", rows[1:])[figure]["met"] == "N=8 is not measured"
+    rows[1] = {k: v for k, v in rows[1].items() if k != "ratio"} | {"status": "withheld: wrong"}
+    line = by_figure("kernel", rows)[figure]
+    assert line["met"] == "withheld: wrong" and line["value"] is None
+
+
+def test_small_tiles_are_a_mean_over_real_masks():
+    rows = [{"case": "small tiles", "impl": "hopper", "M": 32, "ratio": r, "status": targets.MEASURED}
+            for r in (0.4, 0.9)]
+    line = by_figure("kernel", rows)["M=32, N=16, real masks, density 0.15"]
+    assert line["value"] == pytest.approx(0.6) and line["met"] == "yes"
+
+
+def test_targets_at_most_and_their_percentages():
+    rows = [{"case": "given tail", "impl": "hopper, tail", "ratio": 1 / 1.007, "status": targets.MEASURED}]
+    line = by_figure("kernel", rows)["merging a given tail, more time"]
+    assert line["value"] == pytest.approx(0.7) and line["met"] == "yes" and line["unit"] == "%"
+
+
+def test_plan_targets_add_stages_up():
+    shape, dense = targets.P480, {"yardstick_ms": 10.0, "status": targets.MEASURED, "case": "stages"}
+    rows = [dense | {"shape": shape, "impl": impl, "ms": ms} | ({"N": n} if n else {})
+            for impl, n, ms in (("summarise q, k", 0, 0.1), ("plan", 16, 0.4), ("lists", 16, 0.03),
+                                ("tail", 16, 0.3))]
+    lines = by_figure("plan", rows)
+    assert lines[f"score, select and lists, N=16, {shape}"]["value"] == pytest.approx(3.3)
+    assert lines[f"summarise and tail, N=16, {shape}"]["value"] == pytest.approx(4.0)
+    assert lines[f"a quarter of planning, lists, tail, N=16, {shape}"]["value"] == pytest.approx(4.3)
+    assert lines[f"score, select and lists, N=1, {shape}"]["met"] == "not measured"
+
+
+def quality_rows(impl, points, **columns):
+    return [{"impl": impl, "threshold": t, "error": error, "ms": ms, "status": targets.MEASURED, **columns}
+            for t, error, ms in points]
+
+
+def test_equal_error_reads_our_curve_between_its_points():
+    ours = quality_rows("fgattn", ((1.0, 0.02, 4.0), (2.0, 0.08, 1.0)), M=128, N=16)
+    sol = quality_rows("sol_attn", ((t, 0.04, 8.0) for t in (1.0, 1.3, 1.7)), order="raster")
+    worse = quality_rows("sol_attn", ((t, 0.04, 9.0) for t in (1.0, 1.3, 1.7)), order="cells")
+    line = targets.table("quality", ours + sol + worse)[0]
+    assert line["value"] == pytest.approx(2.0 / 8.0) and line["met"] == "stretch"  # 2 ms at an error of 4 %
+    line = targets.table("quality", ours[1:] + sol + worse)[0]
+    assert line["value"] is None and "4 %" in line["met"]
+
+
+def test_report_is_what_the_results_say():
+    """The committed tables and plots are those of the committed CSV files."""
+    results = report.Results(measure.RESULTS)
+    for path in report.PAGES:
+        text = path.read_text()
+        assert report.page(text, results) == text, f"python -m benchmarks report changes {path.name}"
+    for name, picture in report.pictures(results).items():
+        assert (measure.RESULTS / name).read_text() == picture
+
+
+def test_every_table_is_on_a_page_and_says_where_it_comes_from():
+    text = "".join(path.read_text() for path in report.PAGES)
+    marks = re.findall(r"<!-- results: (.+?) -->\n(.*?)<!-- end of results -->", text, re.S)
+    assert {name for name, _ in marks} == set(report.SECTIONS)
+    for name, content in marks:
+        if content.startswith("|") and name != "withheld":
+            last = content.strip().splitlines()[-1]
+            assert re.match(r".+, torch .+, Triton .+, \d{4}-\d\d-\d\d, commit .+`benchmarks/.+\.csv`$", last)
+
+
+def test_report_without_results(tmp_path):
+    results = report.Results(tmp_path)
+    assert {section(results) for section in report.SECTIONS.values()} == {"Not measured.", "Nothing."}
+    for picture in report.pictures(results).values():
+        ElementTree.fromstring(picture)
+
+
+def test_report_leaves_the_rest_of_a_page_alone(tmp_path):
+    text = "before\n<!-- results: plan -->\nold\n<!-- end of results -->\nafter\n"
+    expected = "before\n<!-- results: plan -->\nNot measured.\n<!-- end of results -->\nafter\n"
+    assert report.page(text, report.Results(tmp_path)) == expected
+
+
+def test_results_keep_a_commit_as_text(tmp_path):
+    measure.write(tmp_path / "x.csv", [{"N": 16, "ms": 1.5, "status": "measured", "none": None}], MACHINE)
+    row, = report.Results(tmp_path).measured("x", N=16)
+    assert row == {"N": 16, "ms": 1.5, "status": "measured"} | MACHINE
+    assert report.provenance([row, row]) == "a GPU, torch 2, Triton 3, 2026-01-01, commit 12e4567"
+
+
+def test_plot_places_points_on_its_axes():
+    curve = plot.Curve("a & b", plot.GREEN, [(1, 0.0), (10, 0.5), (100, 1.0)], labels=["x", "y", "z"])
+    empty = plot.Curve("empty", plot.RED, [])
+    x, y = plot.Axis((1, 100), log=True), plot.Axis((0, 1))
+    picture = plot.draw([curve, empty], "title", "across", "up", x, y, note="")
+    line = ElementTree.fromstring(picture).find("{http://www.w3.org/2000/svg}polyline")
+    middle_x, middle_y = (plot.LEFT + plot.RIGHT) / 2, (plot.TOP + plot.BOTTOM) / 2
+    assert line.get("points") == (f"{plot.LEFT:.1f},{plot.BOTTOM:.1f} {middle_x:.1f},{middle_y:.1f} "
+                                  f"{plot.RIGHT:.1f},{plot.TOP:.1f}")
+    assert "a &amp; b" in picture and "empty" not in picture
