@@ -56,7 +56,9 @@ def draw(curves: Sequence[Curve], title: str, across: str, up: str, x: Axis, y: 
             path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
             parts.append(f'<polyline points="{path}" fill="none" stroke="{curve.colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{curve.colour}"/>' for a, b in places]
-        parts += [_text(a + 6, b - 6, label, size=10, colour=curve.colour)
+        below = 16 if number % 2 else -6  # labels of neighbours keep apart
+        parts += [_text(a - 6, b + below, label, "end", 10, curve.colour) if a > RIGHT - 50 else
+                  _text(a + 6, b + below, label, size=10, colour=curve.colour)
                   for (a, b), label in zip(places, curve.labels, strict=False)]
         row = TOP + 12 + 22 * number
         parts += [f'<circle cx="{RIGHT + 22}" cy="{row - 4}" r="4" fill="{curve.colour}"/>',

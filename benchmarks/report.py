@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import plot
+from . import measure, plot, targets
 from .measure import RESULTS
 from .targets import MEASURED, TARGETS, geometric_mean, means
 
@@ -20,7 +20,7 @@ PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 MARKED = re.compile(r"(<!-- results: (.+?) -->\n).*?(<!-- end of results -->)", re.S)
 TILE_KEYS = (1, 2, 4, 8, 16, 32, 64, 128)
 PROVENANCE = ("gpu", "torch", "triton", "date", "commit")
-TEXT = {*PROVENANCE, "python"}  # even where it looks like a number
+MACHINE = ("gpu", "torch", "triton", "python", "date", "commit")  # text, even where it looks like a number
 NAMES = {"hopper": "FG-Attn, Hopper kernel", "triton": "FG-Attn, portable kernel", "fgattn": "FG-Attn",
          "cudnn": "cuDNN (SDPA)", "sdpa flash": "flash (SDPA)", "flexattention": "FlexAttention",
          "flashattention-4": "FlashAttention-4", "flashinfer": "FlashInfer, variable blocks"}
@@ -38,7 +38,7 @@ class Results:
         if not path.exists():
             return []
         with open(path, newline="") as file:
-            return [{k: v if k in TEXT else _number(v) for k, v in row.items() if v != ""}
+            return [{k: v if k in MACHINE else _number(v) for k, v in row.items() if v != ""}
                     for row in csv.DictReader(file)]
 
     def measured(self, name: str, **columns) -> list[dict]:
@@ -50,10 +50,19 @@ class Results:
 def write(folder: Path = RESULTS) -> None:
     """Bring the pages and the plots up to date with a folder of results."""
     results = Results(folder)
+    for name in TARGETS:
+        write_targets(results, name, RESULTS)
     for path in PAGES:
         path.write_text(page(path.read_text(), results))
     for name, picture in pictures(results).items():
         (RESULTS / name).write_text(picture)
+
+
+def write_targets(results: Results, name: str, folder: Path) -> None:
+    """The table of targets as a CSV file, from the rows of a benchmark if there are any."""
+    if rows := results.rows(name):
+        reached = targets.table(name, rows)
+        measure.write(folder / f"{name}_targets.csv", reached, {column: rows[0][column] for column in MACHINE})
 
 
 def page(text: str, results: Results) -> str:
@@ -123,12 +132,14 @@ def peers_table(results: Results) -> str:
 def targets_table(name: str) -> Callable[[Results], str]:
     def table(results: Results) -> str:
         lines = []
-        for row in results.rows(f"{name}_targets"):
-            unit = f" {row['unit']}" if "unit" in row else ""
+        rows = results.rows(name)
+        for row in targets.table(name, rows) if rows else ():
+            unit = f" {row['unit']}" if row["unit"] else ""
             sign = "≤" if row["sense"] == "at most" else "≥"
-            value, stretch = (f"{row[c]:.3g}{unit}" if c in row else "" for c in ("value", "stretch"))
+            value, stretch = ("" if row[c] is None else f"{row[c]:.3g}{unit}" for c in ("value", "stretch"))
             lines.append([row["figure"], value, f"{sign} {row['target']:g}{unit}", stretch, row["met"]])
-        return _table(["figure", "measured", "target", "stretch", "met"], lines, results, f"{name}_targets")
+        return _table(["figure", "measured", "target", "stretch", "met"], lines, results, name,
+                      f"{name}_targets")
     return table
 
 
@@ -255,12 +266,12 @@ def _settings(results: Results) -> dict[tuple, list[dict]]:
     return groups
 
 
-def _table(head: list[str], lines: list[list], results: Results, name: str) -> str:
+def _table(head: list[str], lines: list[list], results: Results, name: str, file: str = "") -> str:
     """A table that says where it comes from; a note that there is nothing if there is not."""
     if not lines:
         return "Not measured."
     body = "\n".join(_line(line) for line in (head, ["---"] * len(head), *lines))
-    return f"{body}\n\n{provenance(results.rows(name))}. `benchmarks/results/{name}.csv`"
+    return f"{body}\n\n{provenance(results.rows(name))}. `benchmarks/results/{file or name}.csv`"
 
 
 def _line(cells: list) -> str:
