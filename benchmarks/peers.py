@@ -58,10 +58,7 @@ def flash(q, k, v) -> Run:
 
 @peer("flexattention")
 def flex(q, k, v, mask: torch.Tensor, block: int) -> Run:
-    """PyTorch's FlexAttention, compiled and autotuned, every kept block whole.
-
-    Its default launch for blocks of 64 is half as fast.
-    """
+    """PyTorch's FlexAttention, compiled and autotuned, every kept block whole."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     counts, columns = _listed(mask[None])
