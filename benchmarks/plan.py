@@ -15,7 +15,7 @@ from fgattn import Settings, attend, build_plan, scoring
 from fgattn.kernels.attend_fwd import Lists
 from fgattn.kernels.pooled import tail_triton
 from fgattn.kernels.summarise import SQUARE, VARIANCE, position_rows, summarise
-from fgattn.order import geometry
+from fgattn.order import OCTET, geometry
 from fgattn.tail import pooled_tail
 
 from . import peers
@@ -95,17 +95,18 @@ def memory(shape: Shape) -> list[Run]:
 
 def make_lists(plan):
     """The lists that an attention call makes from a plan's bits; the last group of heads stays."""
-    lists = Lists(plan, *plan.bits.shape[:2])
-    *_, last = lists.groups()
-    return lists, *last
+    boxes = plan.geometry.boxes if plan.tile_keys >= OCTET else None
+    lists = Lists(plan, *plan.bits.shape[:2], boxes)
+    *_, (_, first, number) = lists.groups()
+    return lists, first, number
 
 
 def lists_error(plan, made) -> float:
-    """Share of the tiles of the last heads whose list has another length than the bits say."""
+    """Share of the tiles of the last head whose list has another length than the bits say."""
     lists, first, number = made
     head = first + number - 1
-    kept = plan.kept_slices(0, slice(head, head + 1))[0].sum(-1) * lists.split
-    return (lists.counts[number - 1] != kept).double().mean().item()
+    kept = plan.kept_keys(0, slice(head, head + 1))[0].sum(-1)
+    return (lists.listed[number - 1] != kept).double().mean().item()
 
 
 def bits_error(q, k, settings, layout, plan) -> float:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from . import end2end, kernel, plan, quality
+from . import end2end, kernel, plan, quality, small_tiles
 
 REGISTRY = {
-    "kernel": (kernel.cases,),  # small_tiles.rows goes here: M = 16 and 32 on real masks
+    "kernel": (kernel.cases, small_tiles.cases),
     "plan": (plan.cases,),
     "quality": (quality.cases,),
     "end2end": (end2end.cases,),
