@@ -93,10 +93,10 @@ def list_kernel(
         count += tl.sum(number, 0)
     if end == units:
         n_keys = count * UNIT
-        if not CHECKED:  # the last slice was counted as if it were whole
+        if not CHECKED:  # the last slice was counted as if it filled its byte
             last = (tl.load(source + (slices - 1) // 8).to(tl.int32) >> ((slices - 1) % 8)) & 1
-            n_keys -= last * (slices * SPLIT * UNIT - keys)
-            count -= last * (slices * SPLIT - units)
+            count -= last * (tl.minimum(slices * SPLIT, tl.cdiv(units, 8) * 8) - units)
+            n_keys = count * UNIT - last * (units * UNIT - keys)
         tl.store(out + count + tl.arange(0, 16), tl.full([16], -1, tl.int32))
         tl.store(listed + row * tiles + tile, n_keys)
 

@@ -201,11 +201,11 @@ def test_large_scores():
 @pytest.mark.parametrize(("n", "unit"), [
     (1, "key"), (4, "key"), (32, "key"), (1, "cell"), (2, "cell"), (16, "cell"), (32, "cell"), (128, "cell"),
     (8, "box"), (16, "box"), (128, "box")])
-def test_lists_say_what_the_bits_say(n, unit, monkeypatch):
+@pytest.mark.parametrize("keys", [1111, 1024, 64, 15])
+def test_lists_say_what_the_bits_say(n, unit, keys, monkeypatch):
     """Ascending and complete, across steps of the scan and programs that share a list; their ends marked."""
     monkeypatch.setattr(attend_fwd, "LIST_BLOCK", 128)
     monkeypatch.setattr(attend_fwd, "LIST_SPAN", 256)
-    keys = 1111
     valid = random_valid(1, keys) if unit == "key" else None
     layout = TokenLayout((1, 1, keys), key_valid=valid, query_start=None)
     mask = random_mask(3, -(-keys // n))
