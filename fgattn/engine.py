@@ -99,6 +99,11 @@ class Engine:
         if self._run:
             self._run.stats.calls[reason] += 1
 
+    def remark(self, text: str) -> None:
+        """Note something that the user should know about this run, once."""
+        if self._run:
+            self._run.stats.remarks[text] = None
+
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: TokenLayout,
         dense: Callable[[], torch.Tensor], block: int | None = None, scale: float | None = None,

@@ -1,27 +1,97 @@
-"""What a model tells us about an attention call: the token grid and the block it belongs to."""
+"""What is known of a model's attention calls: the video's token grid, what stands beside it, the block."""
 
 import math
+from typing import NamedTuple
+
+import torch
 
 from ..fgattn.order import TokenLayout
 
+# Where tokens that are not of the video (text, reference, audio, pose, guides) stand in self-attention, by
+# class of the diffusion model or its nearest known ancestor.
+SIDES = {
+    "WanModel": "front", "WanModel_S2V": "back", "HumoWanModel": "back", "SCAILWanModel": "back",
+    "HunyuanVideo": "front", "Kandinsky5": "front", "LTXBaseModel": "back", "GeneralDIT": "back",
+    "MiniTrainDIT": "back", "AsymmDiTJoint": "back", "Flux": "front",
+    "QwenImageTransformer2DModel": "front",
+}
+MASKED = -1e4  # a bias below this removes a key
+NO_GRID = "this model's token grid is not known: sparse in raster order, without sinks"
 
-def call_layout(options: dict, query_length: int, key_length: int) -> TokenLayout | str:
+
+class Video(NamedTuple):
+    """The video tokens of one model evaluation."""
+
+    grid: tuple[int, int, int]  # (T, H, W)
+    side: str  # where other tokens stand, "front" or "back"
+    double_blocks: int  # blocks that are counted before the single ones
+
+
+def video_of(diffusion_model, latent_shape) -> Video | None:
+    """Video tokens of a model for a latent [B, C, T, H, W] or [B, C, H, W]; None for unknown models."""
+    known = [c.__name__ for c in type(diffusion_model).__mro__ if c.__name__ in SIDES]
+    patch = _patch_size(diffusion_model)
+    if not known or patch is None or len(latent_shape) not in (4, 5):
+        return None
+    sizes = (1, *latent_shape[2:])[-3:]
+    grid = tuple(-(-int(n) // p) for n, p in zip(sizes, patch, strict=True))
+    return Video(grid, SIDES[known[0]], len(getattr(diffusion_model, "double_blocks", ())))
+
+
+def call_layout(options: dict, video: Video | None, query_length: int, key_length: int):
     """Layout of a self-attention call over the video tokens, or why it is none.
 
     Args:
-        options: the call's `transformer_options`; Wan models set `grid_sizes`.
+        options: the call's `transformer_options`; `grid_sizes` of Wan models knows more than the latent.
     """
     if query_length != key_length:
         return "cross-attention"
+    if video is None:
+        return TokenLayout.flat(query_length)
     grid = options.get("grid_sizes")
-    if grid is None:
-        return "this model does not report its token grid"
-    grid = tuple(int(n) for n in grid)
-    if query_length != math.prod(grid):
-        return f"{query_length} tokens, but the video grid has {math.prod(grid)}"
-    return TokenLayout(grid)
+    grid = video.grid if grid is None else tuple(int(n) for n in grid)
+    others = query_length - math.prod(grid)
+    if others < 0:
+        return "self-attention of other tokens"
+    if others > math.prod(grid):
+        return f"{query_length} tokens, of which the video has {math.prod(grid)}"
+    return TokenLayout(grid, **{video.side: others})
 
 
-def call_block(options: dict) -> int | None:
-    """Number of the transformer block that calls, if the model reports it."""
-    return options.get("block_index")
+def call_block(options: dict, video: Video | None) -> int | None:
+    """Number of the transformer block that calls, single ones after double ones, if the model reports it."""
+    block = options.get("block_index")
+    if block is not None and video is not None and options.get("block_type") == "single":
+        block += video.double_blocks
+    return block
+
+
+def valid_keys(mask: torch.Tensor, batch: int, keys: int) -> torch.Tensor | str | None:
+    """Keys that a mask leaves, bool [B, L_k]; None if all; or why the mask is not one over keys alone.
+
+    Reads the mask, so it waits for the device.
+
+    Args:
+        mask: bool (True keeps) or added to the scores: [B or 1, L_k], or with query and head dimensions of 1.
+    """
+    if mask.shape[-1] != keys or mask.numel() not in (keys, batch * keys):
+        return "attention mask"
+    mask = mask.reshape(-1, keys)
+    valid = mask if mask.dtype == torch.bool else mask > MASKED
+    if mask.dtype != torch.bool and (mask[valid] != 0).any():
+        return "attention bias"
+    if not valid.any(1).all():
+        return "attention mask that leaves no key"
+    return None if valid.all() else valid.expand(batch, keys)
+
+
+def _patch_size(model) -> tuple[int, int, int] | None:
+    """(T, H, W) latent values of a token."""
+    size = getattr(model, "patch_size", None)
+    if size is None and hasattr(model, "patchifier"):
+        size = model.patchifier.patch_size
+    if size is None and hasattr(model, "patch_spatial"):
+        size = (model.patch_temporal, model.patch_spatial, model.patch_spatial)
+    if isinstance(size, int):
+        size = (size, size)
+    return None if size is None or not 2 <= len(size) <= 3 else (1, *(int(n) for n in size))[-3:]

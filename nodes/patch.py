@@ -6,6 +6,7 @@ dense fallback; evaluations get a fresh copy of the options, so nothing piles up
 """
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import threading
@@ -18,7 +19,7 @@ from einops import rearrange
 from ..fgattn.engine import Engine
 from ..fgattn.report import headline
 from ..fgattn.settings import Policy, Settings
-from .models import call_block, call_layout
+from .models import NO_GRID, call_block, call_layout, valid_keys, video_of
 from .status import show
 
 KEY = "fgattn"
@@ -36,7 +37,7 @@ class Patch:
             settings, policy, scope=_allocation_scope(),
             passthrough=(comfy.model_management.InterruptProcessingException,),
             notify=functools.partial(show, node_id))
-        self.thread = threading.local()  # .inside: a call of ours is under way in this thread
+        self.thread = threading.local()  # of this thread's evaluation, see Override; sampling may use several
         self._sigma = None  # the tensor that was read last
 
     def install(self, model):
@@ -82,7 +83,13 @@ class Patch:
         current = options.get(SLOT)
         if not (isinstance(current, Override) and current.patch is self):
             options[SLOT] = Override(self, current)
-        return executor(*args, **kwargs)
+        shape = (kwargs.get("latent_shapes") or [args[0].shape])[0]  # video first, where there is audio too
+        self.thread.video = video_of(executor.class_obj.diffusion_model, shape)
+        self.thread.mask = None, None
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            self.thread.mask = None, None
 
     def _lost(self, what: str) -> None:
         log.exception("FG-Attn %s; this run is dense or unreported", what)
@@ -108,24 +115,37 @@ class Override:
             return call(q, k, v, heads, mask=mask, attn_precision=attn_precision, skip_reshape=skip_reshape,
                         skip_output_reshape=skip_output_reshape, **kwargs)
 
-        if getattr(self.patch.thread, "inside", False):  # reached through a foreign override
+        thread = self.patch.thread
+        if getattr(thread, "inside", False):  # reached through a foreign override
             return fallback()
-        self.patch.thread.inside = True
+        thread.inside = True
         try:
             length = 2 if skip_reshape else 1
-            layout = call_layout(options, q.shape[length], k.shape[length])
-            reason = "attention mask" if mask is not None else layout if isinstance(layout, str) else None
-            if reason:
-                self.patch.engine.decline(reason)
+            video = getattr(thread, "video", None)
+            layout = call_layout(options, video, q.shape[length], k.shape[length])
+            if not isinstance(layout, str) and mask is not None:
+                valid = self._valid_keys(mask, q.shape[0], k.shape[length])
+                layout = valid if isinstance(valid, str) else dataclasses.replace(layout, key_valid=valid)
+            if isinstance(layout, str):
+                self.patch.engine.decline(layout)
                 return fallback()
+            if video is None:
+                self.patch.engine.remark(NO_GRID)
             split = functools.partial(rearrange, pattern="b l (h d) -> b h l d", h=heads)
             out = self.patch.engine.attention(
                 *((q, k, v) if skip_reshape else map(split, (q, k, v))), layout=layout,
                 dense=(fallback if skip_output_reshape else lambda: split(fallback())),
-                block=call_block(options), scale=kwargs.get("scale"))
+                block=call_block(options, video), scale=kwargs.get("scale"))
             return out if skip_output_reshape else rearrange(out, "b h l d -> b l (h d)")
         finally:
-            self.patch.thread.inside = False
+            thread.inside = False
+
+    def _valid_keys(self, mask, batch, keys):
+        """What `valid_keys` says of a mask; asked once an evaluation, since that waits for the device."""
+        thread = self.patch.thread
+        if getattr(thread, "mask", (None, None))[0] is not mask:
+            thread.mask = mask, valid_keys(mask, batch, keys)
+        return thread.mask[1]
 
 
 def patch_of(model) -> Patch | None:
