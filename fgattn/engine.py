@@ -77,7 +77,8 @@ class Engine:
         warmup = min(self.policy.warmup_steps, steps // 4) if full_noise else 0
         final = self.policy.final_dense_steps if sigmas and sigmas[-1] == 0 else 0
         with self._scope():
-            self._run = _Run(sigmas, warmup, final, RunStats(Clock(device)), _device_reason(device))
+            stats = RunStats(Clock(device), scheduled=steps, warmup=warmup)
+            self._run = _Run(sigmas, warmup, final, stats, _device_reason(device))
             if self._run.device_reason:
                 log.warning("FG-Attn runs dense: %s", self._run.device_reason)
 
@@ -86,6 +87,13 @@ class Engine:
         if self._run:
             self._run.step = step_of(sigma, self._run.sigmas)
             self._run.stats.begin_step(self._run.step)
+
+    def so_far(self) -> RunReport | None:
+        """The books of the run that is going on, as far as they can be read without waiting."""
+        if run := self._run:
+            with self._scope():
+                return run.stats.so_far(self._describe(run), self._implementation(run))
+        return None
 
     def end_run(self) -> RunReport | None:
         """Read the books; the only place that waits for the device."""

@@ -15,7 +15,8 @@ def headline(report: RunReport) -> str:
     if not report.calls.get("sparse"):
         reasons = [r for r, _ in _by_number(report.calls) if r != "cross-attention"]
         return f"dense: {reasons[0]}" if reasons else "attention never reached FG-Attn"
-    return f"sparse: {report.density:.0%} of scores, {_gain(report)}"
+    share = "" if report.density is None else f"{report.density:.0%} of scores, "
+    return f"sparse: {share}{_gain(report)}"
 
 
 def text(report: RunReport) -> str:

@@ -1,11 +1,12 @@
 """What a run did: marks taken while it samples, read once into a RunReport when it ends.
 
 Nothing here waits for the GPU until `RunStats.report`: times are CUDA events, densities are sums on
-the device.
+the device. `RunStats.so_far` reads what is finished and leaves out the rest.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -25,6 +26,10 @@ class Clock:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
+
+    def passed(self, mark) -> bool:
+        """Whether the device has reached a mark; never waits."""
+        return isinstance(mark, float) or mark.query()
 
     def milliseconds(self, start, end) -> float:
         """Time between two marks; waits for the later one."""
@@ -69,6 +74,7 @@ class RunReport:
         calls: number of attention calls by outcome ("sparse" or the reason for dense).
         peak_memory: of the CUDA device during the run; None on other devices.
         error: the exception that turned the run dense, as text.
+        scheduled, warmup: steps of the schedule, and how many of them are dense at its start.
     """
 
     settings: str
@@ -86,6 +92,8 @@ class RunReport:
     peak_memory: int | None
     error: str | None
     remarks: tuple[str, ...] = ()
+    scheduled: int = 0
+    warmup: int = 0
 
     @property
     def planning(self) -> float:
@@ -101,16 +109,25 @@ class RunReport:
 
 @dataclass
 class RunStats:
-    """Collects one run; `report` reads the device."""
+    """Collects one run; `report` reads the device.
+
+    Attributes:
+        scheduled, warmup: as in `RunReport`.
+    """
 
     clock: Clock
     calls: Counter = field(default_factory=Counter)
     error: str | None = None
     remarks: dict[str, None] = field(default_factory=dict)
     tokens: int = 0
+    scheduled: int = 0
+    warmup: int = 0
     _steps: dict[int, object] = field(default_factory=dict)  # step -> mark of its first evaluation
     _timed: list = field(default_factory=list)  # (step, sparse, start, planned, end)
     _scores: dict[int, torch.Tensor] = field(default_factory=dict)  # block -> requested, executed, all
+    _read: int = 0  # number of _timed whose marks are host times by now
+    _copy: tuple | None = None  # of _scores, on its way to the host: blocks, counts, mark
+    _arrived: dict[int, torch.Tensor] = field(default_factory=dict)  # _scores as of the last copy
 
     def __post_init__(self):
         if self.clock.device.type == "cuda":
@@ -133,16 +150,52 @@ class RunStats:
         total[1] += plan.executed.sum()
         total[2] += rows
 
-    def report(self, settings: str, implementation: str) -> RunReport:
-        """Wait for the device and add everything up."""
-        end = self.clock.mark()
+    def so_far(self, settings: str, implementation: str) -> RunReport:
+        """Report of the steps that are finished; never waits, so densities may be those of a while ago."""
+        self._read_calls()
+        self._read_scores()
+        part = copy.copy(self)
+        part._timed, part._scores = self._timed[:self._read], self._arrived
+        passed = [(step, mark) for step, mark in self._steps.items() if self.clock.passed(mark)]
+        part._steps = dict(passed[:-1])
+        return part.report(settings, implementation, passed[-1][1] if passed else 0.0)
+
+    def _read_calls(self) -> None:
+        """Replace the marks of finished calls by host times, each once."""
+        for i in range(self._read, len(self._timed)):
+            step, sparse, start, planned, end = self._timed[i]
+            if not self.clock.passed(end):
+                return
+            planning = self.clock.milliseconds(start, planned) / 1e3
+            self._timed[i] = (
+                step, sparse, 0.0, planning, planning + self.clock.milliseconds(planned, end) / 1e3)
+            self._read = i + 1
+
+    def _read_scores(self) -> None:
+        """Take the copy of the counts that has arrived, if any, and send the next one on its way."""
+        if self._copy and self.clock.passed(self._copy[2]):
+            self._arrived, self._copy = dict(zip(self._copy[0], self._copy[1], strict=True)), None
+        if self._scores and not self._copy:
+            counts = torch.stack([*self._scores.values()]).to("cpu", non_blocking=True)
+            self._copy = tuple(self._scores), counts, self.clock.mark()
+
+    def report(self, settings: str, implementation: str, end=None) -> RunReport:
+        """Wait for the device and add everything up.
+
+        Args:
+            end: mark of the end; now if None.
+        """
+        end = self.clock.mark() if end is None else end
         starts = sorted(self._steps.items())
         bounds = [m for _, m in starts] + [end]
         timed = [(step, sparse, self.clock.milliseconds(a, p), self.clock.milliseconds(p, b))
                  for step, sparse, a, p, b in self._timed]
+        by_step: dict[int, list] = {}
+        for call in timed:
+            by_step.setdefault(call[0], []).append(call)
         steps = []
         for i, (step, mark) in enumerate(starts):
-            mine = [t for t in timed if t[0] == step]
+            mine = by_step.get(step, [])
             sparse = sum(t[1] for t in mine)
             steps.append(StepReport(
                 step, self.clock.milliseconds(mark, bounds[i + 1]), sum(t[3] for t in mine),
@@ -162,7 +215,8 @@ class RunStats:
             density=sums[0] / sums[2] if scores else None,
             executed_density=sums[1] / sums[2] if scores else None,
             peak_memory=torch.cuda.max_memory_allocated(self.clock.device) if cuda else None,
-            error=self.error, remarks=tuple(self.remarks))
+            error=self.error, remarks=tuple(self.remarks),
+            scheduled=self.scheduled, warmup=self.warmup)
 
 
 def _median(values: list[float]) -> float | None:

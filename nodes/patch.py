@@ -19,6 +19,7 @@ from einops import rearrange
 from ..fgattn.engine import Engine
 from ..fgattn.report import headline
 from ..fgattn.settings import Policy, Settings
+from .live import Live
 from .models import NO_GRID, call_block, call_layout, valid_keys, video_of
 from .status import show
 
@@ -37,6 +38,7 @@ class Patch:
             settings, policy, scope=_allocation_scope(),
             passthrough=(comfy.model_management.InterruptProcessingException,),
             notify=functools.partial(show, node_id))
+        self.live = Live(node_id, self.engine.so_far)
         self.thread = threading.local()  # of this thread's evaluation, see Override; sampling may use several
         self._sigma = None  # the tensor that was read last
 
@@ -63,13 +65,20 @@ class Patch:
             self.engine.begin_run(sigmas, bool(sigmas) and sigmas[0] >= float(first), patcher.load_device)
         except Exception:
             self._lost("could not start")
+        self.live.begin()
+        state = "done"
         try:
             return executor(*args, **kwargs)
+        except BaseException as error:
+            stopped = isinstance(error, comfy.model_management.InterruptProcessingException)
+            state = "interrupted" if stopped else "error"
+            raise
         finally:
             self._sigma = None
             try:
                 if report := self.engine.end_run():
                     show(self.node_id, headline(report))
+                    self.live.end(report, state)
             except Exception:
                 self._lost("could not read its statistics")
 
@@ -80,6 +89,7 @@ class Patch:
         if sigma is not None and sigma is not self._sigma:
             self._sigma = sigma
             self.engine.begin_evaluation(float(sigma.max()))
+            self.live.update()
         current = options.get(SLOT)
         if not (isinstance(current, Override) and current.patch is self):
             options[SLOT] = Override(self, current)

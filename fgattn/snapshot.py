@@ -1,0 +1,108 @@
+"""What the page is told of a run while it samples: one message, whole every time, small enough to send often.
+
+`Snapshot` is the definition of the message; `web/js/schema.js` holds a copy that a test compares. A change of
+the fields is a new VERSION.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from .report import headline
+from .stats import RunReport, StepReport
+
+VERSION = 1
+MAX_BYTES = 20_000  # of a snapshot as JSON; the limits below keep it
+MAX_STEPS, MAX_BLOCKS, MAX_CALLS = 100, 100, 8  # the last, the first, the most frequent
+MAX_TEXT, MAX_OUTCOME = 160, 60  # characters
+
+State = Literal["running", "done", "error", "interrupted"]
+Kind = Literal["warm-up", "dense", "sparse", "reused"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished step; ms. A step is "reused" if it ran sparse without planning."""
+
+    index: int
+    total: float
+    attention: float
+    planning: float
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Block:
+    """Share of scores that the selection asked for; block -1 is unknown."""
+
+    block: int
+    density: float
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Attention calls by outcome: "sparse", or why they were dense."""
+
+    outcome: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One run so far; times in ms.
+
+    Attributes:
+        node: id of the FGAttnPatch node.
+        run: differs from run to run.
+        step, steps: finished, and scheduled.
+        total: from the first model evaluation to the last finished step.
+        dense_call, sparse_call, speedup, density: as in `RunReport`; None until known.
+    """
+
+    version: int
+    node: str
+    run: str
+    state: State
+    headline: str
+    settings: str
+    tokens: int
+    step: int
+    steps: int
+    total: float
+    dense_call: float | None
+    sparse_call: float | None
+    speedup: float | None
+    density: float | None
+    timeline: tuple[Step, ...]
+    blocks: tuple[Block, ...]
+    calls: tuple[Calls, ...]
+
+
+def snapshot(report: RunReport, node: str, run: str, state: State) -> dict:
+    """A run's message, ready for JSON."""
+    steps = report.steps[-MAX_STEPS:]
+    calls = sorted(report.calls.items(), key=lambda item: -item[1])[:MAX_CALLS]
+    if state == "done" and report.error:
+        state = "error"
+    title = headline(report) if report.calls or state != "running" else "waiting for the first step"
+    return asdict(Snapshot(
+        VERSION, node, run, state, title[:MAX_TEXT], report.settings[:MAX_TEXT], report.tokens,
+        step=1 + max((s.index for s in steps), default=-1), steps=report.scheduled,
+        total=round(report.total, 1), dense_call=_rounded(report.dense_call),
+        sparse_call=_rounded(report.sparse_call), speedup=_rounded(report.speedup),
+        density=_rounded(report.density),
+        timeline=tuple(Step(s.index, round(s.total, 1), round(s.attention, 1), round(s.planning, 1),
+                            _kind(s, report.warmup)) for s in steps),
+        blocks=tuple(Block(b.block, round(b.density, 3)) for b in report.blocks[:MAX_BLOCKS]),
+        calls=tuple(Calls(outcome[:MAX_OUTCOME], number) for outcome, number in calls)))
+
+
+def _kind(step: StepReport, warmup: int) -> Kind:
+    if step.sparse_calls:
+        return "sparse" if step.planning else "reused"
+    return "warm-up" if step.index < warmup else "dense"
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)

@@ -1,0 +1,60 @@
+"""Sends what a run is doing to the page that queued it. Nothing depends on it: without a page it does nothing."""
+
+import logging
+import time
+from collections.abc import Callable
+
+from ..fgattn.snapshot import snapshot
+from ..fgattn.stats import RunReport
+from .status import prompt_server
+
+log = logging.getLogger("fgattn")
+EVENT = "fgattn.progress"
+INTERVAL = 0.25  # s between updates: with the one at the end, at most 5 in a second
+COST_SHARE = 0.01  # of the run's time may go into updates
+
+
+class Live:
+    """Live statistics of one FG-Attn node.
+
+    Args:
+        node_id: of the node; None sends nothing.
+        so_far: reads the run that is going on, without waiting for the device.
+    """
+
+    def __init__(self, node_id: str | None, so_far: Callable[[], RunReport | None]):
+        self._node_id, self._so_far = node_id, so_far
+        self._run = ""
+        self._due = 0.0  # when the next update may go
+        self._broken = False
+
+    def begin(self) -> None:
+        """A run starts."""
+        self._run, self._broken = f"{time.time_ns():x}", False
+        self.update()
+
+    def update(self) -> None:
+        """Send an update, if it is time for one."""
+        start = time.perf_counter()
+        if start >= self._due:
+            self._send(self._so_far, "running")
+            now = time.perf_counter()
+            self._due = now + max(INTERVAL, (now - start) / COST_SHARE)
+
+    def end(self, report: RunReport, state: str) -> None:
+        """The run is over; this update always goes."""
+        self._send(lambda: report, state)
+        self._due = time.perf_counter() + INTERVAL
+
+    def _send(self, read: Callable[[], RunReport | None], state: str) -> None:
+        """Send a snapshot to the client of the running prompt; a failure is logged, and ends the updates."""
+        try:
+            server = prompt_server()
+            client = getattr(server, "client_id", None)
+            if self._node_id is None or client is None or self._broken:
+                return
+            if report := read():
+                server.send_sync(EVENT, snapshot(report, self._node_id, self._run, state), client)
+        except Exception:
+            self._broken = True
+            log.exception("FG-Attn could not send live statistics; the run goes on without them")

@@ -1,0 +1,82 @@
+// The only file that knows ComfyUI's page: registers the extension and puts the widgets on the nodes.
+
+import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
+import { hears, patchesOf } from "./graph.js";
+import { createPanel } from "./panel.js";
+import { createPresets } from "./presets.js";
+import { createStore } from "./store.js";
+
+const EVENT = "fgattn.progress";
+const PANEL_HEIGHT = 360; // px
+const store = createStore();
+
+app.registerExtension({
+  name: "fgattn.panel",
+
+  setup() {
+    const style = document.createElement("link");
+    style.rel = "stylesheet";
+    style.href = new URL("./panel.css", import.meta.url).href;
+    document.head.append(style);
+    api.addEventListener(EVENT, ({ detail }) => {
+      const reason = store.accept(detail);
+      if (reason) console.debug("FG-Attn: event ignored:", reason);
+    });
+  },
+
+  nodeCreated(node) {
+    if (node.comfyClass === "FGAttnTiming") addPanel(node);
+    if (node.comfyClass === "FGAttnPatch") addPresets(node);
+  },
+});
+
+function addPanel(node) {
+  const signal = lifetime(node);
+  const panel = createPanel({ copy: (text) => navigator.clipboard.writeText(text), save: download }, signal);
+  addWidget(node, "fgattn_panel", panel.root, PANEL_HEIGHT);
+  let frame = 0;
+  const draw = () => {
+    frame = 0;
+    const patches = patchesOf(node);
+    panel.show(store.runs((id) => hears(patches, id)));
+  };
+  const schedule = () => {
+    frame ||= requestAnimationFrame(draw); // many events, one drawing
+  };
+  store.subscribe(schedule, signal);
+  signal.addEventListener("abort", () => cancelAnimationFrame(frame), { once: true });
+  schedule();
+}
+
+function addPresets(node) {
+  addWidget(node, "fgattn_presets", createPresets(node, lifetime(node)), 30, 30);
+}
+
+/** A widget that is neither saved with the workflow nor sent with the prompt. */
+function addWidget(node, name, element, minimum, maximum) {
+  const widget = node.addDOMWidget(name, name, element, {
+    serialize: false, hideOnZoom: false, getMinHeight: () => minimum,
+    ...(maximum && { getMaxHeight: () => maximum }),
+  });
+  widget.serialize = false;
+}
+
+/** A signal that aborts when the node is removed. */
+function lifetime(node) {
+  const controller = new AbortController();
+  const removed = node.onRemoved;
+  node.onRemoved = function (...args) {
+    controller.abort();
+    return removed?.apply(this, args);
+  };
+  return controller.signal;
+}
+
+function download(name, text) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}

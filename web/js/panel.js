@@ -1,0 +1,190 @@
+// Draws runs into an element, with plain DOM and SVG.
+
+import * as view from "./view.js";
+
+const SVG = "http://www.w3.org/2000/svg";
+const KINDS = [["warm-up", "warm-up"], ["dense", "dense"], ["sparse", "sparse"], ["reused", "reused plan"],
+  ["planning", "planning"], ["rest", "rest of the step"]];
+
+/**
+ * A panel; `show(runs)` draws, the last run is the one in focus.
+ * @param {{copy: (text: string) => Promise<void>, save: (name: string, text: string) => void}} actions
+ * @param {AbortSignal} signal ends everything that listens
+ */
+export function createPanel(actions, signal) {
+  const root = element("section", "fgattn-panel");
+  root.setAttribute("aria-label", "FG-Attn run statistics");
+  const body = element("div", "fgattn-body", root);
+  const live = element("div", "fgattn-spoken", root);
+  live.setAttribute("role", "status");
+  live.setAttribute("aria-live", "polite");
+  const bar = element("div", "fgattn-buttons", root);
+  const copy = button("copy as text", bar);
+  const save = button("save as CSV", bar);
+  let runs = [];
+
+  copy.addEventListener("click", async () => {
+    try {
+      await actions.copy(view.asText(runs.at(-1)));
+      say("copied");
+    } catch {
+      say("the browser does not allow copying");
+    }
+  }, { signal });
+  save.addEventListener("click", () => actions.save("fgattn.csv", view.asCsv(runs)), { signal });
+
+  function say(text) {
+    if (live.textContent !== text) live.textContent = text;
+  }
+
+  function show(shown) {
+    runs = shown;
+    const run = runs.at(-1);
+    copy.disabled = save.disabled = !run;
+    if (!run) {
+      body.replaceChildren(element("p", "fgattn-faint", null,
+        "No run yet. Statistics appear here while the model samples."));
+      return;
+    }
+    say(view.announcement(run));
+    body.replaceChildren(title(run), steps(run), shareBar(run), blocks(run), calls(run), table(runs));
+  }
+
+  show([]);
+  return { root, show };
+}
+
+function title(run) {
+  const head = element("header", "fgattn-head");
+  head.dataset.state = run.state;
+  element("strong", "", head, run.headline);
+  const progress = element("span", "fgattn-faint", head, `${view.status(run)}, ${view.duration(run.total)}`);
+  progress.title = run.settings;
+  return head;
+}
+
+function steps(run) {
+  const layout = view.timeline(run);
+  const figure = chart("time per step", `0 to ${view.duration(layout.limit)}`,
+    `${run.timeline.length} steps finished, ${run.headline}`);
+  const svg = picture(figure, 72);
+  for (const p of layout.parts) rectangle(svg, p, `fgattn-${p.part}`);
+  for (const l of layout.labels) rectangle(svg, { ...l, y: 0, height: 1 }, "fgattn-hover", l.label);
+  ends(figure, `step ${layout.first}`, `${layout.last}`);
+  const kinds = new Set(layout.parts.map((p) => p.part));
+  const legend = element("div", "fgattn-legend", figure);
+  for (const [kind, text] of KINDS.filter(([k]) => kinds.has(k))) {
+    element("i", `fgattn-key fgattn-${kind}`, legend);
+    element("span", "", legend, text);
+  }
+  return figure;
+}
+
+function shareBar(run) {
+  const part = view.shares(run);
+  const figure = chart("whole run", part
+    ? `attention ${view.percent(part.attention)}, planning ${view.percent(part.planning)}, rest ${view.percent(part.rest)}`
+    : "no step finished yet", "");
+  const svg = picture(figure, 10);
+  let x = 0;
+  for (const [name, width] of Object.entries(part ?? {})) {
+    rectangle(svg, { x, y: 0, width, height: 1 }, `fgattn-${name}`, `${name} ${view.percent(width)}`);
+    x += width;
+  }
+  return figure;
+}
+
+function blocks(run) {
+  const cells = view.heat(run);
+  if (!cells.length) return element("div", "");
+  const density = run.blocks.map((b) => b.density);
+  const range = `${view.percent(Math.min(...density))} to ${view.percent(Math.max(...density))}`;
+  const figure = chart("density per block", range, "");
+  const svg = picture(figure, 18);
+  for (const cell of cells) {
+    rectangle(svg, { ...cell, y: 0, height: 1 }, "fgattn-heat", cell.label)
+      .style.setProperty("--strength", cell.strength.toFixed(3));
+  }
+  ends(figure, view.blockName(run.blocks[0].block), `${run.blocks.at(-1).block}`);
+  return figure;
+}
+
+function calls(run) {
+  const list = element("ul", "fgattn-calls");
+  list.setAttribute("aria-label", "attention calls by outcome");
+  for (const { outcome, number } of run.calls) {
+    const item = element("li", "", list);
+    element("b", "", item, `${number} `);
+    item.append(outcome);
+  }
+  return list;
+}
+
+function table(runs) {
+  const all = element("table", "fgattn-runs");
+  element("caption", "fgattn-faint", all, "last runs");
+  const head = element("tr", "", element("thead", "", all));
+  for (const name of view.RUN_COLUMNS) element("th", "", head, name).scope = "col";
+  const rows = element("tbody", "", all);
+  runs.forEach((run, i) => {
+    const row = element("tr", i === runs.length - 1 ? "fgattn-now" : "", rows);
+    for (const text of view.runRow(run, i + 1)) element("td", "", row, text);
+  });
+  return all;
+}
+
+function chart(name, note, label) {
+  const figure = element("figure", "");
+  const caption = element("figcaption", "", figure);
+  element("span", "", caption, name);
+  element("span", "fgattn-faint", caption, note);
+  figure.setAttribute("aria-label", [name, note, label].filter(Boolean).join(", "));
+  return figure;
+}
+
+/** A picture whose coordinates run from 0 to 1. */
+function picture(figure, height) {
+  const svg = document.createElementNS(SVG, "svg");
+  svg.setAttribute("viewBox", "0 0 1 1");
+  svg.setAttribute("preserveAspectRatio", "none");
+  svg.setAttribute("aria-hidden", "true");
+  svg.style.height = `${height}px`;
+  figure.append(svg);
+  return svg;
+}
+
+function rectangle(svg, { x, y, width, height }, kind, label) {
+  const rect = document.createElementNS(SVG, "rect");
+  const gap = width * 0.08;
+  for (const [name, value] of Object.entries({ x: x + gap / 2, y, width: width - gap, height })) {
+    rect.setAttribute(name, value.toFixed(5));
+  }
+  rect.setAttribute("class", kind);
+  if (label) {
+    const tip = document.createElementNS(SVG, "title");
+    tip.textContent = label;
+    rect.append(tip);
+  }
+  svg.append(rect);
+  return rect;
+}
+
+function ends(figure, first, last) {
+  const axis = element("div", "fgattn-axis fgattn-faint", figure);
+  element("span", "", axis, first);
+  element("span", "", axis, last);
+}
+
+function button(text, parent) {
+  const made = element("button", "", parent, text);
+  made.type = "button";
+  return made;
+}
+
+function element(tag, name, parent, text) {
+  const made = document.createElement(tag);
+  if (name) made.className = name;
+  if (text !== undefined) made.textContent = text;
+  parent?.append(made);
+  return made;
+}

@@ -1,0 +1,136 @@
+// What a panel shows of a run: numbers, words and rectangles, without a page.
+
+/** Time in ms as people read it. */
+export function duration(ms) {
+  if (ms >= 60_000) return `${Math.floor(ms / 60_000)} min ${Math.round((ms % 60_000) / 1000)} s`;
+  if (ms >= 10_000) return `${(ms / 1000).toFixed(1)} s`;
+  if (ms >= 1000) return `${(ms / 1000).toFixed(2)} s`;
+  return ms >= 10 ? `${ms.toFixed(0)} ms` : `${ms.toFixed(2)} ms`;
+}
+
+export function percent(share) {
+  return `${(100 * share).toFixed(0)} %`;
+}
+
+/** "2.90x faster", "1.20x slower" or "-". */
+export function gain(speedup) {
+  if (!speedup) return "-";
+  return speedup >= 1 ? `${speedup.toFixed(2)}x faster` : `${(1 / speedup).toFixed(2)}x slower`;
+}
+
+/** Mean time of steps of a kind, or null. */
+export function meanStep(run, kinds) {
+  const steps = run.timeline.filter((step) => kinds.includes(step.kind));
+  return steps.length ? steps.reduce((sum, step) => sum + step.total, 0) / steps.length : null;
+}
+
+/** Shares of the finished steps' time: attention, planning and the rest; null before the first step. */
+export function shares(run) {
+  const sum = (field) => run.timeline.reduce((total, step) => total + step[field], 0);
+  const total = sum("total");
+  if (!total) return null;
+  const attention = Math.min(1, sum("attention") / total);
+  const planning = Math.min(1 - attention, sum("planning") / total);
+  return { attention, planning, rest: Math.max(0, 1 - attention - planning) };
+}
+
+const OUTLIER = 3; // a step above this multiple of the median is cut off: compilation, mostly
+
+/**
+ * Bars of the step timeline, one stack a step, in a box of 1 x 1 with y downwards.
+ * Every part: {x, y, width, height, part: a kind or "planning" or "rest"}; every step: {x, width, label}.
+ */
+export function timeline(run) {
+  const steps = run.timeline;
+  const first = steps.length ? steps[0].index : 0;
+  const slots = Math.max(1, run.steps - first, steps.length);
+  const totals = steps.map((step) => step.total).sort((a, b) => a - b);
+  const highest = totals.at(-1) || 1;
+  const limit = Math.min(highest, OUTLIER * (totals[totals.length >> 1] || highest)) * 1.02;
+  const width = 1 / slots;
+  const parts = [];
+  const labels = [];
+  for (const step of steps) {
+    const x = Math.min(slots - 1, Math.max(0, step.index - first)) * width;
+    const stack = [[step.kind, step.attention], ["planning", step.planning],
+      ["rest", Math.max(0, step.total - step.attention - step.planning)]];
+    let bottom = 0;
+    for (const [part, time] of stack) {
+      const top = Math.min(1, bottom + time / limit);
+      if (top > bottom) parts.push({ x, y: 1 - top, width, height: top - bottom, part });
+      bottom = top;
+    }
+    const cut = step.total > limit ? ", bar cut off" : "";
+    labels.push({ x, width, label: `step ${step.index + 1}, ${step.kind}: ${duration(step.total)}, attention `
+      + `${duration(step.attention)}, planning ${duration(step.planning)}${cut}` });
+  }
+  return { parts, labels, limit, first: first + 1, last: first + slots };
+}
+
+/** Cells of the heat strip: {x, width, strength 0..1, label}; strength is relative to the densest block. */
+export function heat(run) {
+  const densest = Math.max(...run.blocks.map((b) => b.density), 1e-9);
+  return run.blocks.map((b, i) => ({
+    x: i / run.blocks.length, width: 1 / run.blocks.length, strength: Math.max(0, b.density / densest),
+    label: `${blockName(b.block)}: ${percent(b.density)} of scores`,
+  }));
+}
+
+export function blockName(block) {
+  return block < 0 ? "unknown block" : `block ${block}`;
+}
+
+/** Where a run stands, in words. */
+export function status(run) {
+  const where = `step ${run.step} of ${run.steps}`;
+  return { running: where, done: `done, ${where}`, error: `failed, ${where}`,
+    interrupted: `stopped, ${where}` }[run.state];
+}
+
+/** What a screen reader is told; changes seldom, so that it may be spoken. */
+export function announcement(run) {
+  if (run.state !== "running") return `${status(run)}: ${run.headline}`;
+  const last = run.timeline.at(-1);
+  return last ? `running, ${last.kind} steps` : "running";
+}
+
+export const RUN_COLUMNS = ["run", "settings", "sparse step", "attention", "density", "state"];
+
+/** A row of the table of runs. */
+export function runRow(run, number) {
+  const step = meanStep(run, ["sparse", "reused"]);
+  return [`${number}`, run.settings, step === null ? "-" : duration(step), gain(run.speedup),
+    run.density === null ? "-" : percent(run.density), run.state];
+}
+
+/** A run as text. */
+export function asText(run) {
+  const lines = [run.headline, `${status(run)}, ${duration(run.total)}, ${run.tokens} tokens`, run.settings];
+  const part = shares(run);
+  if (part) {
+    lines.push(`time: attention ${percent(part.attention)}, planning ${percent(part.planning)}, `
+      + `rest ${percent(part.rest)}`);
+  }
+  lines.push("", ...run.calls.map((c) => `${c.number} calls: ${c.outcome}`));
+  lines.push("", ...timeline(run).labels.map((l) => l.label));
+  if (run.blocks.length) lines.push("", ...heat(run).map((cell) => cell.label));
+  return lines.join("\n");
+}
+
+/** Runs as CSV, one line a step, then one line a block; times in ms. */
+export function asCsv(runs) {
+  const rows = [["run", "settings", "part", "index", "kind", "total_ms", "attention_ms", "planning_ms", "density"]];
+  runs.forEach((run, i) => {
+    const start = [i + 1, run.settings];
+    for (const s of run.timeline) {
+      rows.push([...start, "step", s.index, s.kind, s.total, s.attention, s.planning, ""]);
+    }
+    for (const b of run.blocks) rows.push([...start, "block", b.block, "", "", "", "", b.density]);
+  });
+  return rows.map((row) => row.map(csvCell).join(",")).join("\r\n") + "\r\n";
+}
+
+function csvCell(value) {
+  const text = String(value);
+  return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+}
