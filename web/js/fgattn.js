@@ -8,7 +8,8 @@ import { createPresets } from "./presets.js";
 import { createStore } from "./store.js";
 
 const EVENT = "fgattn.progress";
-const PANEL_HEIGHT = 360; // px
+const PANEL_HEIGHT = 440; // px
+const PRESETS_HEIGHT = 36;
 const store = createStore();
 
 app.registerExtension({
@@ -50,13 +51,13 @@ function addPanel(node) {
 }
 
 function addPresets(node) {
-  addWidget(node, "fgattn_presets", createPresets(node, lifetime(node)), 30, 30);
+  addWidget(node, "fgattn_presets", createPresets(node, lifetime(node)), PRESETS_HEIGHT, PRESETS_HEIGHT);
 }
 
 /** A widget that is neither saved with the workflow nor sent with the prompt. */
 function addWidget(node, name, element, minimum, maximum) {
   const widget = node.addDOMWidget(name, name, element, {
-    serialize: false, hideOnZoom: false, getMinHeight: () => minimum,
+    serialize: false, hideOnZoom: false, margin: 5, getMinHeight: () => minimum,
     ...(maximum && { getMaxHeight: () => maximum }),
   });
   widget.serialize = false;

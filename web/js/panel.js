@@ -65,10 +65,9 @@ function title(run) {
 
 function steps(run) {
   const layout = view.timeline(run);
-  const figure = chart("time per step", `0 to ${view.duration(layout.limit)}`,
-    `${run.timeline.length} steps finished, ${run.headline}`);
+  const figure = chart("time per step", `0 to ${view.duration(layout.limit)}`);
   const svg = picture(figure, 72);
-  for (const p of layout.parts) rectangle(svg, p, `fgattn-${p.part}`);
+  for (const p of layout.parts) rectangle(svg, spaced(p), `fgattn-${p.part}`);
   for (const l of layout.labels) rectangle(svg, { ...l, y: 0, height: 1 }, "fgattn-hover", l.label);
   ends(figure, `step ${layout.first}`, `${layout.last}`);
   const kinds = new Set(layout.parts.map((p) => p.part));
@@ -81,15 +80,13 @@ function steps(run) {
 }
 
 function shareBar(run) {
-  const part = view.shares(run);
-  const figure = chart("whole run", part
-    ? `attention ${view.percent(part.attention)}, planning ${view.percent(part.planning)}, rest ${view.percent(part.rest)}`
-    : "no step finished yet", "");
+  const share = view.shares(run);
+  const figure = chart("whole run", share
+    ? `attention ${view.percent(share.attention)}, planning ${view.percent(share.planning)}, `
+      + `rest ${view.percent(share.rest)}` : "no step finished yet");
   const svg = picture(figure, 10);
-  let x = 0;
-  for (const [name, width] of Object.entries(part ?? {})) {
-    rectangle(svg, { x, y: 0, width, height: 1 }, `fgattn-${name}`, `${name} ${view.percent(width)}`);
-    x += width;
+  for (const p of share?.parts ?? []) {
+    rectangle(svg, { ...p, y: 0, height: 1 }, `fgattn-${p.part}`, `${p.part} ${view.percent(p.width)}`);
   }
   return figure;
 }
@@ -99,10 +96,10 @@ function blocks(run) {
   if (!cells.length) return element("div", "");
   const density = run.blocks.map((b) => b.density);
   const range = `${view.percent(Math.min(...density))} to ${view.percent(Math.max(...density))}`;
-  const figure = chart("density per block", range, "");
+  const figure = chart("density per block", range);
   const svg = picture(figure, 18);
   for (const cell of cells) {
-    rectangle(svg, { ...cell, y: 0, height: 1 }, "fgattn-heat", cell.label)
+    rectangle(svg, spaced({ ...cell, y: 0, height: 1 }), "fgattn-heat", cell.label)
       .style.setProperty("--strength", cell.strength.toFixed(3));
   }
   ends(figure, view.blockName(run.blocks[0].block), `${run.blocks.at(-1).block}`);
@@ -112,6 +109,7 @@ function blocks(run) {
 function calls(run) {
   const list = element("ul", "fgattn-calls");
   list.setAttribute("aria-label", "attention calls by outcome");
+  element("li", "fgattn-faint", list, "calls");
   for (const { outcome, number } of run.calls) {
     const item = element("li", "", list);
     element("b", "", item, `${number} `);
@@ -121,24 +119,26 @@ function calls(run) {
 }
 
 function table(runs) {
+  const { rows, shared } = view.runTable(runs);
   const all = element("table", "fgattn-runs");
-  element("caption", "fgattn-faint", all, "last runs");
+  const caption = element("caption", "", all, "last runs");
+  element("span", "fgattn-faint", caption, ` ${shared}`);
   const head = element("tr", "", element("thead", "", all));
   for (const name of view.RUN_COLUMNS) element("th", "", head, name).scope = "col";
-  const rows = element("tbody", "", all);
-  runs.forEach((run, i) => {
-    const row = element("tr", i === runs.length - 1 ? "fgattn-now" : "", rows);
-    for (const text of view.runRow(run, i + 1)) element("td", "", row, text);
+  const body = element("tbody", "", all);
+  rows.forEach((cells, i) => {
+    const row = element("tr", i === rows.length - 1 ? "fgattn-now" : "", body);
+    for (const text of cells) element("td", "", row, text);
   });
   return all;
 }
 
-function chart(name, note, label) {
+function chart(name, note) {
   const figure = element("figure", "");
   const caption = element("figcaption", "", figure);
   element("span", "", caption, name);
   element("span", "fgattn-faint", caption, note);
-  figure.setAttribute("aria-label", [name, note, label].filter(Boolean).join(", "));
+  figure.setAttribute("aria-label", `${name}: ${note}`);
   return figure;
 }
 
@@ -155,8 +155,7 @@ function picture(figure, height) {
 
 function rectangle(svg, { x, y, width, height }, kind, label) {
   const rect = document.createElementNS(SVG, "rect");
-  const gap = width * 0.08;
-  for (const [name, value] of Object.entries({ x: x + gap / 2, y, width: width - gap, height })) {
+  for (const [name, value] of Object.entries({ x, y, width, height })) {
     rect.setAttribute(name, value.toFixed(5));
   }
   rect.setAttribute("class", kind);
@@ -167,6 +166,11 @@ function rectangle(svg, { x, y, width, height }, kind, label) {
   }
   svg.append(rect);
   return rect;
+}
+
+/** A rectangle with a gap on both sides. */
+function spaced(rect) {
+  return { ...rect, x: rect.x + rect.width * 0.04, width: rect.width * 0.92 };
 }
 
 function ends(figure, first, last) {

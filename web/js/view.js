@@ -24,14 +24,28 @@ export function meanStep(run, kinds) {
   return steps.length ? steps.reduce((sum, step) => sum + step.total, 0) / steps.length : null;
 }
 
-/** Shares of the finished steps' time: attention, planning and the rest; null before the first step. */
+/**
+ * Shares of the finished steps' time, null before the first step: attention, planning and rest, and `parts`, a
+ * stacked bar of them with attention by kind: {part, x, width}.
+ */
 export function shares(run) {
-  const sum = (field) => run.timeline.reduce((total, step) => total + step[field], 0);
-  const total = sum("total");
+  const total = run.timeline.reduce((sum, step) => sum + step.total, 0);
   if (!total) return null;
-  const attention = Math.min(1, sum("attention") / total);
-  const planning = Math.min(1 - attention, sum("planning") / total);
-  return { attention, planning, rest: Math.max(0, 1 - attention - planning) };
+  const byPart = new Map();
+  const add = (part, time) => byPart.set(part, (byPart.get(part) ?? 0) + time);
+  for (const step of run.timeline) add(step.kind, step.attention);
+  for (const step of run.timeline) add("planning", step.planning);
+  const known = Math.max(total, [...byPart.values()].reduce((sum, time) => sum + time, 0));
+  const planning = byPart.get("planning") / known;
+  const rest = known - [...byPart.values()].reduce((sum, time) => sum + time, 0);
+  byPart.set("rest", rest);
+  const parts = [];
+  let x = 0;
+  for (const [part, time] of byPart) {
+    parts.push({ part, x, width: time / known });
+    x += time / known;
+  }
+  return { attention: 1 - planning - rest / known, planning, rest: rest / known, parts };
 }
 
 const OUTLIER = 3; // a step above this multiple of the median is cut off: compilation, mostly
@@ -96,11 +110,17 @@ export function announcement(run) {
 
 export const RUN_COLUMNS = ["run", "settings", "sparse step", "attention", "density", "state"];
 
-/** A row of the table of runs. */
-export function runRow(run, number) {
-  const step = meanStep(run, ["sparse", "reused"]);
-  return [`${number}`, run.settings, step === null ? "-" : duration(step), gain(run.speedup),
-    run.density === null ? "-" : percent(run.density), run.state];
+/** The table of runs: rows of cells, with the settings that differ, and the settings that all share. */
+export function runTable(runs) {
+  const settings = runs.map((run) => run.settings.split(", "));
+  const shared = settings[0].filter((part) => settings.every((parts) => parts.includes(part)));
+  const rows = runs.map((run, i) => {
+    const step = meanStep(run, ["sparse", "reused"]);
+    return [`${i + 1}`, settings[i].filter((part) => !shared.includes(part)).join(", ") || "-",
+      step === null ? "-" : duration(step), gain(run.speedup),
+      run.density === null ? "-" : percent(run.density), run.state];
+  });
+  return { rows, shared: shared.join(", ") };
 }
 
 /** A run as text. */
