@@ -1,7 +1,7 @@
 """What the page is told of a run while it samples: one message, whole every time, small enough to send often.
 
 `Snapshot` is the definition of the message; `web/js/schema.js` holds a copy that a test compares. A change of
-the fields is a new VERSION.
+the fields is a new SCHEMA_VERSION.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 from .report import headline
 from .stats import RunReport, StepReport
 
-VERSION = 1
+SCHEMA_VERSION = 1
 MAX_BYTES = 20_000  # of a snapshot as JSON; the limits below keep it
 MAX_STEPS, MAX_BLOCKS, MAX_CALLS = 100, 100, 8  # the last, the first, the most frequent
 MAX_TEXT, MAX_OUTCOME = 160, 60  # characters
@@ -87,7 +87,7 @@ def snapshot(report: RunReport, node: str, run: str, state: State) -> dict:
         state = "error"
     title = headline(report) if report.calls or state != "running" else "waiting for the first step"
     return asdict(Snapshot(
-        VERSION, node, run, state, title[:MAX_TEXT], report.settings[:MAX_TEXT], report.tokens,
+        SCHEMA_VERSION, node, run, state, title[:MAX_TEXT], report.settings[:MAX_TEXT], report.tokens,
         step=1 + max((s.index for s in steps), default=-1), steps=report.scheduled,
         total=round(report.total, 1), dense_call=_rounded(report.dense_call),
         sparse_call=_rounded(report.sparse_call), speedup=_rounded(report.speedup),

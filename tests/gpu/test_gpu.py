@@ -424,3 +424,25 @@ def test_first_use(tmp_path):
     compiled = {line.rpartition(" ")[2] for line in said if "is compiling kernels, once: " in line}
     assert {"select_kernel", "tail_kernel", "list_kernel", "summarise_kernel"} < compiled
     assert not any("compiling" in line for line in nothing)
+
+
+def test_live_statistics_do_not_wait():
+    """Reading the books of a run that is going on never synchronises, and has the steps once they are done."""
+    q, k, v = tensors(1, 2, 8192, 128)
+    one = Engine(Settings(), Policy(warmup_steps=1))
+    levels = [1.0 - i / 8 for i in range(9)]
+    one.begin_run(levels, True, q.device)
+    seen = []
+    for sigma in levels[:-1]:
+        one.begin_evaluation(sigma)
+        one.attention(q, k, v, layout=TokenLayout((8, 32, 32)), dense=lambda: torch.empty_like(q), block=0)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            seen.append(one.so_far())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    last, report = one.so_far(), one.end_run()
+    assert [s.index for s in last.steps] == list(range(7)) and last.steps[0].sparse_calls == 0
+    assert last.density == pytest.approx(report.density, rel=0.2)
+    assert all(a.total == b.total for a, b in zip(last.steps, report.steps, strict=False))

@@ -90,6 +90,67 @@ def test_clock_measures_time():
     assert second >= first and clock.milliseconds(1.0, 1.5) == 500.0
 
 
+class Device(Clock):
+    """A device that reaches a mark when it is told to; reading an earlier one is a mistake."""
+
+    def __init__(self):
+        super().__init__(CPU)
+        self.marks, self.now = 0, -1
+
+    def mark(self):
+        self.marks += 1
+        return self.marks - 1
+
+    def passed(self, mark):
+        return isinstance(mark, float) or mark <= self.now
+
+    def milliseconds(self, start, end):
+        if isinstance(start, float):
+            return super().milliseconds(start, end)
+        assert end <= self.now, "this would wait"
+        return 10.0 * (end - start)
+
+
+def test_so_far_never_waits():
+    """After every single mark: only what the device has passed is read, and each later report has it too."""
+    device = Device()
+    stats = RunStats(device, scheduled=4, warmup=1)
+    for step in range(4):
+        stats.begin_step(step)
+        for _ in range(2):
+            marks = [device.mark() for _ in range(3)]
+            stats.timed(step, step > 0, *marks)
+            if step > 0:
+                stats.add_plan(0, plan([[20.0 * step]], [[20.0 * step]]))
+    seen = []
+    for now in range(-1, device.marks):
+        device.now = now
+        seen.append(stats.so_far("s", "torch"))
+    assert [len(r.steps) for r in seen] == [0] * 8 + [1] * 7 + [2] * 7 + [3] * 7
+    assert seen[-1].steps[1] == StepReport(1, 70.0, pytest.approx(20.0), pytest.approx(20.0), 2, 0)
+    assert (seen[-1].scheduled, seen[-1].warmup, seen[-1].total) == (4, 1, 210.0)
+    assert seen[5].dense_call == pytest.approx(20.0) and seen[5].sparse_call is None
+    assert seen[-1].density is None  # its copy is on the way
+    device.now = device.marks
+    assert stats.so_far("s", "torch").density == pytest.approx(0.2)
+    device.now = device.marks + 9
+    full = stats.report("s", "torch")
+    assert [s.index for s in full.steps] == [0, 1, 2, 3] and full.steps[:3] == seen[-1].steps
+    assert full.density == pytest.approx(0.2)
+
+
+def test_so_far_changes_nothing():
+    """A run that was watched has the report of one that was not."""
+    watched, alone = (RunStats(Ticks(1.0, 3.0, 7.5, 8.0)) for _ in range(2))
+    for stats in (watched, alone):
+        for step, start in ((0, 1.0), (1, 3.0)):
+            stats.begin_step(step)
+            stats.timed(step, bool(step), start, start + 0.125, start + 0.25)
+            if stats is watched:
+                stats.so_far("s", "torch")
+    assert watched.report("s", "torch") == alone.report("s", "torch")
+
+
 def test_report_is_immutable():
     """The node, the chart and the log read the same one."""
     report = RunStats(Clock(CPU)).report("s", "torch")

@@ -1,0 +1,171 @@
+"""What the page is told: kinds of steps, limits of size, and how often it is sent."""
+
+import dataclasses
+import importlib
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from fgattn import snapshot
+from fgattn.stats import BlockReport, RunReport, StepReport
+
+ROOT = Path(__file__).parents[2]
+EMPTY = RunReport("threshold 1", 0, "torch", "cpu", 0.0, (), (), {}, None, None, None, None, None, None)
+
+
+def report(steps=4, blocks=3, **changes):
+    return dataclasses.replace(
+        EMPTY, steps=tuple(StepReport(i, 3.6e6 + i, 1.2345678e6, 0.1234567, 3, 0) for i in range(steps)),
+        blocks=tuple(BlockReport(i, 1 / 3, 0.5) for i in range(blocks)), calls={"sparse": steps * blocks},
+        density=1 / 3, executed_density=0.5, dense_call=2.0, sparse_call=1.0, scheduled=steps,
+        total=3.6e6 * steps, **changes)
+
+
+def make(given, state="running"):
+    return snapshot.snapshot(given, "3", "run", state)
+
+
+def test_kinds_of_steps():
+    """Warm-up and other dense steps, sparse ones, and sparse ones that planned nothing."""
+    steps = (StepReport(0, 1, 1, 0, 0, 4), StepReport(1, 1, 1, 0, 0, 4), StepReport(2, 1, 1, 0.5, 3, 1),
+             StepReport(3, 1, 1, 0.0, 4, 0))
+    made = make(dataclasses.replace(EMPTY, steps=steps, warmup=1, scheduled=9, calls={"sparse": 1}))
+    assert [s["kind"] for s in made["timeline"]] == ["warm-up", "dense", "sparse", "reused"]
+    assert (made["step"], made["steps"]) == (4, 9)
+
+
+def test_sixty_blocks_and_a_hundred_steps_fit():
+    """The largest usual run."""
+    assert len(json.dumps(make(report(100, 60))).encode()) < snapshot.MAX_BYTES
+
+
+def test_the_worst_run_fits():
+    """Long texts that JSON escapes, more of everything than anybody has."""
+    long = "汉" * 1000
+    worst = report(1000, 1000, error=long)
+    worst = dataclasses.replace(
+        worst, settings=long, calls={f"{i}{long}": 10**9 for i in range(50)}, warmup=1000, tokens=10**7,
+        steps=tuple(dataclasses.replace(s, sparse_calls=0, index=s.index + 1000) for s in worst.steps))
+    made = make(worst)
+    assert len(json.dumps(made).encode()) < snapshot.MAX_BYTES
+    assert made["timeline"][-1]["index"] == 1999 and made["step"] == 2000
+
+
+@pytest.mark.parametrize(("given", "state", "shown", "text"), [
+    (EMPTY, "running", "running", "waiting for the first step"),
+    (EMPTY, "done", "done", "attention never reached FG-Attn"),
+    (report(error="OSError: x"), "done", "error", "dense after an error: OSError: x"),
+    (report(error="OSError: x"), "running", "running", "dense after an error: OSError: x"),
+    (report(), "interrupted", "interrupted", "sparse: 33% of scores, attention 2.00x faster"),
+    (dataclasses.replace(report(), density=None), "running", "running", "sparse: attention 2.00x faster"),
+], ids=["start", "nothing", "failed", "failing", "stopped", "densities on their way"])
+def test_state_and_headline(given, state, shown, text):
+    made = make(given, state)
+    assert (made["state"], made["headline"]) == (shown, text)
+
+
+@pytest.fixture
+def live(monkeypatch):
+    """nodes/live.py, loaded without the package around it, which needs ComfyUI; with a clock of ours."""
+    for name, path in (("bare", ROOT), ("bare.nodes", ROOT / "nodes")):
+        package = types.ModuleType(name)
+        package.__path__ = [str(path)]
+        monkeypatch.setitem(sys.modules, name, package)
+    module = importlib.import_module("bare.nodes.live")
+    clock = types.SimpleNamespace(now=100.0, perf_counter=lambda: clock.now, time_ns=lambda: int(clock.now * 1e9))
+    monkeypatch.setattr(module, "time", clock)
+    module.clock = clock
+    yield module
+    for name in [n for n in sys.modules if n.startswith("bare")]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def server(monkeypatch, live):
+    """A server with one client; `sent` has (time, event, data, client)."""
+    sent = []
+    instance = types.SimpleNamespace(
+        client_id="tab", sent=sent, send_sync=lambda *message: sent.append((live.clock.now, *message)))
+    module = types.ModuleType("server")
+    module.PromptServer = types.SimpleNamespace(instance=instance)
+    monkeypatch.setitem(sys.modules, "server", module)
+    return instance
+
+
+def sample(live, one, evaluations, seconds, state="done"):
+    one.begin()
+    for _ in range(evaluations):
+        live.clock.now += seconds
+        one.update()
+    one.end(report(), state)
+
+
+def test_at_most_five_a_second(live, server):
+    """Fast steps, and runs one after the other; the last word of a run always comes."""
+    one = live.Live("3", report)
+    for _ in range(3):
+        sample(live, one, 1000, 0.003)
+    times = [t for t, *_ in server.sent]
+    assert max(sum(a <= t < a + 1 for t in times) for a in times) <= 5
+    assert len(times) > 3 * 3 * 3
+    assert [d["state"] for _, _, d, _ in server.sent].count("done") == 3
+    assert len({d["run"] for _, _, d, _ in server.sent}) == 3
+
+
+def test_slow_steps_are_all_told(live, server):
+    """To the client that queued the prompt, with this node's id."""
+    sample(live, live.Live("3", report), 4, 1.0, "interrupted")
+    assert [(e, d["node"], d["state"], c) for _, e, d, c in server.sent] == [
+        ("fgattn.progress", "3", "running", "tab")] * 5 + [("fgattn.progress", "3", "interrupted", "tab")]
+    json.dumps(server.sent)
+
+
+def test_updates_cost_little(live, server):
+    """Reading that takes long is done seldom: one per cent of the time."""
+    def slow():
+        live.clock.now += 0.1
+        return report()
+
+    one = live.Live("3", slow)
+    for _ in range(1000):
+        one.update()
+        live.clock.now += 0.1
+    assert 9 <= len(server.sent) <= 12
+
+
+@pytest.mark.parametrize("missing", ["server", "instance", "client", "node"])
+def test_nobody_to_tell(live, server, monkeypatch, missing):
+    """A script, a start without a server, a prompt from the API, a node without an id: nothing is even read."""
+    if missing == "server":
+        monkeypatch.setitem(sys.modules, "server", None)
+    elif missing == "instance":
+        del sys.modules["server"].PromptServer.instance
+    elif missing == "client":
+        server.client_id = None
+    read = []
+    one = live.Live(None if missing == "node" else "3", lambda: read.append(1))
+    sample(live, one, 5, 1.0)
+    assert not server.sent and not read
+
+
+def test_no_run_sends_nothing(live, server):
+    """The engine could not start: there is nothing to tell."""
+    live.Live("3", lambda: None).begin()
+    assert not server.sent
+
+
+@pytest.mark.parametrize("where", ["reading", "sending"])
+def test_a_failure_never_reaches_the_render(live, server, caplog, where):
+    """It is logged once, the next run tries again."""
+    def broken(*args):
+        raise RuntimeError("out of luck")
+
+    if where == "sending":
+        server.send_sync = broken
+    one = live.Live("3", broken if where == "reading" else report)
+    sample(live, one, 5, 1.0)
+    assert [bool(r.exc_info) for r in caplog.records] == [True] and not server.sent
+    sample(live, one, 5, 1.0)
+    assert len(caplog.records) == 2

@@ -1,0 +1,25 @@
+// A snapshot to test with; `node sample.mjs` prints a few of them as JSON.
+
+export function sample(changes = {}) {
+  return {
+    version: 1, node: "3", run: "a", state: "running", headline: "sparse: 30% of scores", settings:
+      "threshold 1, tiles 128x16, warm-up 1 of 4 steps", tokens: 4992, step: 3, steps: 4, total: 2500,
+    dense_call: 9.5, sparse_call: 4.75, speedup: 2, density: 0.3,
+    timeline: [
+      { index: 0, total: 1000, attention: 500, planning: 0, kind: "warm-up" },
+      { index: 1, total: 900, attention: 200, planning: 100, kind: "sparse" },
+      { index: 2, total: 600, attention: 200, planning: 0, kind: "reused" },
+    ],
+    blocks: [{ block: -1, density: 0.1 }, { block: 3, density: 0.4 }],
+    calls: [{ outcome: "sparse", number: 8 }, { outcome: "warm-up step", number: 4 }],
+    ...changes,
+  };
+}
+
+export const samples = [
+  sample(),
+  sample({ state: "done", step: 4 }),
+  sample({ timeline: [], blocks: [], calls: [], dense_call: null, sparse_call: null, speedup: null, density: null }),
+];
+
+if (process.argv[1]?.endsWith("sample.mjs")) console.log(JSON.stringify(samples));

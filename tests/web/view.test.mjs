@@ -1,0 +1,99 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import * as view from "../../web/js/view.js";
+import { sample, samples } from "./sample.mjs";
+
+const close = (a, b) => assert.ok(Math.abs(a - b) < 1e-9, `${a} is not ${b}`);
+
+test("times are short", () => {
+  assert.deepEqual([0, 9.994, 42, 1234, 12_345, 61_000, 119_600].map(view.duration),
+    ["0 ms", "9.99 ms", "42 ms", "1.23 s", "12.3 s", "1 min 1 s", "2 min 0 s"]);
+});
+
+test("a gain is said both ways, and not claimed without a comparison", () => {
+  assert.deepEqual([2.9, 0.5, null].map(view.gain), ["2.90x faster", "2.00x slower", "-"]);
+});
+
+test("shares add up, attention by kind", () => {
+  const share = view.shares(sample());
+  close(share.attention, 900 / 2500);
+  close(share.planning, 100 / 2500);
+  close(share.attention + share.planning + share.rest, 1);
+  assert.deepEqual(share.parts.map((p) => p.part), ["warm-up", "sparse", "reused", "planning", "rest"]);
+  close(share.parts.at(-1).x + share.parts.at(-1).width, 1);
+  assert.equal(view.shares(sample({ timeline: [] })), null);
+});
+
+test("marks that say more than the step took do not overflow the bar", () => {
+  const step = { index: 0, total: 10, attention: 12, planning: 3, kind: "sparse" };
+  const share = view.shares(sample({ timeline: [step] }));
+  close(share.attention + share.planning + share.rest, 1);
+  assert.ok(share.parts.every((p) => p.width >= 0 && p.x + p.width <= 1 + 1e-9));
+});
+
+test("timeline: stacks from the bottom, inside the box, at the step's place", () => {
+  const { parts, labels, last } = view.timeline(sample());
+  assert.equal(last, 4);
+  assert.deepEqual(labels.map((l) => l.x), [0, 0.25, 0.5]);
+  assert.ok(parts.every((p) => p.y >= 0 && p.height > 0 && p.y + p.height <= 1 + 1e-9));
+  const second = parts.filter((p) => p.x === 0.25);
+  assert.deepEqual(second.map((p) => p.part), ["sparse", "planning", "rest"]);
+  close(second[0].y + second[0].height, 1);
+  close(second[1].y + second[1].height, second[0].y);
+  assert.match(labels[1].label, /^step 2, sparse: 900 ms, attention 200 ms, planning 100 ms$/);
+});
+
+test("timeline: a step that compiles does not flatten the others", () => {
+  const steps = [9000, 100, 100, 100].map((total, index) => ({ index, total, attention: 0, planning: 0, kind: "dense" }));
+  const { parts, labels } = view.timeline(sample({ timeline: steps }));
+  assert.ok(parts[1].height > 0.3);
+  assert.match(labels[0].label, /cut off/);
+  assert.doesNotMatch(labels[1].label, /cut off/);
+});
+
+test("timeline: the last 100 of 300 steps, and steps of no time", () => {
+  const steps = Array.from({ length: 100 }, (_, i) => ({ index: 200 + i, total: 0, attention: 0, planning: 0, kind: "dense" }));
+  const { labels, first, last } = view.timeline(sample({ steps: 300, timeline: steps }));
+  assert.deepEqual([first, last], [201, 300]);
+  assert.ok(labels.every((l) => l.x >= 0 && l.x + l.width <= 1 + 1e-9));
+});
+
+test("heat: strength follows density", () => {
+  const cells = view.heat(sample());
+  assert.deepEqual(cells.map((c) => c.strength), [0.25, 1]);
+  assert.deepEqual(cells.map((c) => c.label), ["unknown block: 10 % of scores", "block 3: 40 % of scores"]);
+  assert.ok(view.heat(sample({ blocks: [{ block: 0, density: 0 }] })).every((c) => c.strength === 0));
+  assert.deepEqual(view.heat(sample({ blocks: [] })), []);
+});
+
+test("runs side by side: what differs in each row, what is shared once", () => {
+  const other = sample({ settings: "threshold 2, tiles 128x16, warm-up 1 of 4 steps", density: null, speedup: null,
+    timeline: [], state: "done" });
+  const { rows, shared } = view.runTable([sample(), other]);
+  assert.equal(shared, "tiles 128x16, warm-up 1 of 4 steps");
+  assert.deepEqual(rows, [["1", "threshold 1", "750 ms", "2.00x faster", "30 %", "running"],
+    ["2", "threshold 2", "-", "-", "-", "done"]]);
+  assert.ok(rows.every((row) => row.length === view.RUN_COLUMNS.length));
+  assert.equal(view.runTable([sample()]).rows[0][1], "-");
+});
+
+test("what is spoken stays the same from step to step of a kind", () => {
+  const spoken = [2, 3].map((n) => view.announcement(sample({ step: n, headline: `${n}` })));
+  assert.equal(spoken[0], spoken[1]);
+  assert.match(view.announcement(sample({ state: "interrupted" })), /^stopped, step 3 of 4: sparse/);
+});
+
+test("text has every step, block and outcome", () => {
+  const text = view.asText(sample());
+  for (const part of ["sparse: 30% of scores", "8 calls: sparse", "step 3, reused", "block 3: 40 %"]) {
+    assert.ok(text.includes(part), part);
+  }
+  for (const one of samples) assert.doesNotMatch(view.asText(one), /undefined|NaN|null/);
+});
+
+test("CSV: one line a step and a block, text with commas quoted", () => {
+  const lines = view.asCsv([sample(), sample({ settings: 'a "b"' })]).split("\r\n");
+  assert.equal(lines.length, 1 + 2 * 5 + 1);
+  assert.equal(lines[1], '1,"threshold 1, tiles 128x16, warm-up 1 of 4 steps",step,0,warm-up,1000,500,0,');
+  assert.equal(lines.at(-2), '2,"a ""b""",block,3,,,,,0.4');
+});
