@@ -81,7 +81,8 @@ class Snapshot:
 
 def snapshot(report: RunReport, node: str, run: str, state: State) -> dict:
     """A run's message, ready for JSON."""
-    steps = report.steps[-MAX_STEPS:]
+    cut_short = state in ("interrupted", "error")  # in the middle of a step
+    steps = (report.steps[:-1] if cut_short else report.steps)[-MAX_STEPS:]
     calls = sorted(report.calls.items(), key=lambda item: -item[1])[:MAX_CALLS]
     if state == "done" and report.error:
         state = "error"

@@ -1,4 +1,4 @@
-"""Sends what a run is doing to the page that queued it. Nothing depends on it: without a page it does nothing."""
+"""Sends what a run is doing to the page that queued it. Nothing depends on it; without a page it is idle."""
 
 import logging
 import time

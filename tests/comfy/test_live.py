@@ -29,7 +29,8 @@ def test_a_run_is_told_step_by_step(wan, sample, patched, report, told):
     assert [d["state"] for d in data] == ["running"] * 9 + ["done"]
     assert [d["step"] for d in data] == [0, *range(8), 8] and data[-1]["steps"] == 8
     assert [s["kind"] for s in data[-1]["timeline"]] == ["warm-up"] * 2 + ["sparse"] * 6
-    assert data[0]["headline"] == "waiting for the first step" and data[3]["headline"] == "dense: warm-up step"
+    assert data[0]["headline"] == "waiting for the first step"
+    assert data[3]["headline"] == "dense: warm-up step"
     last = report(model)
     assert data[-1]["density"] == pytest.approx(last.density, abs=1e-3)
     assert data[-1]["timeline"][0]["total"] == data[5]["timeline"][0]["total"]

@@ -435,7 +435,7 @@ def test_live_statistics_do_not_wait():
     seen = []
     for sigma in levels[:-1]:
         one.begin_evaluation(sigma)
-        one.attention(q, k, v, layout=TokenLayout((8, 32, 32)), dense=lambda: torch.empty_like(q), block=0)
+        one.attention(q, k, v, layout=TokenLayout((8, 32, 32)), dense=lambda: q.clone(), block=0)
         torch.cuda.set_sync_debug_mode("error")
         try:
             seen.append(one.so_far())

@@ -36,6 +36,12 @@ def test_kinds_of_steps():
     assert (made["step"], made["steps"]) == (4, 9)
 
 
+def test_a_step_that_was_cut_short_is_not_shown():
+    """Its time says nothing; a run that went dense after an error finished its steps."""
+    assert [len(make(report(), s)["timeline"]) for s in ("done", "interrupted", "error")] == [4, 3, 3]
+    assert len(make(report(error="OSError: x"), "done")["timeline"]) == 4
+
+
 def test_sixty_blocks_and_a_hundred_steps_fit():
     """The largest usual run."""
     assert len(json.dumps(make(report(100, 60))).encode()) < snapshot.MAX_BYTES
@@ -43,7 +49,7 @@ def test_sixty_blocks_and_a_hundred_steps_fit():
 
 def test_the_worst_run_fits():
     """Long texts that JSON escapes, more of everything than anybody has."""
-    long = "汉" * 1000
+    long = "\u6c49" * 1000
     worst = report(1000, 1000, error=long)
     worst = dataclasses.replace(
         worst, settings=long, calls={f"{i}{long}": 10**9 for i in range(50)}, warmup=1000, tokens=10**7,
@@ -74,7 +80,8 @@ def live(monkeypatch):
         package.__path__ = [str(path)]
         monkeypatch.setitem(sys.modules, name, package)
     module = importlib.import_module("bare.nodes.live")
-    clock = types.SimpleNamespace(now=100.0, perf_counter=lambda: clock.now, time_ns=lambda: int(clock.now * 1e9))
+    clock = types.SimpleNamespace(
+        now=100.0, perf_counter=lambda: clock.now, time_ns=lambda: int(clock.now * 1e9))
     monkeypatch.setattr(module, "time", clock)
     module.clock = clock
     yield module
@@ -137,7 +144,7 @@ def test_updates_cost_little(live, server):
 
 @pytest.mark.parametrize("missing", ["server", "instance", "client", "node"])
 def test_nobody_to_tell(live, server, monkeypatch, missing):
-    """A script, a start without a server, a prompt from the API, a node without an id: nothing is even read."""
+    """A script, a start without a server, a prompt from the API, a node without id: nothing is even read."""
     if missing == "server":
         monkeypatch.setitem(sys.modules, "server", None)
     elif missing == "instance":

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { hears, patchesOf } from "../../web/js/graph.js";
+import { hears, patchesOf, whileInGraph } from "../../web/js/graph.js";
 import { PRESETS, applyPreset } from "../../web/js/presets.js";
 
 let made = 0;
@@ -32,10 +32,27 @@ test("no patch: hears nothing; a subgraph's border: hears all", () => {
   const none = patchesOf(node("FGAttnTiming", [["MODEL", node("UNETLoader")]]));
   assert.equal(hears(none, "3"), false);
   assert.equal(patchesOf(node("FGAttnTiming", [["MODEL", null]])), null);
+  assert.equal(patchesOf(node("FGAttnTiming", [["MODEL", { id: -10 }]])), null);
   assert.equal(patchesOf(node("FGAttnTiming", [["MODEL", node("Sub", [], { subgraph: {} })]])), null);
   assert.equal(hears(null, "3"), true);
   assert.equal(hears(new Set(["7"]), "12:7"), true);
   assert.equal(hears(new Set(["7"]), "7:12"), false);
+});
+
+test("a node listens while it is in a graph, and never twice", () => {
+  const signals = [];
+  const one = { onAdded: () => "kept", onRemoved: () => "too" };
+  whileInGraph(one, (signal) => signals.push(signal));
+  assert.equal(signals.length, 0); // a copy for the clipboard
+  assert.equal(one.onAdded(), "kept");
+  assert.equal(one.onRemoved(), "too");
+  one.onAdded();
+  one.onAdded();
+  assert.deepEqual(signals.map((s) => s.aborted), [true, true, false]);
+  one.onRemoved();
+  assert.ok(signals[2].aborted);
+  whileInGraph({ graph: {} }, (signal) => signals.push(signal));
+  assert.equal(signals.length, 4);
 });
 
 test("a loop in the graph ends", () => {

@@ -2,7 +2,7 @@
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { hears, patchesOf } from "./graph.js";
+import { hears, patchesOf, whileInGraph } from "./graph.js";
 import { createPanel } from "./panel.js";
 import { createPresets } from "./presets.js";
 import { createStore } from "./store.js";
@@ -33,25 +33,22 @@ app.registerExtension({
 });
 
 function addPanel(node) {
-  const signal = lifetime(node);
-  const panel = createPanel({ copy: (text) => navigator.clipboard.writeText(text), save: download }, signal);
+  const panel = createPanel({ copy: (text) => navigator.clipboard.writeText(text), save: download });
   addWidget(node, "fgattn_panel", panel.root, PANEL_HEIGHT);
-  let frame = 0;
-  const draw = () => {
-    frame = 0;
-    const patches = patchesOf(node);
-    panel.show(store.runs((id) => hears(patches, id)));
-  };
-  const schedule = () => {
-    frame ||= requestAnimationFrame(draw); // many events, one drawing
-  };
-  store.subscribe(schedule, signal);
-  signal.addEventListener("abort", () => cancelAnimationFrame(frame), { once: true });
-  schedule();
-}
-
-function addPresets(node) {
-  addWidget(node, "fgattn_presets", createPresets(node, lifetime(node)), PRESETS_HEIGHT, PRESETS_HEIGHT);
+  whileInGraph(node, (signal) => {
+    let frame = 0;
+    const draw = () => {
+      frame = 0;
+      const patches = patchesOf(node);
+      panel.show(store.runs((id) => hears(patches, id)));
+    };
+    const schedule = () => {
+      frame ||= requestAnimationFrame(draw); // many events, one drawing
+    };
+    store.subscribe(schedule, signal);
+    signal.addEventListener("abort", () => cancelAnimationFrame(frame), { once: true });
+    schedule();
+  });
 }
 
 /** A widget that is neither saved with the workflow nor sent with the prompt. */
@@ -61,17 +58,6 @@ function addWidget(node, name, element, minimum, maximum) {
     ...(maximum && { getMaxHeight: () => maximum }),
   });
   widget.serialize = false;
-}
-
-/** A signal that aborts when the node is removed. */
-function lifetime(node) {
-  const controller = new AbortController();
-  const removed = node.onRemoved;
-  node.onRemoved = function (...args) {
-    controller.abort();
-    return removed?.apply(this, args);
-  };
-  return controller.signal;
 }
 
 function download(name, text) {

@@ -1,4 +1,4 @@
-// Which FGAttnPatch nodes a timing node hears of: those that its models come through.
+// A node in its graph: when it is there, and which FGAttnPatch nodes its models come through.
 
 const BYPASSED = 4;
 
@@ -21,7 +21,7 @@ export function patchesOf(node) {
     for (const [slot, input] of (here.inputs ?? []).entries()) {
       if (input.link == null || (input.type !== "MODEL" && input.type !== "*")) continue;
       const origin = here.getInputNode(slot);
-      if (!origin || origin.subgraph) return null;
+      if (!origin || origin.subgraph || origin.id < 0) return null; // the border nodes have negative ids
       waiting.push(origin);
     }
   }
@@ -31,4 +31,30 @@ export function patchesOf(node) {
 /** Whether an execution id ("7", or "12:7" inside a subgraph) is one of these nodes. */
 export function hears(patches, id) {
   return patches === null || patches.has(id.split(":").at(-1));
+}
+
+/**
+ * Run `start(signal)` when the node comes into a graph; the signal aborts when it leaves. Copies of a node that
+ * ComfyUI makes for the clipboard or on the way into a subgraph never come into one.
+ */
+export function whileInGraph(node, start) {
+  let controller = null;
+  const enter = () => {
+    controller?.abort();
+    controller = new AbortController();
+    start(controller.signal);
+  };
+  after(node, "onAdded", enter);
+  after(node, "onRemoved", () => controller?.abort());
+  if (node.graph) enter();
+}
+
+/** Call `also` after a method of the node, and keep what that returns. */
+function after(node, method, also) {
+  const original = node[method];
+  node[method] = function (...args) {
+    const result = original?.apply(this, args);
+    also();
+    return result;
+  };
 }

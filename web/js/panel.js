@@ -9,9 +9,8 @@ const KINDS = [["warm-up", "warm-up"], ["dense", "dense"], ["sparse", "sparse"],
 /**
  * A panel; `show(runs)` draws, the last run is the one in focus.
  * @param {{copy: (text: string) => Promise<void>, save: (name: string, text: string) => void}} actions
- * @param {AbortSignal} signal ends everything that listens
  */
-export function createPanel(actions, signal) {
+export function createPanel(actions) {
   const root = element("section", "fgattn-panel");
   root.setAttribute("aria-label", "FG-Attn run statistics");
   const body = element("div", "fgattn-body", root);
@@ -30,8 +29,8 @@ export function createPanel(actions, signal) {
     } catch {
       say("the browser does not allow copying");
     }
-  }, { signal });
-  save.addEventListener("click", () => actions.save("fgattn.csv", view.asCsv(runs)), { signal });
+  });
+  save.addEventListener("click", () => actions.save("fgattn.csv", view.asCsv(runs)));
 
   function say(text) {
     if (live.textContent !== text) live.textContent = text;

@@ -18,7 +18,7 @@ export function applyPreset(node, name) {
 }
 
 /** The row of buttons. */
-export function createPresets(node, signal) {
+export function createPresets(node) {
   const row = document.createElement("div");
   row.className = "fgattn-buttons fgattn-presets";
   row.setAttribute("role", "group");
@@ -28,7 +28,7 @@ export function createPresets(node, signal) {
     button.type = "button";
     button.textContent = name;
     button.title = `threshold ${values.threshold}, warm-up ${values.warmup_steps}`;
-    button.addEventListener("click", () => applyPreset(node, name), { signal });
+    button.addEventListener("click", () => applyPreset(node, name));
     row.append(button);
   }
   return row;
