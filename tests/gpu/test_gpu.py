@@ -427,7 +427,7 @@ def test_first_use(tmp_path):
 
 
 def test_live_statistics_do_not_wait():
-    """Reading the books of a run that is going on never synchronises, and has the steps once they are done."""
+    """Reading the books of a run that goes on never synchronises, and has the steps once they are done."""
     q, k, v = tensors(1, 2, 8192, 128)
     one = Engine(Settings(), Policy(warmup_steps=1))
     levels = [1.0 - i / 8 for i in range(9)]

@@ -55,7 +55,8 @@ def reports():
         empty, tokens=9, total=12.34,
         steps=(StepReport(0, 9.0, 5.0, 0.0, 0, 4), StepReport(1, 8.0, 3.0, 1.0, 4, 0)),
         blocks=(BlockReport(-1, 0.5, 0.6), BlockReport(2, 1 / 3, 0.6)),
-        calls={"sparse": 4, "warm-up step": 4}, dense_call=1.25, sparse_call=1.0, density=0.4, executed_density=0.6, scheduled=4, warmup=1)
+        calls={"sparse": 4, "warm-up step": 4}, dense_call=1.25, sparse_call=1.0, density=0.4,
+        executed_density=0.6, scheduled=4, warmup=1)
     return [empty, full, dataclasses.replace(full, error="RuntimeError: \u00e9 \u6c49 \n \"quoted\"")]
 
 

@@ -51,6 +51,10 @@ function addPanel(node) {
   });
 }
 
+function addPresets(node) {
+  addWidget(node, "fgattn_presets", createPresets(node), PRESETS_HEIGHT, PRESETS_HEIGHT);
+}
+
 /** A widget that is neither saved with the workflow nor sent with the prompt. */
 function addWidget(node, name, element, minimum, maximum) {
   const widget = node.addDOMWidget(name, name, element, {

@@ -1,0 +1,106 @@
+// The extension on a page that is just large enough: what it puts on nodes, and what it leaves behind.
+
+import assert from "node:assert/strict";
+import { register } from "node:module";
+import { test } from "node:test";
+import { sample } from "./sample.mjs";
+
+class Element extends EventTarget {
+  constructor(tag) {
+    super();
+    Object.assign(this, { tag, children: [], attributes: {}, dataset: {}, own: "",
+      style: { setProperty: (name, value) => { this.style[name] = value; } } });
+  }
+  append(...more) { this.children.push(...more); }
+  replaceChildren(...more) { this.children = more; }
+  setAttribute(name, value) { this.attributes[name] = value; }
+  get textContent() { return this.own + this.children.map((c) => c.textContent ?? c).join(" "); }
+  set textContent(text) { this.own = text; }
+  find(test) { return [...(test(this) ? [this] : []), ...this.children.flatMap((c) => c.find?.(test) ?? [])]; }
+}
+
+const page = globalThis.fgattnPage = { api: new EventTarget(), app: { registerExtension(e) { page.extension = e; } } };
+globalThis.document = { head: new Element("head"), createElement: (tag) => new Element(tag),
+  createElementNS: (_, tag) => new Element(tag) };
+const frames = [];
+globalThis.requestAnimationFrame = (draw) => frames.push(draw);
+globalThis.cancelAnimationFrame = (number) => { frames[number - 1] = null; };
+const draw = () => frames.splice(0).filter(Boolean).map((f) => f()).length;
+
+const hooks = `export async function resolve(name, context, next) {
+  const part = name.match(/scripts\\/(app|api)\\.js$/)?.[1];
+  const source = "data:text/javascript,export const " + part + " = globalThis.fgattnPage." + part;
+  return part ? { url: source, shortCircuit: true } : next(name, context);
+}`;
+register(`data:text/javascript,${encodeURIComponent(hooks)}`);
+await import("../../web/js/fgattn.js");
+page.extension.setup();
+
+function send(event) {
+  page.api.dispatchEvent(Object.assign(new Event("fgattn.progress"), { detail: event }));
+}
+
+/** A node as LiteGraph makes it; `add` puts it into the graph. */
+function create(comfyClass, id, inputs = []) {
+  const node = { comfyClass, id, mode: 0, inputs: inputs.map((_, link) => ({ type: "MODEL", link })), widgets: [
+    { name: "threshold", value: 1 }, { name: "warmup_steps", value: 2 }], getInputNode: (slot) => inputs[slot],
+  addDOMWidget(name, type, element, options) {
+    const widget = { name, element, options };
+    this.widgets.push(widget);
+    return widget;
+  } };
+  page.extension.nodeCreated(node);
+  return node;
+}
+
+const patch = create("FGAttnPatch", 3);
+const text = (node) => node.widgets.at(-1).element.textContent;
+
+test("one stylesheet; widgets are neither saved nor sent", () => {
+  assert.equal(document.head.children.length, 1);
+  const timing = create("FGAttnTiming", 5, [patch]);
+  assert.deepEqual([patch, timing].map((n) => n.widgets.at(-1).name), ["fgattn_presets", "fgattn_panel"]);
+  for (const { serialize, options } of [patch, timing].map((n) => n.widgets.at(-1))) {
+    assert.deepEqual([serialize, options.serialize], [false, false]);
+  }
+  assert.equal(create("KSampler", 6).widgets.length, 2);
+});
+
+test("presets move the sliders", () => {
+  const [fast] = patch.widgets.at(-1).element.find((e) => e.tag === "button" && e.textContent === "fast");
+  fast.dispatchEvent(new Event("click"));
+  assert.deepEqual(patch.widgets.slice(0, 2).map((w) => w.value), [2, 1]);
+});
+
+test("the panel shows its node's runs, one drawing for many events, and survives nonsense", () => {
+  const timing = create("FGAttnTiming", 5, [patch]);
+  timing.onAdded();
+  draw();
+  assert.match(text(timing), /No run yet/);
+  for (let step = 0; step < 1000; step += 1) send(sample({ step: step % 4, headline: `step ${step}` }));
+  for (const bad of [undefined, null, "x", { version: 99 }, sample({ calls: 1 })]) send(bad);
+  send(sample({ node: "8", run: "z", headline: "of another node" }));
+  assert.equal(draw(), 1);
+  assert.match(text(timing), /step 999/);
+  assert.doesNotMatch(text(timing), /another/);
+  const [spoken] = timing.widgets.at(-1).element.find((e) => e.attributes["aria-live"] === "polite");
+  assert.equal(spoken.textContent, "running, reused steps");
+  timing.onRemoved();
+});
+
+test("a removed node and a copy that never came into a graph draw nothing more", () => {
+  const gone = Array.from({ length: 1000 }, (_, i) => create("FGAttnTiming", i, [patch]));
+  gone.slice(0, 500).forEach((node) => node.onAdded());
+  gone.slice(0, 500).forEach((node) => node.onRemoved());
+  assert.equal(draw(), 0);
+  send(sample({ run: "b" }));
+  assert.equal(draw(), 0);
+});
+
+test("a panel that comes later shows the runs so far", () => {
+  const timing = create("FGAttnTiming", 9, [patch]);
+  timing.onAdded();
+  draw();
+  assert.match(text(timing), /sparse: 30% of scores/);
+  assert.equal(timing.widgets.at(-1).element.find((e) => e.tag === "tr").length, 1 + 2);
+});
