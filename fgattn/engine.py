@@ -177,7 +177,7 @@ class Engine:
 
     def _describe(self, run: _Run) -> str:
         s = self.settings
-        return (f"threshold {s.threshold:g}, tiles {s.tile_queries}x{s.tile_keys}, {s.order} order, "
+        return (f"{s.rule}, tiles {s.tile_queries}x{s.tile_keys}, {s.order} order, "
                 f"tail {'on' if s.tail else 'off'}, warm-up {run.warmup} of {run.steps} steps")
 
     def _implementation(self, run: _Run) -> str:
