@@ -1,7 +1,7 @@
 """Selection methods on the demo model's own q, k and v: output error against executed density.
 
-Each method runs at its published block size and order and at 128 x 16 in cells, with and without the tail, over
-a range of strengths; "threshold" is the project's own. 480p length on a GPU, a small grid on a CPU.
+Each method runs at its published block size and order and at 128 x 16 in cells, with and without the tail,
+over a range of strengths; "threshold" is the project's own. 480p length on a GPU, a small grid on a CPU.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def recorded_calls(device: str, steps: tuple[int, ...]) -> dict[tuple[int, int],
     calls = {}
     for step, (sigma, following) in enumerate(pairwise(schedule(20)[: max(steps) + 2])):
         recorder = Recorder()
-        velocity = model(x.to(dtype), torch.full((1,), 1000 * sigma, device=device), context, recorder).float()
+        time = torch.full((1,), 1000 * sigma, device=device)
+        velocity = model(x.to(dtype), time, context, recorder).float()
         if step in steps:
             calls |= {(step, b): call for b, call in zip(BLOCKS, recorder.calls, strict=True)}
         x = x + (following - sigma) * velocity
@@ -64,8 +65,9 @@ def cases(quick: bool):
             grains = {"published": PUBLISHED[method], **grains}
         for grain, (m, n, order) in grains.items():
             for strength in strengths[1::2] if quick else strengths:
-                own = method == "threshold"
-                yield grain, Settings(strength if own else 1.0, m, n, True, order, method, 0.0 if own else strength)
+                name = "threshold" if method == "threshold" else "method_parameter"
+                yield grain, Settings(
+                    tile_queries=m, tile_keys=n, order=order, method=method, **{name: strength})
 
 
 def rows(quick: bool = False):
