@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .measure import milliseconds, relative_error
 
-SIZE = {"cuda": (21, 60, 104), "cpu": (9, 48, 64)}  # T, H, W of the latent: 32 760 and 6 912 tokens
+SIZE = {"cuda": (21, 60, 104), "cpu": (13, 32, 32)}  # T, H, W of the latent: 32 760 and 3 328 tokens
 STEPS, BLOCKS = (5, 10, 15), (1, 4, 7)
 FINE = (128, 16, "cells")
 PUBLISHED = {"top_k": (64, 64, "raster"), "sol": (64, 64, "raster"), "hierarchical": (128, 128, "hilbert"),
