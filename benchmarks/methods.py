@@ -1,7 +1,7 @@
 """Selection methods on the demo model's own q, k and v at 480p length: error against density and time.
 
-Each method runs at its published block size and order and at 128 x 16 in cells, over a range of strengths, with
-our tail; "threshold" is the project's own. Only "threshold" plans with kernels, so times are not the methods' best.
+Each method runs at its published block size and order and at 128 x 16 in cells, over a range of strengths,
+with our tail; "threshold" is the project's own, and the only one that plans with kernels.
 """
 
 from __future__ import annotations
