@@ -2,6 +2,8 @@
 
     begin_run -> begin_evaluation -> attention (per call: reason for dense? plan, attend) -> end_run
 
+Plans may serve several steps (Policy.reuse_steps); `plan_store` keeps them until the run ends.
+
 A failure while sampling never ends the render: it is logged once, and the run goes on dense.
 """
 
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +19,8 @@ import torch
 from . import runtime
 from .attention import attend
 from .order import TokenLayout
-from .plan import build_plan
+from .plan import SparsePlan, build_plan
+from .plan_store import MADE, REUSED, PlanStore
 from .settings import Policy, Settings
 from .stats import Clock, RunReport, RunStats
 from .tensors import declined
@@ -36,6 +39,7 @@ class _Run:
     final: int  # dense steps at the end
     stats: RunStats
     device_reason: str | None  # why the device cannot run sparse
+    plans: PlanStore
     step: int = 0
 
     @property
@@ -77,7 +81,8 @@ class Engine:
         warmup = min(self.policy.warmup_steps, steps // 4) if full_noise else 0
         final = self.policy.final_dense_steps if sigmas and sigmas[-1] == 0 else 0
         with self._scope():
-            self._run = _Run(sigmas, warmup, final, RunStats(Clock(device)), _device_reason(device))
+            plans = PlanStore(self.policy.reuse_steps, self.policy.reuse_memory_mb * 10**6)
+            self._run = _Run(sigmas, warmup, final, RunStats(Clock(device)), _device_reason(device), plans)
             if self._run.device_reason:
                 log.warning("FG-Attn runs dense: %s", self._run.device_reason)
 
@@ -86,6 +91,7 @@ class Engine:
         if self._run:
             self._run.step = step_of(sigma, self._run.sigmas)
             self._run.stats.begin_step(self._run.step)
+            self._run.plans.begin_evaluation(self._run.step)
 
     def end_run(self) -> RunReport | None:
         """Read the books; the only place that waits for the device."""
@@ -106,7 +112,8 @@ class Engine:
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: TokenLayout,
-        dense: Callable[[], torch.Tensor], block: int | None = None, scale: float | None = None,
+        dense: Callable[[], torch.Tensor], block: int | None = None,
+        branch: Hashable | None = "all", scale: float | None = None,
     ) -> torch.Tensor:
         """One attention call, dense or sparse.
 
@@ -115,6 +122,8 @@ class Engine:
             layout: of the keys.
             dense: computes the call densely, [B, H, L_q, D].
             block: number of the transformer block, None if unknown.
+            branch: what tells this call from others of the block in a step: conditionings, context
+                window; None if unknown. Plans are kept only where block and branch are known.
             scale: softmax scale, D**-0.5 if None.
         """
         run = self._run
@@ -134,14 +143,17 @@ class Engine:
         try:
             with self._scope():
                 start = clock.mark()
-                plan = build_plan(q, k, self.settings, layout, scale=scale)
-                planned = clock.mark()
+                plan, outcome = self._plan(run, q, k, layout, block, branch, scale)
+                planned = start if outcome == REUSED else clock.mark()
                 out = attend(q, k, v, plan)
                 stats.timed(run.step, True, start, planned, clock.mark())
                 stats.add_plan(UNKNOWN_BLOCK if block is None else block, plan)
+                stats.plans[outcome] += 1
         except self._passthrough:
+            run.plans.clear()
             raise
         except Exception as error:
+            run.plans.clear()
             stats.error = f"{type(error).__name__}: {error}"
             log.exception("FG-Attn failed; the rest of this run is dense")
             self._notify(f"dense: {stats.error}")
@@ -149,6 +161,21 @@ class Engine:
             return dense()
         stats.calls["sparse"] += 1
         return out
+
+    def _plan(self, run: _Run, q, k, layout, block, branch, scale) -> tuple[SparsePlan, str]:
+        """A kept plan or a new one, and which."""
+        def build():
+            return build_plan(q, k, self.settings, layout, scale=scale)
+
+        if self.policy.reuse_steps == 1:
+            return build(), MADE
+        missing = ("an unknown block" if block is None else "an unknown conditioning branch" if branch is None
+                   else "padded keys" if layout.key_valid is not None else None)
+        if missing:
+            run.stats.remarks[f"plans are not kept for calls with {missing}"] = None
+            return build(), MADE
+        place = layout.grid, layout.front, layout.back, layout.query_start
+        return run.plans.plan((block, branch, place, q.shape, k.shape[2], scale, str(q.device)), build)
 
     def _unable(self, run: _Run, q, k, v) -> str | None:
         """Why this call cannot run sparse, whatever the step."""
@@ -177,8 +204,9 @@ class Engine:
 
     def _describe(self, run: _Run) -> str:
         s = self.settings
+        kept = f", plans serve {self.policy.reuse_steps} steps" if self.policy.reuse_steps > 1 else ""
         return (f"{s.rule}, tiles {s.tile_queries}x{s.tile_keys}, {s.order} order, "
-                f"tail {'on' if s.tail else 'off'}, warm-up {run.warmup} of {run.steps} steps")
+                f"tail {'on' if s.tail else 'off'}, warm-up {run.warmup} of {run.steps} steps{kept}")
 
     def _implementation(self, run: _Run) -> str:
         if run.device_reason:

@@ -67,18 +67,25 @@ class Policy:
         final_dense_steps: dense steps at the end of a run that ends without noise.
         dense_blocks: transformer blocks that stay dense.
         min_tokens: shortest sequence that runs sparse; 0 chooses by device.
+        reuse_steps: steps that a plan serves; 1 makes one for every call.
+        reuse_memory_mb: most memory of kept plans, in 10^6 bytes; when it is full, no plan is added.
     """
 
     warmup_steps: int = 2
     final_dense_steps: int = 0
     dense_blocks: frozenset[int] = frozenset()
     min_tokens: int = 0
+    reuse_steps: int = 1
+    reuse_memory_mb: int = 1200  # 1 118 for Wan 14B at 720p, 81 frames, N = 16, both branches
 
     def __post_init__(self):
-        for name in ("warmup_steps", "final_dense_steps", "min_tokens"):
+        for name in ("warmup_steps", "final_dense_steps", "min_tokens", "reuse_memory_mb"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise InvalidArgument(name, value, "a whole number of at least 0", "Use 0 for none.")
+        if type(self.reuse_steps) is not int or self.reuse_steps < 1:
+            raise InvalidArgument("reuse_steps", self.reuse_steps, "a whole number of at least 1",
+                                  "Use 1 for a fresh plan in every call.")
         blocks = self.dense_blocks
         if not isinstance(blocks, frozenset) or any(type(b) is not int for b in blocks):
             raise InvalidArgument("dense_blocks", blocks, "a frozenset of whole numbers",

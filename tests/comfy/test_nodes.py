@@ -47,7 +47,8 @@ def test_input_order_is_permanent(nodes):
     """Saved workflows store values by position: append, never reorder."""
     assert [i.id for i in nodes.FGAttnPatch.GET_SCHEMA().inputs] == [
         "model", "threshold", "tile_queries", "tile_keys", "warmup_steps", "min_tokens", "dense_blocks",
-        "final_dense_steps", "tail", "order", "method", "method_parameter"]
+        "final_dense_steps", "tail", "order", "method", "method_parameter", "reuse_steps",
+        "reuse_memory_mb"]
     assert [i.id for i in nodes.FGAttnTiming.GET_SCHEMA().inputs] == ["model", "latent", "model_2"]
 
 
