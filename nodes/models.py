@@ -1,4 +1,4 @@
-"""What is known of a model's attention calls: the video's token grid, what stands beside it, block, branch."""
+"""What is known of a model's attention calls: the video's token grid, what is beside it, block, branch."""
 
 import math
 from collections.abc import Hashable
