@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import end2end, kernel, methods, plan, quality, small_tiles
+from . import end2end, kernel, methods, plan, quality, reuse, small_tiles
 
 REGISTRY = {
     "kernel": (kernel.cases, small_tiles.cases),
@@ -10,4 +10,5 @@ REGISTRY = {
     "quality": (quality.cases,),
     "end2end": (end2end.cases,),
     "methods": (methods.cases,),
+    "reuse": (reuse.rows,),
 }

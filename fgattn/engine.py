@@ -4,7 +4,8 @@
 
 Plans may serve several steps (Policy.reuse_steps); `plan_store` keeps them until the run ends.
 
-A failure while sampling never ends the render: it is logged once, and the run goes on dense.
+A failure while sampling never ends the render: it is logged once, and the run goes on dense. Out of memory
+first takes fewer heads at a time.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from .tensors import declined
 log = logging.getLogger("fgattn")
 MIN_TOKENS_CUDA = 4096  # until the break-even is measured
 UNKNOWN_BLOCK = -1
+SHORT_OF_MEMORY = "short of memory: fewer heads at a time, plans are not kept"
+OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 
 @dataclass
@@ -41,6 +44,7 @@ class _Run:
     device_reason: str | None  # why the device cannot run sparse
     plans: PlanStore
     step: int = 0
+    parts: int = 1  # that the heads are computed in
 
     @property
     def steps(self) -> int:
@@ -132,23 +136,17 @@ class Engine:
         if reason := self._unable(run, q, k, v):
             run.stats.calls[reason] += 1
             return dense()
-        clock, stats = run.stats.clock, run.stats
+        stats = run.stats
         stats.tokens = max(stats.tokens, q.shape[2])
         if reason := self._dense_by_policy(run, block):
             stats.calls[reason] += 1
-            start = clock.mark()
+            start = stats.clock.mark()
             out = dense()
-            stats.timed(run.step, False, start, start, clock.mark())
+            stats.timed(run.step, False, start, start, stats.clock.mark())
             return out
         try:
             with self._scope():
-                start = clock.mark()
-                plan, outcome = self._plan(run, q, k, layout, block, branch, scale)
-                planned = start if outcome == REUSED else clock.mark()
-                out = attend(q, k, v, plan)
-                stats.timed(run.step, True, start, planned, clock.mark())
-                stats.add_plan(UNKNOWN_BLOCK if block is None else block, plan)
-                stats.plans[outcome] += 1
+                out = self._sparse(run, q, k, v, layout, block, branch, scale)
         except self._passthrough:
             run.plans.clear()
             raise
@@ -161,6 +159,38 @@ class Engine:
             return dense()
         stats.calls["sparse"] += 1
         return out
+
+    def _sparse(self, run: _Run, q, k, v, layout, block, branch, scale) -> torch.Tensor:
+        """Plan and attend. Out of memory drops the kept plans and halves the heads at a time, for good."""
+        clock, heads = run.stats.clock, q.shape[1]
+        while True:
+            try:
+                start = planned = clock.mark()
+                if run.parts == 1:
+                    out, planned = self._part(run, q, k, v, layout, block, branch, scale)
+                else:
+                    out = torch.empty_like(q)
+                    for some in torch.arange(heads).tensor_split(run.parts):
+                        of = slice(int(some[0]), int(some[-1]) + 1)
+                        out[:, of], _ = self._part(
+                            run, q[:, of], k[:, of], v[:, of], layout, block, branch, scale)
+                run.stats.timed(run.step, True, start, planned or start, clock.mark())
+                return out
+            except OutOfMemory:
+                if run.parts >= heads:
+                    raise
+            run.plans.close()
+            run.parts = min(heads, 2 * run.parts)
+            self.remark(SHORT_OF_MEMORY)
+
+    def _part(self, run: _Run, q, k, v, layout, block, branch, scale):
+        """The output, and the mark after planning, None if nothing was planned."""
+        plan, outcome = self._plan(run, q, k, layout, block, branch, scale)
+        planned = None if outcome == REUSED else run.stats.clock.mark()
+        out = attend(q, k, v, plan)
+        run.stats.add_plan(UNKNOWN_BLOCK if block is None else block, plan)
+        run.stats.plans[outcome] += 1
+        return out, planned
 
     def _plan(self, run: _Run, q, k, layout, block, branch, scale) -> tuple[SparsePlan, str]:
         """A kept plan or a new one, and which."""

@@ -63,6 +63,11 @@ class PlanStore:
     def clear(self) -> None:
         self._kept.clear()
 
+    def close(self) -> None:
+        """Drop all plans and admit no more."""
+        self.clear()
+        self._limit = -1
+
 
 def size_of(plan: SparsePlan) -> int:
     """Bytes that a plan holds by itself; its geometry is shared."""

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from fgattn import Settings, TokenLayout, attend, build_plan
-from fgattn.engine import Engine, step_of
+from fgattn.engine import SHORT_OF_MEMORY, Engine, OutOfMemory, step_of
 from fgattn.settings import Policy
 from makers import tensors
 
@@ -546,3 +546,32 @@ def test_memory_limit_is_in_megabytes(monkeypatch):
             one.at(step)
             one.call(*inputs(step))
         assert one.made == made and one.engine._run.plans._limit == limit * 10**6
+
+
+@pytest.mark.parametrize(("fits", "sparse"), [(4, True), (2, True), (1, True), (0, False)])
+def test_out_of_memory_takes_fewer_heads_then_goes_dense(fits, sparse, monkeypatch):
+    """A render near the card's limit must not die: kept plans go first, then heads are taken in parts."""
+    q, k, v = tensors(4, 128)
+    sizes, whole = [], attend(q, k, v, build_plan(q, k, SETTINGS, LAYOUT))
+
+    def short(q, k, v, plan):
+        sizes.append(q.shape[1])
+        if q.shape[1] > fits:
+            raise OutOfMemory("no room")
+        return attend(q, k, v, plan)
+
+    monkeypatch.setattr("fgattn.engine.attend", short)
+    one = engine(Policy(warmup_steps=0, reuse_steps=4))
+    one.begin_run(falling(8), True, CPU)
+    for sigma in falling(8)[:2]:
+        one.begin_evaluation(sigma)
+        out = one.attention(q, k, v, layout=LAYOUT, dense=lambda: DENSE, block=0)
+        assert torch.equal(out, whole) if sparse else out is DENSE
+    report = one.end_run()
+    assert (SHORT_OF_MEMORY in report.remarks) == (fits < 4)
+    assert report.calls.get("sparse", 0) == (2 if sparse else 0)
+    if fits == 1:  # the second call starts with what was found to fit
+        assert sizes == [4, 2, 1, 1, 1, 1] + 4 * [1]
+        assert report.plans == {"not kept": 8}
+    if not sparse:
+        assert report.error.startswith("OutOfMemoryError")
