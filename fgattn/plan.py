@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from . import methods, runtime
 from .errors import InvalidArgument, Unsupported
 from .grouping import KERNEL_ROWS, group
-from .order import CELL, Geometry, TokenLayout, geometry
+from .order import CELL, OCTET, Geometry, TokenLayout, geometry
 from .selection import merge_runs, select
 from .settings import Settings
 from .tensors import CHUNK_ELEMENTS, check_tensors, head_chunks, ordered
@@ -54,6 +54,11 @@ class SparsePlan:
     @property
     def keys(self) -> int:
         return len(self.geometry.key_tokens)
+
+    @property
+    def gathers(self) -> bool:
+        """Keys are brought row by row: slices are finer than octets, or octets are no boxes."""
+        return self.tile_keys < OCTET or self.key_valid is not None or self.geometry.boxes is None
 
     @property
     def density(self) -> torch.Tensor:
