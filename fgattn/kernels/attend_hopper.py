@@ -244,8 +244,8 @@ def attend_hopper(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
     tail_out, tail_lse = scaled_tail(tail)
     launch = TABLE[dim, plan.tile_rows]
     boxes = None if plan.gathers else plan.geometry.boxes
-    if not all(stride > 0 for x in (k, v) for stride in x.stride()):  # expanded: no boxes
-        boxes = None
+    if any(n > 1 and stride == 0 for x in (k, v) for n, stride in zip(x.shape, x.stride(), strict=True)):
+        boxes = None  # expanded tensors have no boxes
     registers = launch.registers if boxes is None else BOX_REGISTERS
     described = (None,) * 6
     with torch.cuda.device(q.device):
