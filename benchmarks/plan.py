@@ -68,7 +68,9 @@ def memory(shape: Shape) -> list[Run]:
     """One planned call with single keys: what it takes beside q, k, v and the output."""
     q, k, v = random_qkv(shape)
     settings = for_density(q, k, Settings(tile_keys=1), shape.layout, DENSITY)
+    plan = out = None
     for _ in range(2):  # the first call compiles and fills caches that stay
+        del plan, out
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -41,7 +41,7 @@ def attend(
     if impl not in (None, *IMPLEMENTATIONS):
         raise InvalidArgument("impl", impl, ", ".join(IMPLEMENTATIONS), "None chooses the fastest.")
     if impl is None:
-        impl = runtime.fastest(q)
+        impl = runtime.fastest(q, plan.gathers)
     if impl == "reference":
         return reference.attend(q, k, v, plan)
     reason = runtime.unavailable(q) if impl in ("triton", "hopper") else None

@@ -2,14 +2,17 @@
 
     begin_run -> begin_evaluation -> attention (per call: reason for dense? plan, attend) -> end_run
 
-A failure while sampling never ends the render: it is logged once, and the run goes on dense.
+Plans may serve several steps (Policy.reuse_steps); `plan_store` keeps them until the run ends.
+
+A failure while sampling never ends the render: it is logged once, and the run goes on dense. Out of memory
+first takes fewer heads at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +20,8 @@ import torch
 from . import runtime
 from .attention import attend
 from .order import TokenLayout
-from .plan import build_plan
+from .plan import SparsePlan, build_plan
+from .plan_store import MADE, REUSED, PlanStore
 from .settings import Policy, Settings
 from .stats import Clock, RunReport, RunStats
 from .tensors import declined
@@ -25,6 +29,8 @@ from .tensors import declined
 log = logging.getLogger("fgattn")
 MIN_TOKENS_CUDA = 4096  # until the break-even is measured
 UNKNOWN_BLOCK = -1
+SHORT_OF_MEMORY = "short of memory: fewer heads at a time, plans are not kept"
+OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 
 @dataclass
@@ -36,7 +42,9 @@ class _Run:
     final: int  # dense steps at the end
     stats: RunStats
     device_reason: str | None  # why the device cannot run sparse
+    plans: PlanStore
     step: int = 0
+    parts: int = 1  # that the heads are computed in
 
     @property
     def steps(self) -> int:
@@ -78,7 +86,8 @@ class Engine:
         final = self.policy.final_dense_steps if sigmas and sigmas[-1] == 0 else 0
         with self._scope():
             stats = RunStats(Clock(device), scheduled=steps, warmup=warmup)
-            self._run = _Run(sigmas, warmup, final, stats, _device_reason(device))
+            plans = PlanStore(self.policy.reuse_steps, self.policy.reuse_memory_mb * 10**6)
+            self._run = _Run(sigmas, warmup, final, stats, _device_reason(device), plans)
             if self._run.device_reason:
                 log.warning("FG-Attn runs dense: %s", self._run.device_reason)
 
@@ -87,6 +96,7 @@ class Engine:
         if self._run:
             self._run.step = step_of(sigma, self._run.sigmas)
             self._run.stats.begin_step(self._run.step)
+            self._run.plans.begin_evaluation(self._run.step)
 
     def so_far(self) -> RunReport | None:
         """The books of the run that is going on, as far as they can be read without waiting."""
@@ -114,7 +124,8 @@ class Engine:
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: TokenLayout,
-        dense: Callable[[], torch.Tensor], block: int | None = None, scale: float | None = None,
+        dense: Callable[[], torch.Tensor], block: int | None = None,
+        branch: Hashable | None = "all", scale: float | None = None,
     ) -> torch.Tensor:
         """One attention call, dense or sparse.
 
@@ -123,6 +134,8 @@ class Engine:
             layout: of the keys.
             dense: computes the call densely, [B, H, L_q, D].
             block: number of the transformer block, None if unknown.
+            branch: what tells this call from others of the block in a step: conditionings, context
+                window; None if unknown. Plans are kept only where block and branch are known.
             scale: softmax scale, D**-0.5 if None.
         """
         run = self._run
@@ -131,25 +144,22 @@ class Engine:
         if reason := self._unable(run, q, k, v):
             run.stats.calls[reason] += 1
             return dense()
-        clock, stats = run.stats.clock, run.stats
+        stats = run.stats
         stats.tokens = max(stats.tokens, q.shape[2])
         if reason := self._dense_by_policy(run, block):
             stats.calls[reason] += 1
-            start = clock.mark()
+            start = stats.clock.mark()
             out = dense()
-            stats.timed(run.step, False, start, start, clock.mark())
+            stats.timed(run.step, False, start, start, stats.clock.mark())
             return out
         try:
             with self._scope():
-                start = clock.mark()
-                plan = build_plan(q, k, self.settings, layout, scale=scale)
-                planned = clock.mark()
-                out = attend(q, k, v, plan)
-                stats.timed(run.step, True, start, planned, clock.mark())
-                stats.add_plan(UNKNOWN_BLOCK if block is None else block, plan)
+                out = self._sparse(run, q, k, v, layout, block, branch, scale)
         except self._passthrough:
+            run.plans.clear()
             raise
         except Exception as error:
+            run.plans.clear()
             stats.error = f"{type(error).__name__}: {error}"
             log.exception("FG-Attn failed; the rest of this run is dense")
             self._notify(f"dense: {stats.error}")
@@ -157,6 +167,53 @@ class Engine:
             return dense()
         stats.calls["sparse"] += 1
         return out
+
+    def _sparse(self, run: _Run, q, k, v, layout, block, branch, scale) -> torch.Tensor:
+        """Plan and attend. Out of memory drops the kept plans and halves the heads at a time, for good."""
+        clock, heads = run.stats.clock, q.shape[1]
+        while True:
+            try:
+                start = planned = clock.mark()
+                if run.parts == 1:
+                    out, planned = self._part(run, q, k, v, layout, block, branch, scale)
+                else:
+                    out = torch.empty_like(q)
+                    for some in torch.arange(heads).tensor_split(run.parts):
+                        of = slice(int(some[0]), int(some[-1]) + 1)
+                        out[:, of], _ = self._part(
+                            run, q[:, of], k[:, of], v[:, of], layout, block, branch, scale)
+                run.stats.timed(run.step, True, start, planned or start, clock.mark())
+                return out
+            except OutOfMemory:
+                if run.parts >= heads:
+                    raise
+            run.plans.close()
+            run.parts = min(heads, 2 * run.parts)
+            self.remark(SHORT_OF_MEMORY)
+
+    def _part(self, run: _Run, q, k, v, layout, block, branch, scale):
+        """The output, and the mark after planning, None if nothing was planned."""
+        plan, outcome = self._plan(run, q, k, layout, block, branch, scale)
+        planned = None if outcome == REUSED else run.stats.clock.mark()
+        out = attend(q, k, v, plan)
+        run.stats.add_plan(UNKNOWN_BLOCK if block is None else block, plan)
+        run.stats.plans[outcome] += 1
+        return out, planned
+
+    def _plan(self, run: _Run, q, k, layout, block, branch, scale) -> tuple[SparsePlan, str]:
+        """A kept plan or a new one, and which."""
+        def build():
+            return build_plan(q, k, self.settings, layout, scale=scale)
+
+        if self.policy.reuse_steps == 1:
+            return build(), MADE
+        missing = ("an unknown block" if block is None else "an unknown conditioning branch" if branch is None
+                   else "padded keys" if layout.key_valid is not None else None)
+        if missing:
+            run.stats.remarks[f"plans are not kept for calls with {missing}"] = None
+            return build(), MADE
+        place = layout.grid, layout.front, layout.back, layout.query_start
+        return run.plans.plan((block, branch, place, q.shape, k.shape[2], scale, str(q.device)), build)
 
     def _unable(self, run: _Run, q, k, v) -> str | None:
         """Why this call cannot run sparse, whatever the step."""
@@ -185,8 +242,9 @@ class Engine:
 
     def _describe(self, run: _Run) -> str:
         s = self.settings
-        return (f"threshold {s.threshold:g}, tiles {s.tile_queries}x{s.tile_keys}, {s.order} order, "
-                f"tail {'on' if s.tail else 'off'}, warm-up {run.warmup} of {run.steps} steps")
+        kept = f", plans serve {self.policy.reuse_steps} steps" if self.policy.reuse_steps > 1 else ""
+        return (f"{s.rule}, tiles {s.tile_queries}x{s.tile_keys}, {s.order} order, "
+                f"tail {'on' if s.tail else 'off'}, warm-up {run.warmup} of {run.steps} steps{kept}")
 
     def _implementation(self, run: _Run) -> str:
         if run.device_reason:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -103,14 +104,46 @@ def token_order(grid: tuple[int, int, int], front: int, back: int, order: str) -
 
     "cells": stable sort by brick (t//4, h//4, w//8), cell (t%4//2, h%4//2, w%8//4) and place in the
     cell (t%2, h%2, w%4); where the grid is divisible, runs of 16 are 2x2x4 cells.
+    "hilbert": by the index on the 3-D Hilbert curve of the smallest cube of side 2^b that holds the
+    grid; where 2^i divides the grid, runs of 8^i are cubes of side 2^i.
     """
     t, h, w = (a.ravel() for a in np.indices(grid))
     video = np.arange(t.size)
     if order == "cells":
         keys = (t // 4, h // 4, w // 8, t % 4 // 2, h % 4 // 2, w % 8 // 4, t % 2, h % 2, w % 4)
         video = np.lexsort(keys[::-1])
+    elif order == "hilbert":
+        video = np.argsort(hilbert_index((w, h, t)), kind="stable")
     sinks = np.r_[0:front, front + t.size : front + t.size + back]
     return np.concatenate((video + front, sinks)).astype(np.int64)
+
+
+def hilbert_index(axes: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Index of points on the Hilbert curve of the smallest cube 0..2^b-1 that holds them, int64.
+
+    J. Skilling, Programming the Hilbert curve (2004): turn and mirror each level as the levels above it ask,
+    then Gray-code; bits of the axes interleave, those of the first axis leading.
+    """
+    x = [np.array(axis, dtype=np.int64) for axis in axes]
+    bits = max((int(axis.max(initial=0)) for axis in x), default=0).bit_length()
+    for bit in reversed(range(1, bits)):
+        below = (1 << bit) - 1
+        for axis in x:
+            is_set = axis >> bit & 1
+            swapped = (x[0] ^ axis) & below & (is_set - 1)
+            x[0] ^= swapped | (below & -is_set)
+            if axis is not x[0]:
+                axis ^= swapped
+    for before, axis in pairwise(x):
+        axis ^= before
+    flip = np.zeros_like(x[0])
+    for bit in range(1, bits):
+        flip ^= ((1 << bit) - 1) & -(x[-1] >> bit & 1)
+    index = np.zeros_like(x[0])
+    for bit in reversed(range(bits)):
+        for axis in x:
+            index = index << 1 | (axis ^ flip) >> bit & 1
+    return index
 
 
 def octet_boxes(tokens: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray | None:

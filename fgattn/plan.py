@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from . import runtime
-from .errors import InvalidArgument
+from . import methods, runtime
+from .errors import InvalidArgument, Unsupported
 from .grouping import KERNEL_ROWS, group
-from .order import CELL, Geometry, TokenLayout, geometry
+from .order import CELL, OCTET, Geometry, TokenLayout, geometry
 from .selection import merge_runs, select
 from .settings import Settings
 from .tensors import CHUNK_ELEMENTS, check_tensors, head_chunks, ordered
@@ -54,6 +54,11 @@ class SparsePlan:
     @property
     def keys(self) -> int:
         return len(self.geometry.key_tokens)
+
+    @property
+    def gathers(self) -> bool:
+        """Keys are brought row by row: slices are finer than octets, or octets are no boxes."""
+        return self.tile_keys < OCTET or self.key_valid is not None or self.geometry.boxes is None
 
     @property
     def density(self) -> torch.Tensor:
@@ -125,15 +130,17 @@ def build_plan(
 
     Args:
         q: [B, H, L_q, D]; k: [B, H, L_k, D]; fp16, bf16, fp32 (bf16 is computed on a GPU) or float64.
-        settings: threshold, tile sizes, tail, order.
+        settings: method and its strength, tile sizes, tail, order.
         layout: of the keys; `layout.length` must be L_k.
         scale: softmax scale, D**-0.5 if None.
         impl: "torch" or "triton" (on a GPU); None takes the faster one that runs. Their plans differ at
-            most where a score is within 1e-4 of the threshold.
+            most where a score is within 1e-4 of the threshold. Methods other than "threshold" are torch
+            code on every device.
 
     Raises:
         InvalidArgument: shapes, layout and settings that do not fit together.
-        Unsupported: tensors that no implementation takes (grouped heads, strides).
+        Unsupported: tensors that no implementation takes (grouped heads, strides), a method that the
+            asked implementation lacks.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 2, 4 * 8 * 8, 64).unbind()
@@ -149,8 +156,11 @@ def build_plan(
     valid = _ordered_valid(layout, batch, keys, settings.order, q.device)
     geo = geometry(layout, settings.order, queries, q.device)
     scale = dim**-0.5 if scale is None else scale
+    by_threshold = settings.method == "threshold"
     if impl is None:
-        impl = "torch" if runtime.triton_reason(q) else "triton"
+        impl = "torch" if not by_threshold or runtime.triton_reason(q) else "triton"
+    if impl != "torch" and not by_threshold:
+        raise Unsupported("impl", impl, f"torch for method {settings.method}", "None chooses it.")
     if impl == "triton" and queries and keys:
         from .kernels.select import plan_bits
 
@@ -162,8 +172,11 @@ def build_plan(
     for b, part in head_chunks(batch, heads, elements):
         row_valid = None if valid is None else valid[b]
         if queries and keys:
-            rows_q = ordered(q, b, part, geo.query_tokens)
-            kept = select(rows_q, ordered(k, b, part, geo.key_tokens), row_valid, geo, settings, scale)
+            rows = ordered(q, b, part, geo.query_tokens), ordered(k, b, part, geo.key_tokens)
+            if by_threshold:
+                kept = select(*rows, row_valid, geo, settings, scale)
+            else:
+                kept = methods.select(*rows, row_valid, geo, layout, settings, scale)
         else:
             empty = torch.zeros(part.stop - part.start, tiles, slices, dtype=torch.bool, device=q.device)
             kept = empty, empty

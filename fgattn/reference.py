@@ -20,7 +20,7 @@ def select(
     q: torch.Tensor, k: torch.Tensor, settings: Settings, layout: TokenLayout,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """How far each slice is above its tile's threshold, float64 [B, H, tiles, slices].
+    """How far each slice is above its tile's threshold (the default method), float64 [B, H, tiles, slices].
 
     A slice is requested where this is >= 0: +inf for what is always kept, -inf for slices without
     valid keys. Implementations may differ where it lies within 1e-4 of 0.

@@ -5,6 +5,7 @@ Lines read well in proportional type, which the node uses and which folds spaces
 
 from __future__ import annotations
 
+from .plan_store import NOT_KEPT, REUSED
 from .stats import RunReport
 
 
@@ -27,6 +28,11 @@ def text(report: RunReport) -> str:
              f"attention call: {_call_times(report)}"]
     if report.density is not None:
         lines.append(f"density: {report.density:.1%} requested, {report.executed_density:.1%} executed")
+    if reused := report.plans.get(REUSED):
+        lines.append(f"plans: {sum(report.plans.values()) - reused} made, {reused} reused, which saved about "
+                     f"{report.planning_saved:.1f} ms of planning")
+    if not_kept := report.plans.get(NOT_KEPT):
+        lines.append(f"plans not kept: {not_kept}, memory (reuse_memory_mb) is full")
     if report.peak_memory is not None:
         lines.append(f"peak VRAM: {report.peak_memory / 2**30:.2f} GiB")
     lines += [f"remark: {remark}" for remark in report.remarks]

@@ -14,11 +14,12 @@ import torch
 log = logging.getLogger("fgattn")
 
 
-def fastest(q: torch.Tensor) -> str:
-    """Implementation for tensors like q [B, H, L, D]."""
+def fastest(q: torch.Tensor, gathers: bool = False) -> str:
+    """Implementation for tensors like q [B, H, L, D]; gathers: keys come row by row (`hopper_reason`)."""
     if triton_reason(q):
         return "torch"
-    return "triton" if hopper_reason(q.device) else "hopper"
+    reason = hopper_reason(q.device) or (hopper_reason(q.device, True) if gathers else None)
+    return "triton" if reason else "hopper"
 
 
 def triton_reason(q: torch.Tensor) -> str | None:
@@ -78,9 +79,13 @@ def gpu_kernel(device: torch.device) -> str:
 
 
 @functools.cache
-def hopper_reason(device: torch.device) -> str | None:
-    """Why the Hopper kernel cannot run on a device, or None; runs the kernel's self-test once."""
-    return hopper_missing(device) or self_test(device, "hopper")
+def hopper_reason(device: torch.device, gathers: bool = False) -> str | None:
+    """Why the Hopper kernel cannot run on a device, or None; runs the kernel's self-test once.
+
+    It has two ways to bring keys, each with a self-test of its own: octets by the copy engine, and
+    single rows (`gathers`).
+    """
+    return hopper_missing(device) or self_test(device, "hopper", 1 if gathers else 16)
 
 
 def hopper_missing(device: torch.device) -> str | None:
@@ -96,13 +101,13 @@ def hopper_missing(device: torch.device) -> str | None:
     return None
 
 
-def self_test(device: torch.device, impl: str) -> str | None:
+def self_test(device: torch.device, impl: str, tile_keys: int = 16) -> str | None:
     """Why the kernels fail on a small case, or None: they must agree with the reference and honour the plan.
 
-    It has the shapes of a default run (M=128, N=16, D=128, bf16, tail), whose kernels are then compiled.
+    It has the shapes of a default run (M=128, D=128, bf16, tail), whose kernels are then compiled.
     """
     try:
-        reason = _wrong(device, impl)
+        reason = _wrong(device, impl, tile_keys)
     except Exception as error:
         log.warning("FG-Attn leaves its %s kernel, which fails its self-test:", impl, exc_info=True)
         return f"the kernels do not compile or run here: {_one_line(error)}"
@@ -111,7 +116,7 @@ def self_test(device: torch.device, impl: str) -> str | None:
     return reason
 
 
-def _wrong(device: torch.device, impl: str) -> str | None:
+def _wrong(device: torch.device, impl: str, tile_keys: int) -> str | None:
     from .attention import attend
     from .order import TokenLayout
     from .plan import build_plan
@@ -121,9 +126,10 @@ def _wrong(device: torch.device, impl: str) -> str | None:
         device, torch.bfloat16).unbind()
     layout = TokenLayout((5, 10, 12))
     everything = build_plan(q, k, Settings(threshold=0.0), layout, impl="torch")
-    plan = build_plan(q, k, Settings(threshold=1.5), layout, impl="triton")
+    settings = Settings(threshold=1.5, tile_keys=tile_keys)
+    plan = build_plan(q, k, settings, layout, impl="triton")
     result = attend(q, k, v, plan, impl=impl).float()
-    torch_plan = build_plan(q, k, Settings(threshold=1.5), layout, impl="torch")
+    torch_plan = build_plan(q, k, settings, layout, impl="torch")
     if (plan.bits != torch_plan.bits).double().mean().item() > 0.05:
         return "the kernels' self-test selects other keys than the reference"
     expected = attend(q, k, v, plan, impl="reference").float()

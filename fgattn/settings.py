@@ -6,11 +6,12 @@ import math
 import re
 from dataclasses import dataclass
 
+from . import methods
 from .errors import InvalidArgument
 
 TILE_QUERIES = (16, 32, 64, 128)
 TILE_KEYS = (1, 2, 4, 8, 16, 32, 64, 128)
-ORDERS = ("cells", "raster")
+ORDERS = ("cells", "raster", "hilbert")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class Settings:
         tile_queries: M, queries that share one selection.
         tile_keys: N, consecutive keys that are kept or skipped together.
         tail: add a pooled estimate of what is skipped.
-        order: token order, "cells" (compact 3-D cells of 16 tokens) or "raster".
+        order: token order, "cells" (compact 3-D cells of 16 tokens), "raster" or "hilbert".
+        method: selection rule; the other ones of `methods` do not use `threshold`.
+        method_parameter: strength of such a method; 0 chooses its own default.
     """
 
     threshold: float = 1.0
@@ -31,6 +34,8 @@ class Settings:
     tile_keys: int = 16
     tail: bool = True
     order: str = "cells"
+    method: str = "threshold"
+    method_parameter: float = 0.0
 
     def __post_init__(self):
         number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
@@ -42,6 +47,14 @@ class Settings:
         _one_of("tile_keys", self.tile_keys, TILE_KEYS, "16 is a good start.")
         _one_of("order", self.order, ORDERS, "Use cells for video.")
         _boolean("tail", self.tail)
+        methods.check(self.method, self.method_parameter)
+
+    @property
+    def rule(self) -> str:
+        """Method and strength in words, for reports."""
+        if self.method == "threshold":
+            return f"threshold {self.threshold:g}"
+        return f"{self.method} {methods.strength(self.method, self.method_parameter):g}"
 
 
 @dataclass(frozen=True)
@@ -54,18 +67,25 @@ class Policy:
         final_dense_steps: dense steps at the end of a run that ends without noise.
         dense_blocks: transformer blocks that stay dense.
         min_tokens: shortest sequence that runs sparse; 0 chooses by device.
+        reuse_steps: steps that a plan serves; 1 makes one for every call.
+        reuse_memory_mb: most memory of kept plans, in 10^6 bytes; when it is full, no plan is added.
     """
 
     warmup_steps: int = 2
     final_dense_steps: int = 0
     dense_blocks: frozenset[int] = frozenset()
     min_tokens: int = 0
+    reuse_steps: int = 1
+    reuse_memory_mb: int = 1200  # 1 118 for Wan 14B at 720p, 81 frames, N = 16, both branches
 
     def __post_init__(self):
-        for name in ("warmup_steps", "final_dense_steps", "min_tokens"):
+        for name in ("warmup_steps", "final_dense_steps", "min_tokens", "reuse_memory_mb"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise InvalidArgument(name, value, "a whole number of at least 0", "Use 0 for none.")
+        if type(self.reuse_steps) is not int or self.reuse_steps < 1:
+            raise InvalidArgument("reuse_steps", self.reuse_steps, "a whole number of at least 1",
+                                  "Use 1 for a fresh plan in every call.")
         blocks = self.dense_blocks
         if not isinstance(blocks, frozenset) or any(type(b) is not int for b in blocks):
             raise InvalidArgument("dense_blocks", blocks, "a frozenset of whole numbers",

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .plan_store import REUSED
+
 
 class Clock:
     """Marks in time on one device: CUDA events, or the host's clock elsewhere."""
@@ -69,11 +71,13 @@ class RunReport:
         tokens: longest eligible sequence.
         implementation: what ran sparse calls, or why none could.
         total: from the first model evaluation to the end.
-        dense_call, sparse_call: median time of an eligible call in dense and in sparse steps,
-            planning included; None if there was none.
+        dense_call, sparse_call: median time of an eligible call in dense and in sparse steps; None
+            if there was none. Planning is included, by the share of calls that had to plan.
         calls: number of attention calls by outcome ("sparse" or the reason for dense).
         peak_memory: of the CUDA device during the run; None on other devices.
         error: the exception that turned the run dense, as text.
+        plans: number of sparse calls by what became of their plan (see `plan_store`).
+        planning_saved: calls that reused a plan, times the median time of planning.
         scheduled, warmup: steps of the schedule, and how many of them are dense at its start.
     """
 
@@ -92,6 +96,8 @@ class RunReport:
     peak_memory: int | None
     error: str | None
     remarks: tuple[str, ...] = ()
+    plans: dict[str, int] = field(default_factory=dict)
+    planning_saved: float = 0.0
     scheduled: int = 0
     warmup: int = 0
 
@@ -117,6 +123,7 @@ class RunStats:
 
     clock: Clock
     calls: Counter = field(default_factory=Counter)
+    plans: Counter = field(default_factory=Counter)
     error: str | None = None
     remarks: dict[str, None] = field(default_factory=dict)
     tokens: int = 0
@@ -138,6 +145,7 @@ class RunStats:
             self._steps[step] = self.clock.mark()
 
     def timed(self, step: int, sparse: bool, start, planned, end) -> None:
+        """Note a call's marks; `planned` is `start` where nothing was planned."""
         self._timed.append((step, sparse, start, planned, end))
 
     def add_plan(self, block: int, plan) -> None:
@@ -200,6 +208,9 @@ class RunStats:
             steps.append(StepReport(
                 step, self.clock.milliseconds(mark, bounds[i + 1]), sum(t[3] for t in mine),
                 sum(t[2] for t in mine), sparse, len(mine) - sparse))
+        sparse_calls = [t[3] for t in timed if t[1]]
+        planning = [t[2] for t in timed if t[1] and t[2] > 0]
+        plan_time = _median(planning) or 0.0
         scores = torch.stack([*self._scores.values()]).tolist() if self._scores else []
         blocks = tuple(BlockReport(b, s[0] / s[2], s[1] / s[2])
                        for b, s in sorted(zip(self._scores, scores, strict=True)))
@@ -210,12 +221,14 @@ class RunStats:
             device=torch.cuda.get_device_name(self.clock.device) if cuda else str(self.clock.device),
             total=self.clock.milliseconds(bounds[0], end) if starts else 0.0,
             steps=tuple(steps), blocks=blocks, calls=dict(self.calls),
-            dense_call=_median([t[2] + t[3] for t in timed if not t[1]]),
-            sparse_call=_median([t[2] + t[3] for t in timed if t[1]]),
+            dense_call=_median([t[3] for t in timed if not t[1]]),
+            sparse_call=(_median(sparse_calls) + plan_time * len(planning) / len(sparse_calls)
+                         if sparse_calls else None),
             density=sums[0] / sums[2] if scores else None,
             executed_density=sums[1] / sums[2] if scores else None,
             peak_memory=torch.cuda.max_memory_allocated(self.clock.device) if cuda else None,
-            error=self.error, remarks=tuple(self.remarks),
+            error=self.error, remarks=tuple(self.remarks), plans=dict(self.plans),
+            planning_saved=self.plans[REUSED] * plan_time,
             scheduled=self.scheduled, warmup=self.warmup)
 
 

@@ -1,6 +1,7 @@
-"""What is known of a model's attention calls: the video's token grid, what stands beside it, the block."""
+"""What is known of a model's attention calls: the video's token grid, what is beside it, block, branch."""
 
 import math
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,14 @@ def call_block(options: dict, video: Video | None) -> int | None:
     if block is not None and video is not None and options.get("block_type") == "single":
         block += video.double_blocks
     return block
+
+
+def call_branch(options: dict) -> Hashable | None:
+    """Conditionings (one per part of the batch) and context window of a call; None if not reported."""
+    uuids, window = options.get("uuids"), options.get("context_window")
+    if not uuids or (window is not None and not hasattr(window, "index_list")):
+        return None
+    return tuple(uuids), window and tuple(window.index_list)
 
 
 def valid_keys(mask: torch.Tensor, batch: int, keys: int) -> torch.Tensor | str | None:

@@ -20,7 +20,7 @@ from ..fgattn.engine import Engine
 from ..fgattn.report import headline
 from ..fgattn.settings import Policy, Settings
 from .live import Live
-from .models import NO_GRID, call_block, call_layout, valid_keys, video_of
+from .models import NO_GRID, call_block, call_branch, call_layout, valid_keys, video_of
 from .status import show
 
 KEY = "fgattn"
@@ -145,7 +145,8 @@ class Override:
             out = self.patch.engine.attention(
                 *((q, k, v) if skip_reshape else map(split, (q, k, v))), layout=layout,
                 dense=(fallback if skip_output_reshape else lambda: split(fallback())),
-                block=call_block(options, video), scale=kwargs.get("scale"))
+                block=call_block(options, video), branch=call_branch(options),
+                scale=kwargs.get("scale"))
             return out if skip_output_reshape else rearrange(out, "b h l d -> b l (h d)")
         finally:
             thread.inside = False

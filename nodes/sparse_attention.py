@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..fgattn.errors import InvalidArgument
+from ..fgattn.methods import METHOD_NAMES, check
 from ..fgattn.settings import ORDERS, TILE_KEYS, TILE_QUERIES, Policy, Settings, parse_blocks
 from .patch import Patch
 
@@ -52,7 +53,26 @@ class FGAttnPatch(io.ComfyNode):
                 io.Combo.Input(
                     "order", options=list(ORDERS), default="cells", advanced=True,
                     tooltip="Token order for tiles and slices: cells are compact in time, height and width; "
-                    "raster is the model's own order."),
+                    "raster is the model's own order; hilbert follows a 3-D Hilbert curve."),
+                io.Combo.Input(
+                    "method", options=list(METHOD_NAMES), default="threshold", advanced=True,
+                    tooltip="How keys are selected. The other ones are published methods to compare with: "
+                    "they plan more slowly, take their strength from method_parameter, ignore threshold."),
+                io.Float.Input(
+                    "method_parameter", default=0.0, min=0.0, max=8.0, step=0.05, advanced=True,
+                    tooltip="Strength of a method other than threshold; 0 is its own default. top_k and "
+                    "hierarchical: share of the keys, up to 1 (0.3); sol: tau, higher is faster (1.3); "
+                    "radial: decay factor (0.2)."),
+                io.Int.Input(
+                    "reuse_steps", default=1, min=1, max=50, advanced=True,
+                    tooltip="Steps that a choice of what to compute is used for; 1 chooses anew in every "
+                    "call. More saves planning time, most with tile_keys below 16, but costs memory, "
+                    "and accuracy as the video changes from step to step."),
+                io.Int.Input(
+                    "reuse_memory_mb", default=1200, min=0, max=1_000_000, advanced=True,
+                    tooltip="Most GPU memory for what reuse_steps keeps, in MB. When it is full, the other "
+                    "calls choose anew. Wan 14B at 720p, 81 frames, needs 1118 with tile_keys 16, "
+                    "16 times as much with 1."),
             ],
             outputs=[io.Model.Output("patched", display_name="MODEL",
                                      tooltip="The model with sparse attention; the input stays as it was.")],
@@ -60,10 +80,17 @@ class FGAttnPatch(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, dense_blocks: str) -> bool | str:
-        """Refuse a wrong block list when the graph is queued; the frontend guards the other inputs."""
+    def validate_inputs(
+        cls, dense_blocks: str | None, method: str | None = "threshold", method_parameter: float | None = 0.0,
+    ) -> bool | str:
+        """Refuse what is wrong when the graph is queued; None comes through a link and is checked later.
+
+        The frontend guards the other inputs.
+        """
         try:
             parse_blocks(dense_blocks or "")
+            if method is not None and method_parameter is not None:
+                check(method, method_parameter)
         except InvalidArgument as error:
             return str(error)
         return True
@@ -72,8 +99,11 @@ class FGAttnPatch(io.ComfyNode):
     def execute(
         cls, model, threshold: float, tile_queries: str, tile_keys: str, warmup_steps: int,
         min_tokens: int = 0, dense_blocks: str = "", final_dense_steps: int = 0, tail: bool = True,
-        order: str = "cells",
+        order: str = "cells", method: str = "threshold", method_parameter: float = 0.0, reuse_steps: int = 1,
+        reuse_memory_mb: int = 1200,
     ) -> io.NodeOutput:
-        settings = Settings(threshold, int(tile_queries), int(tile_keys), tail, order)
-        policy = Policy(warmup_steps, final_dense_steps, parse_blocks(dense_blocks), min_tokens)
+        settings = Settings(
+            threshold, int(tile_queries), int(tile_keys), tail, order, method, method_parameter)
+        policy = Policy(warmup_steps, final_dense_steps, parse_blocks(dense_blocks), min_tokens,
+                        reuse_steps, reuse_memory_mb)
         return io.NodeOutput(Patch(settings, policy, cls.hidden.unique_id).install(model))

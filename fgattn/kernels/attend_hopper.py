@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..order import CELL, OCTET
+from ..order import CELL
 from ..plan import SparsePlan
 from .attend_fwd import LOG2_E, Lists, scaled_tail
 from .hopper_producers import PRODUCERS, ROWS, descriptors, fetch, gather
@@ -243,9 +243,9 @@ def attend_hopper(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
         q, scale = -q, -scale
     tail_out, tail_lse = scaled_tail(tail)
     launch = TABLE[dim, plan.tile_rows]
-    boxes = plan.geometry.boxes if plan.key_valid is None and plan.tile_keys >= OCTET else None
-    if not all(stride > 0 for x in (k, v) for stride in x.stride()):  # expanded: no boxes
-        boxes = None
+    boxes = None if plan.gathers else plan.geometry.boxes
+    if any(n > 1 and stride == 0 for x in (k, v) for n, stride in zip(x.shape, x.stride(), strict=True)):
+        boxes = None  # expanded tensors have no boxes
     registers = launch.registers if boxes is None else BOX_REGISTERS
     described = (None,) * 6
     with torch.cuda.device(q.device):

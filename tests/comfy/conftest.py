@@ -30,22 +30,38 @@ def pack(pack_root):
     return pack_root
 
 
-@pytest.fixture(scope="session")
-def wan_weights(pack):
-    """State dict of a tiny Wan 2.1 T2V: 3 blocks, 2 heads of 128, random."""
+def weights_of(kind, **options):
+    """State dict of a tiny Wan 2.1 model: 2 heads of 128, random."""
     import comfy.ops
     import torch
-    from comfy.ldm.wan.model import WanModel
 
     torch.manual_seed(0)
-    model = WanModel(model_type="t2v", dim=256, ffn_dim=256, num_heads=2, num_layers=3, text_dim=4096,
-                     operations=comfy.ops.disable_weight_init)
+    model = kind(dim=256, ffn_dim=256, num_heads=2, text_dim=4096, operations=comfy.ops.disable_weight_init,
+                 **options)
     weights = {}
     for name, tensor in model.state_dict().items():
         spread = 1.0 if "modulation" in name else max(tensor.shape[-1], 1) ** -0.5
         base = torch.ones_like(tensor) if name.endswith(("norm_q.weight", "norm_k.weight")) else 0.0
         weights[name] = torch.randn(tensor.shape) * spread + base
     return weights
+
+
+@pytest.fixture(scope="session")
+def wan_weights(pack):
+    """T2V, 3 blocks."""
+    from comfy.ldm.wan.model import WanModel
+
+    return weights_of(WanModel, model_type="t2v", num_layers=3)
+
+
+@pytest.fixture
+def vace(pack):
+    """A ModelPatcher of VACE: 2 blocks, and one of control that runs after block 0."""
+    import comfy.sd
+    from comfy.ldm.wan.model import VaceWanModel
+
+    return comfy.sd.load_diffusion_model_state_dict(
+        weights_of(VaceWanModel, num_layers=2, vace_layers=1, vace_in_dim=96))
 
 
 @pytest.fixture

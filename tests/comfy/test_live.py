@@ -39,6 +39,13 @@ def test_a_run_is_told_step_by_step(wan, sample, patched, report, told):
     json.dumps(told)
 
 
+def test_steps_that_reuse_plans_are_told_apart(wan, sample, patched, told):
+    """Every second sparse step plans nothing."""
+    sample(patched(wan, warmup_steps=2, reuse_steps=2))
+    kinds = [s["kind"] for s in told[-1][1]["timeline"]]
+    assert kinds == ["warm-up"] * 2 + ["sparse", "reused"] * 3
+
+
 def test_the_end_is_told_however_it_comes(wan, sample, patched, told, monkeypatch):
     """Stopped by the user, failed elsewhere, failed in our path."""
     from comfy.model_management import InterruptProcessingException

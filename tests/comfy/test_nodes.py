@@ -47,7 +47,8 @@ def test_input_order_is_permanent(nodes):
     """Saved workflows store values by position: append, never reorder."""
     assert [i.id for i in nodes.FGAttnPatch.GET_SCHEMA().inputs] == [
         "model", "threshold", "tile_queries", "tile_keys", "warmup_steps", "min_tokens", "dense_blocks",
-        "final_dense_steps", "tail", "order"]
+        "final_dense_steps", "tail", "order", "method", "method_parameter", "reuse_steps",
+        "reuse_memory_mb"]
     assert [i.id for i in nodes.FGAttnTiming.GET_SCHEMA().inputs] == ["model", "latent", "model_2"]
 
 
@@ -71,6 +72,33 @@ def test_wrong_blocks_are_refused_when_queued(nodes, text):
 def test_right_blocks_are_accepted(nodes):
     assert nodes.FGAttnPatch.validate_inputs(dense_blocks=" 0, 1, 38 - 39 ") is True
     assert nodes.FGAttnPatch.validate_inputs(dense_blocks="") is True
+
+
+@pytest.mark.parametrize(("method", "parameter", "says"), [
+    ("threshold", 0.3, "0 with method threshold"), ("top_k", 1.5, "up to 1 with top_k"),
+    ("sol", 9.0, "up to 8 with sol"), ("topk", 0.0, "threshold, top_k, sol, hierarchical, radial")])
+def test_wrong_methods_are_refused_when_queued(nodes, method, parameter, says):
+    """A strength that the method does not take stops the graph before anything is computed."""
+    message = nodes.FGAttnPatch.validate_inputs(dense_blocks="", method=method, method_parameter=parameter)
+    assert isinstance(message, str) and says in message
+
+
+def test_right_methods_are_accepted(nodes):
+    """Every listed method with its default; what comes through a link is only known later."""
+    method = next(i for i in nodes.FGAttnPatch.GET_SCHEMA().inputs if i.id == "method")
+    for name in method.options:
+        assert nodes.FGAttnPatch.validate_inputs(dense_blocks="", method=name, method_parameter=0.0) is True
+    assert nodes.FGAttnPatch.validate_inputs(dense_blocks=None, method="sol", method_parameter=1.0) is True
+    assert nodes.FGAttnPatch.validate_inputs(dense_blocks="", method=None, method_parameter=0.4) is True
+
+
+@pytest.mark.parametrize("method", ["top_k", "sol", "hierarchical", "radial"])
+def test_every_method_samples(wan, sample, patched, timing, method):
+    """In the graph, in its own order, and named in the report."""
+    model = patched(wan, method=method, order="hilbert" if method == "hierarchical" else "cells")
+    sample(model)
+    text = timing(model=model, latent={}).args[1]
+    assert text.startswith("sparse: ") and f"settings: {method} " in text and "error" not in text
 
 
 def test_timing_reports_a_run(wan, sample, patched, timing):

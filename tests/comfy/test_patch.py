@@ -260,3 +260,118 @@ def test_declined_calls_have_a_reason(pack, wan, patched, reason, mask):
                             transformer_options=model.model_options["transformer_options"])
     assert torch.equal(got, attention_pytorch(q, k, v, heads=2, mask=mask))
     assert patch.engine.end_run().calls == {reason: 1}
+
+
+def separately(model, monkeypatch):
+    """A cond and uncond that are not batched: two model calls an evaluation."""
+    monkeypatch.setattr("comfy.samplers.can_concat_cond", lambda one, other: one is other)
+    return model
+
+
+@pytest.fixture
+def plan_uses(pack, monkeypatch):
+    """Every sparse call in order: its step, block and branch; those its plan was made for; the plan."""
+    engine = sys.modules["fgattn_pack.fgattn.engine"]
+    run, uses, made = engine.Engine._plan, [], {}
+
+    def plan(self, state, q, k, layout, block, branch, scale):
+        found, outcome = run(self, state, q, k, layout, block, branch, scale)
+        made.setdefault(id(found), (found, state.step, block, branch))
+        uses.append((state.step, block, branch, *made[id(found)][1:], found))
+        return found, outcome
+
+    monkeypatch.setattr(engine.Engine, "_plan", plan)
+    return uses
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["one call", "two calls"])
+def test_plans_serve_two_steps_of_their_branch(wan, sample, patched, report, plan_uses, monkeypatch, batched):
+    """Every plan is used by its own block and conditioning, in the step it was made in and the next."""
+    model = patched(wan, reuse_steps=2)
+    sample(model if batched else separately(model, monkeypatch))
+    calls = 1 if batched else 2  # an evaluation
+    last = report(model)
+    assert last.calls["sparse"] == 8 * BLOCKS * calls and last.error is None and not last.remarks
+    assert last.plans == {"made": 4 * BLOCKS * calls, "reused": 4 * BLOCKS * calls}
+    assert len(plan_uses) == 8 * BLOCKS * calls
+    for step, block, branch, made_in, made_for_block, made_for_branch, _ in plan_uses:
+        assert (block, branch) == (made_for_block, made_for_branch) and made_in == step - step % 2
+    branches = {branch for _, _, branch, *_ in plan_uses}
+    assert len(branches) == calls
+    assert all(len(uuids) == 3 - calls and window is None for uuids, window in branches)
+    assert "reused" in report_text(last) and [s.planning > 0 for s in last.steps] == [True, False] * 4
+
+
+def report_text(last):
+    return sys.modules["fgattn_pack.fgattn.report"].text(last)
+
+
+def test_reuse_changes_little(wan, sample, patched):
+    """Plans of the step before are no longer the same choice, but a close one."""
+    dense, fresh = sample(wan), sample(patched(wan))
+    reused = sample(patched(wan, reuse_steps=2))
+    assert not torch.equal(reused, fresh)
+    assert relative(reused, dense) < 2 * relative(fresh, dense)
+    keep_all = sample(patched(wan, threshold=0.0))
+    assert torch.equal(sample(patched(wan, threshold=0.0, reuse_steps=8)), keep_all)
+
+
+def test_plans_that_do_not_fit_are_reported(wan, sample, patched, report):
+    """The result is that of fresh plans, and the report says why."""
+    model = patched(wan, reuse_steps=4, reuse_memory_mb=0)
+    assert torch.equal(sample(model), sample(patched(wan)))
+    assert report(model).plans == {"not kept": 8 * BLOCKS}
+    assert f"plans not kept: {8 * BLOCKS}, memory (reuse_memory_mb) is full" in report_text(report(model))
+
+
+def test_context_windows_keep_their_own_plans(wan, sample, patched, report, plan_uses):
+    """Windows of frames are evaluated one by one with the same conditioning; the plans stay apart."""
+    from comfy.context_windows import (
+        ContextFuseMethods,
+        IndexListContextHandler,
+        get_matching_context_schedule,
+        get_matching_fuse_method,
+    )
+
+    model = patched(wan, reuse_steps=2)
+    model.model_options["context_handler"] = IndexListContextHandler(
+        context_schedule=get_matching_context_schedule("standard_static"),
+        fuse_method=get_matching_fuse_method(ContextFuseMethods.PYRAMID), context_length=2, context_overlap=1,
+        context_stride=1, closed_loop=False, dim=2)
+    sample(model)
+    windows = {window for _, _, (_, window), *_ in plan_uses}
+    assert windows == {(0, 1), (1, 2)}
+    assert report(model).plans == {"made": 8 * BLOCKS, "reused": 8 * BLOCKS}
+    for step, block, branch, made_in, made_for_block, made_for_branch, _ in plan_uses:
+        assert (block, branch) == (made_for_block, made_for_branch) and made_in == step - step % 2
+
+
+def test_control_blocks_keep_their_own_plans(vace, sample, patched, report, plan_uses):
+    """VACE runs a second attention under the number of block 0."""
+    model = patched(vace, reuse_steps=2)
+    sample(model)
+    assert report(model).calls["sparse"] == 8 * 3
+    assert report(model).plans == {"made": 4 * 3, "reused": 4 * 3}
+    assert [block for _, block, *_ in plan_uses] == [0, 0, 1] * 8
+    plans = [plan for *_, plan in plan_uses]
+    for i in range(0, len(plans), 6):  # an even step and the next one; plans are equal only to themselves
+        assert plans[i : i + 3] == plans[i + 3 : i + 6]
+    assert len({id(plan) for plan in plans}) == 4 * 3
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2s_ancestral"])
+def test_evaluations_of_a_step_share_plans(wan, sample, patched, report, plan_uses, sampler):
+    """Samplers that evaluate several times a step make a plan every other step all the same."""
+    model = patched(wan, reuse_steps=2)
+    sample(model, sampler=sampler)
+    assert report(model).plans["made"] == 4 * BLOCKS
+    assert len(plan_uses) == report(model).calls["sparse"] > 8 * BLOCKS
+    assert all(made_in in (step - 1, step) for step, _, _, made_in, *_ in plan_uses)
+
+
+@pytest.mark.parametrize(("options", "known"), [
+    ({}, False), ({"uuids": []}, False), ({"uuids": ["a"]}, True),
+    ({"uuids": ["a"], "context_window": object()}, False)], ids=["none", "empty", "uuid", "unknown window"])
+def test_branch_of_a_call(pack, options, known):
+    """What cannot be told apart is unknown, and its plans are not kept."""
+    assert (sys.modules["fgattn_pack.nodes.models"].call_branch(options) is not None) == known

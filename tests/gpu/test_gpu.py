@@ -12,6 +12,7 @@ import pytest
 import torch
 from fgattn import Settings, TokenLayout, attend, build_plan, plan_from_mask, reference, runtime
 from fgattn.engine import Engine
+from fgattn.methods import METHODS
 from fgattn.plan import of_heads
 from fgattn.settings import TILE_KEYS, TILE_QUERIES, Policy
 
@@ -329,6 +330,29 @@ def one_tile(plan, head, tile):
     return dataclasses.replace(
         plan, bits=plan.bits[:, head : head + 1, tile : tile + 1],
         geometry=dataclasses.replace(plan.geometry, query_tokens=queries)), plan.geometry.query_tokens[rows]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("m", "n"), [(128, 16), (64, 64), (16, 4)])
+def test_methods_on_the_gpu(method, m, n):
+    """Every selection method: no wait for the host after the first call, and the selection of the CPU."""
+    layout = TokenLayout((5, 24, 40), back=17)
+    q, k, v = tensors(1, 3, layout.length, 128)
+    q += k.roll(1, 1)  # some structure
+    settings = Settings(1.0, m, n, order="hilbert", method=method)
+    first = build_plan(q, k, settings, layout)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = build_plan(q, k, settings, layout)
+        out = attend(q, k, v, again)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first.bits, again.bits) and out.isfinite().all()
+    there = build_plan(q.cpu(), k.cpu(), settings, layout)
+    assert (first.requested.cpu() / there.requested - 1).abs().max() < 5e-3
+    if m >= 64:  # smaller tiles may run in another order
+        assert (first.bits.cpu() != there.bits).double().mean() < 0.02
 
 
 def test_720p_length_sampled_and_twice():

@@ -1,12 +1,14 @@
 """Engine: which calls run dense and why, what happens on failure, and what the books say."""
 
 import contextlib
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
 from fgattn import Settings, TokenLayout, attend, build_plan
-from fgattn.engine import Engine, step_of
+from fgattn.engine import SHORT_OF_MEMORY, Engine, OutOfMemory, step_of
 from fgattn.settings import Policy
 from makers import tensors
 
@@ -340,3 +342,236 @@ def test_sampler_that_goes_back():
     """Restart samplers add noise again: the step follows the level, in either direction."""
     one = engine(Policy(warmup_steps=1))
     assert ran_sparse(one, falling(4), evaluations=[1.0, 0.5, 1.0, 0.25]) == [False, True, False, True]
+
+
+def inputs(step, branch=0, length=128):
+    """q, k, v of a step and a branch: all different."""
+    return tensors(2, length, seed=100 * branch + step)
+
+
+class Watched:
+    """An engine at k steps per plan, with the steps whose calls made a plan."""
+
+    def __init__(self, monkeypatch, steps, sigmas=None, **policy):
+        self.engine, self.made, self.step, self.plans = engine(
+            Policy(0, reuse_steps=steps, **policy)), [], 0, weakref.WeakSet()
+        monkeypatch.setattr("fgattn.engine.build_plan", self.build)
+        self.engine.begin_run(sigmas or falling(6), True, CPU)
+
+    def build(self, *args, **options):
+        plan = build_plan(*args, **options)
+        self.plans.add(plan)
+        self.made.append(self.step)
+        return plan
+
+    def at(self, step, sigma=None):
+        self.step = step
+        self.engine.begin_evaluation(1 - step / 6 if sigma is None else sigma)
+
+    def call(self, q, k, v, layout=LAYOUT, block=0, **options):
+        return self.engine.attention(
+            q, k, v, layout=layout, dense=lambda: DENSE, block=block, **options)
+
+
+@pytest.mark.parametrize(("steps", "made"), [
+    (1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4]), (3, [0, 3]), (6, [0])], ids=lambda x: str(x))
+def test_a_plan_serves_its_steps(steps, made, monkeypatch):
+    """The lists are old, the tail and the attention are of the call's own q, k and v, to the bit."""
+    one = Watched(monkeypatch, steps)
+    for step in range(6):
+        one.at(step)
+        q, k, v = inputs(step)
+        plan = build_plan(*inputs(step - step % steps)[:2], SETTINGS, LAYOUT)
+        assert torch.equal(one.call(q, k, v), attend(q, k, v, plan))
+    assert one.made == made
+    report = one.engine.end_run()
+    reused = {"reused": 6 - len(made)} if len(made) < 6 else {}
+    assert report.plans == {"made": len(made), **reused} and report.calls == {"sparse": 6}
+    assert [s.planning > 0 for s in report.steps] == [step in made for step in range(6)]
+    assert (report.planning_saved > 0) == (steps > 1)
+    assert report.settings.endswith(f", plans serve {steps} steps" if steps > 1 else "6 steps")
+
+
+def test_one_step_is_one_plan_per_call(monkeypatch):
+    """The default keeps nothing, not even within a step."""
+    assert Policy().reuse_steps == 1
+    one = Watched(monkeypatch, 1)
+    for sigma in (1.0, 0.95):
+        one.at(0, sigma)
+        q, k, v = inputs(0)
+        assert torch.equal(one.call(q, k, v), attend(q, k, v, build_plan(q, k, SETTINGS, LAYOUT)))
+        assert not one.plans
+    assert one.made == [0, 0] and one.engine.end_run().plans == {"made": 2}
+
+
+def test_warm_up_makes_no_plan(monkeypatch):
+    """Plans are made from the first sparse step on."""
+    one = Watched(monkeypatch, 2)
+    one.engine = engine(Policy(warmup_steps=1, reuse_steps=2))
+    one.engine.begin_run(falling(6), True, CPU)
+    for step in range(6):
+        one.at(step)
+        one.call(*inputs(step))
+    assert one.made == [1, 3, 5]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("what", ["branch", "block"])
+def test_branches_and_blocks_do_not_mix(what, swapped, monkeypatch):
+    """Every call computes with its own old plan; the other one's would give another result."""
+    one, names = Watched(monkeypatch, 2), [("cond", None), ("uncond", None)]
+    keys = [{"branch": n} for n in names] if what == "branch" else [{"block": n} for n in (3, 7)]
+    for step in (0, 1):
+        one.at(step)
+        for i in (1, 0) if swapped and step else (0, 1):
+            mine, other = (build_plan(*inputs(0, b)[:2], SETTINGS, LAYOUT) for b in (i, 1 - i))
+            q, k, v = inputs(step, i)
+            out = one.call(q, k, v, **keys[i])
+            assert torch.equal(out, attend(q, k, v, mine))
+            assert not torch.equal(out, attend(q, k, v, other))
+    assert one.made == [0, 0]
+
+
+def test_block_number_that_comes_twice(monkeypatch):
+    """VACE: two attentions under one number in an evaluation; each keeps its own plan."""
+    one = Watched(monkeypatch, 2)
+    for step in (0, 1):
+        one.at(step)
+        for i in (0, 1):
+            q, k, v = inputs(step, i)
+            plan = build_plan(*inputs(0, i)[:2], SETTINGS, LAYOUT)
+            assert torch.equal(one.call(q, k, v), attend(q, k, v, plan))
+    assert one.made == [0, 0]
+
+
+def test_evaluations_of_a_step_share_their_plan(monkeypatch):
+    """Heun and midpoint samplers: two evaluations a step, one plan every other step."""
+    one = Watched(monkeypatch, 2)
+    for step in range(4):
+        for sigma in (1 - step / 6, 1 - (step + 0.5) / 6):
+            one.at(step, sigma)
+            one.call(*inputs(step))
+    assert one.made == [0, 2]
+
+
+@pytest.mark.parametrize(("first", "second"), [
+    ({"layout": TokenLayout((4, 4, 8))}, {"layout": TokenLayout((2, 8, 8))}),
+    ({"layout": TokenLayout((3, 4, 8), 32)}, {"layout": TokenLayout((3, 4, 8), 0, 32)}),
+    ({"scale": None}, {"scale": 0.3}),
+    ({"branch": ("a", (0, 1))}, {"branch": ("a", (1, 2))}),
+], ids=["grid", "sinks", "scale", "context window"])
+def test_what_a_plan_depends_on(first, second, monkeypatch):
+    """The same block and branch, but another question."""
+    one = Watched(monkeypatch, 6)
+    for step, options in enumerate((first, second, first, second)):
+        one.at(step)
+        one.call(*inputs(step), **options)
+    assert one.made == [0, 1]
+
+
+def test_shapes_have_their_own_plans(monkeypatch):
+    """A batch that memory splits, and another length, are planned for themselves."""
+    one = Watched(monkeypatch, 6)
+    q, k, v = inputs(0)
+    calls = [(q, k, v), tuple(torch.cat((x, x)) for x in (q, k, v)), tuple(x[:, :1] for x in (q, k, v))]
+    for step in (0, 1):
+        for call in calls:
+            one.at(step)  # so that none is the second call of its evaluation
+            assert one.call(*call).shape == call[0].shape
+        one.at(step)
+        one.call(*inputs(step, length=64), layout=TokenLayout((2, 4, 8)))
+    assert one.made == [0] * 4 and one.engine.end_run().error is None
+
+
+@pytest.mark.parametrize(("options", "why"), [
+    ({"block": None}, "an unknown block"), ({"branch": None}, "an unknown conditioning branch"),
+    ({"layout": TokenLayout((4, 4, 8), key_valid=torch.ones(1, 128, dtype=torch.bool))}, "padded keys"),
+], ids=["block", "branch", "padding"])
+def test_calls_that_cannot_be_told_apart_are_planned_anew(options, why, monkeypatch):
+    """Said once; nothing is kept."""
+    one = Watched(monkeypatch, 6)
+    for step in range(3):
+        one.at(step)
+        one.call(*inputs(step), **options)
+        assert not one.plans
+    report = one.engine.end_run()
+    assert one.made == [0, 1, 2] and report.plans == {"made": 3}
+    assert report.remarks == (f"plans are not kept for calls with {why}",)
+
+
+@pytest.mark.parametrize("end", ["end_run", "begin_run", "error", "interrupt"])
+def test_plans_are_dropped(end, monkeypatch):
+    """At the end of a run, however it ends, no plan is left in memory."""
+    one = Watched(monkeypatch, 6)
+    one.engine._passthrough = (Interrupt,)
+    one.at(0)
+    one.call(*inputs(0))
+    one.call(*inputs(0, 1), block=1)
+    kept = weakref.WeakSet(one.plans)
+    assert len(kept) == 2
+    if end == "end_run":
+        one.engine.end_run()
+    elif end == "begin_run":
+        one.engine.begin_run(falling(6), True, CPU)
+    else:
+        def fail(*_):
+            raise Interrupt if end == "interrupt" else RuntimeError
+
+        monkeypatch.setattr("fgattn.engine.attend", fail)
+        with pytest.raises(Interrupt) if end == "interrupt" else contextlib.nullcontext():
+            one.call(*inputs(0), block=2)
+    gc.collect()
+    assert not kept
+
+
+def test_a_full_store_is_counted(monkeypatch):
+    """What does not fit is planned in every call; what was kept before goes on serving."""
+    one = Watched(monkeypatch, 3)
+    one.engine._run.plans._limit = 2 * 2 * (2 * 4 + 16)  # bits and counts of two plans
+    for step in range(3):
+        one.at(step)
+        for block in range(3):
+            q, k, v = inputs(step, block)
+            plan = build_plan(*inputs(0 if block < 2 else step, block)[:2], SETTINGS, LAYOUT)
+            assert torch.equal(one.call(q, k, v, block=block), attend(q, k, v, plan))
+    assert one.made == [0, 0, 0, 1, 2]
+    assert one.engine.end_run().plans == {"made": 2, "reused": 4, "not kept": 3}
+
+
+def test_memory_limit_is_in_megabytes(monkeypatch):
+    """0 keeps nothing, 1 is enough for small plans."""
+    for limit, made in ((0, [0, 1, 2]), (1, [0])):
+        one = Watched(monkeypatch, 6, reuse_memory_mb=limit)
+        for step in range(3):
+            one.at(step)
+            one.call(*inputs(step))
+        assert one.made == made and one.engine._run.plans._limit == limit * 10**6
+
+
+@pytest.mark.parametrize(("fits", "sparse"), [(4, True), (2, True), (1, True), (0, False)])
+def test_out_of_memory_takes_fewer_heads_then_goes_dense(fits, sparse, monkeypatch):
+    """A render near the card's limit must not die: kept plans go first, then heads are taken in parts."""
+    q, k, v = tensors(4, 128)
+    sizes, whole = [], attend(q, k, v, build_plan(q, k, SETTINGS, LAYOUT))
+
+    def short(q, k, v, plan):
+        sizes.append(q.shape[1])
+        if q.shape[1] > fits:
+            raise OutOfMemory("no room")
+        return attend(q, k, v, plan)
+
+    monkeypatch.setattr("fgattn.engine.attend", short)
+    one = engine(Policy(warmup_steps=0, reuse_steps=4))
+    one.begin_run(falling(8), True, CPU)
+    for sigma in falling(8)[:2]:
+        one.begin_evaluation(sigma)
+        out = one.attention(q, k, v, layout=LAYOUT, dense=lambda: DENSE, block=0)
+        assert torch.equal(out, whole) if sparse else out is DENSE
+    report = one.end_run()
+    assert (SHORT_OF_MEMORY in report.remarks) == (fits < 4)
+    assert report.calls.get("sparse", 0) == (2 if sparse else 0)
+    if fits == 1:  # the second call starts with what was found to fit
+        assert sizes == [4, 2, 1, 1, 1, 1] + 4 * [1]
+        assert report.plans == {"not kept": 8}
+    if not sparse:
+        assert report.error.startswith("OutOfMemoryError")

@@ -1,9 +1,11 @@
 """Order: where every token goes, and what a tile keeps by right of place."""
 
+import numpy as np
 import pytest
 import torch
 from fgattn import InvalidArgument, TokenLayout
 from fgattn.order import DEEP, FLAT, WIDE, geometry, octet_boxes, token_order
+from fgattn.settings import ORDERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from makers import restated_order
@@ -23,7 +25,7 @@ def test_order_is_the_definition(layout, order):
 
 
 @examples
-@given(layouts, orders)
+@given(layouts, st.sampled_from(ORDERS))
 def test_order_is_a_permutation(layout, order):
     """A token that is lost or doubled would be lost or doubled in the video."""
     tokens = token_order(*layout, order)
@@ -38,6 +40,34 @@ def test_runs_are_cells_of_the_grid(grid):
     for axis, extent in ((t, 2), (h, 2), (w, 4)):
         low, high = axis[tokens].amin(1), axis[tokens].amax(1)
         assert (high - low + 1 == extent).all() and (low % extent == 0).all()
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 8, 16])
+def test_hilbert_is_a_hilbert_curve(side):
+    """Neighbours in the sequence touch, and every aligned cube of side 2^i is one run."""
+    tokens = token_order((side, side, side), 0, 0, "hilbert")
+    points = np.stack(np.unravel_index(tokens, (side, side, side)), 1)
+    assert (np.abs(np.diff(points, axis=0)).sum(1) == 1).all()
+    for width in (2, 4, 8):
+        if width <= side:
+            cubes = (points // width).reshape(-1, width**3, 3)
+            assert (cubes == cubes[:, :1]).all()
+
+
+@examples
+@given(st.tuples(side, side, side))
+def test_hilbert_of_a_grid_is_that_of_its_cube(grid):
+    """Any grid: the tokens in the order in which the curve of the enclosing cube meets them."""
+    cube = 3 * (1 << max(n - 1 for n in grid).bit_length(),)
+    points = np.stack(np.unravel_index(token_order(cube, 0, 0, "hilbert"), cube))
+    inside = points[:, (points < np.array(grid)[:, None]).all(0)]
+    assert (np.ravel_multi_index(tuple(inside), grid) == token_order(grid, 0, 0, "hilbert")).all()
+
+
+@pytest.mark.parametrize("grid", [(21, 30, 52), (4, 8, 8), (3, 7, 10)], ids=str)
+def test_hilbert_octets_are_no_boxes(grid):
+    """Eight neighbours are a cube of 2 x 2 x 2, which no copy fetches at once: keys are gathered."""
+    assert geometry(TokenLayout(grid), "hilbert", 0, CPU).boxes is None
 
 
 @pytest.mark.parametrize(("start", "count"), [(0, None), (0, 30), (11, 40), (100, None), (None, 50)],

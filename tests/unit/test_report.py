@@ -60,6 +60,20 @@ def test_whole_report():
     ]
 
 
+@pytest.mark.parametrize(("plans", "lines"), [
+    ({}, []), ({"made": 78}, []),
+    ({"made": 26, "reused": 52}, ["plans: 26 made, 52 reused, which saved about 10.4 ms of planning"]),
+    ({"made": 26, "reused": 48, "not kept": 4}, [
+        "plans: 30 made, 48 reused, which saved about 10.4 ms of planning",
+        "plans not kept: 4, memory (reuse_memory_mb) is full"]),
+    ({"not kept": 78}, ["plans not kept: 78, memory (reuse_memory_mb) is full"]),
+], ids=["dense", "fresh", "reused", "some do not fit", "none fits"])
+def test_plans_are_told_of_where_they_are_kept(plans, lines):
+    """What reuse gains, and the input to raise when it does not fit."""
+    found = text(dataclasses.replace(FULL, plans=plans, planning_saved=10.4)).splitlines()
+    assert [line for line in found if line.startswith("plans")] == lines
+
+
 @pytest.mark.parametrize(("report", "has", "lacks"), [
     (DENSE, ["attention call: no sparse call; dense 7.50 ms"], ["density", "block ", "None"]),
     (NOTHING, ["attention call: no sparse call", "run: 0.00 s, 0 steps, planning 0.0 ms"],

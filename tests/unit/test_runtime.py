@@ -133,7 +133,7 @@ def test_every_step_down_has_its_reason(hopper, portable, dense, runs, tested, f
     """Hopper, portable, dense: in the verdict of the engine, the doctor and the report, and in the log."""
     asked = []
 
-    def wrong(device, impl):
+    def wrong(device, impl, tile_keys):
         asked.append(impl)
         return {"hopper": hopper, "triton": portable}[impl]
 
@@ -161,7 +161,7 @@ def test_every_step_down_has_its_reason(hopper, portable, dense, runs, tested, f
 def test_a_gpu_without_hopper_says_so(fresh, monkeypatch, caplog):
     """An Ada card: nothing failed, so no warning; the log and the doctor still say what runs."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    monkeypatch.setattr(runtime, "_wrong", lambda device, impl: None)
+    monkeypatch.setattr(runtime, "_wrong", lambda device, impl, tile_keys: None)
     with caplog.at_level(logging.INFO, "fgattn"):
         assert runtime.device_reason(GPU) is None
     reason = "no Hopper GPU: compute capability 8.9, not 9.0"
@@ -228,3 +228,28 @@ def test_self_test(kernel, says, monkeypatch, caplog):
     assert result is None if says is None else result.startswith(says)
     assert len(caplog.records) == (result is not None)
     assert [bool(r.exc_info) for r in caplog.records] == [kernel is no_kernel] * len(caplog.records)
+
+
+@pytest.mark.parametrize(("fails", "boxed", "gathering"), [
+    (set(), "hopper", "hopper"), ({True}, "hopper", "triton"), ({False, True}, "triton", "triton")])
+def test_each_way_to_bring_keys_has_its_self_test(fails, boxed, gathering, monkeypatch):
+    """A Triton that gathers wrongly must not cost the copy engine's way."""
+    monkeypatch.setattr(runtime, "triton_reason", lambda q: None)
+    monkeypatch.setattr(
+        runtime, "hopper_reason", lambda device, gathers=False: "off" if gathers in fails else None)
+    q = torch.empty(1, 1, 64, 128)
+    assert (runtime.fastest(q), runtime.fastest(q, gathers=True)) == (boxed, gathering)
+
+
+@pytest.mark.parametrize(("tile_keys", "grid", "masked", "gathers"), [
+    (16, (4, 8, 8), False, False), (8, (4, 8, 8), False, False), (4, (4, 8, 8), False, True),
+    (16, (4, 8, 8), True, True), (16, (3, 5, 7), False, True)])
+def test_plans_that_gather(tile_keys, grid, masked, gathers):
+    """Octets of keys that are boxes in memory are fetched whole, everything else row by row."""
+    from fgattn import Settings, TokenLayout
+
+    length = grid[0] * grid[1] * grid[2]
+    valid = torch.arange(length)[None] < length - 3 if masked else None
+    q, k, _ = torch.randn(3, 1, 1, length, 64).unbind()
+    plan = build_plan(q, k, Settings(tile_keys=tile_keys), TokenLayout(grid, key_valid=valid), impl="torch")
+    assert plan.gathers == gathers

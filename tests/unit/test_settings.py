@@ -8,6 +8,7 @@ from fgattn.settings import TILE_KEYS, TILE_QUERIES, Policy, parse_blocks
 
 NUMBER = "a finite number of at least 0"
 WHOLE = "a whole number of at least 0"
+POSITIVE = "a whole number of at least 1"
 ROWS = "16, 32, 64, 128"
 SLICES = "1, 2, 4, 8, 16, 32, 64, 128"
 RISING = 'block numbers and rising ranges such as "0, 1, 38-39"'
@@ -33,14 +34,21 @@ def message(what, got, allowed, remedy):
     (Settings, "tile_keys", 3, SLICES, "16 is a good start."),
     (Settings, "tile_keys", True, SLICES, "16 is a good start."),
     (Settings, "tile_keys", 1.0, SLICES, "16 is a good start."),
-    (Settings, "order", "hilbert", "cells, raster", "Use cells for video."),
-    (Settings, "order", None, "cells, raster", "Use cells for video."),
+    (Settings, "order", "morton", "cells, raster, hilbert", "Use cells for video."),
+    (Settings, "order", None, "cells, raster, hilbert", "Use cells for video."),
     (Settings, "tail", 1, "True or False", "Pass a boolean."),
     (Settings, "tail", "on", "True or False", "Pass a boolean."),
     (Policy, "warmup_steps", -1, WHOLE, "Use 0 for none."),
     (Policy, "warmup_steps", 0.5, WHOLE, "Use 0 for none."),
     (Policy, "final_dense_steps", True, WHOLE, "Use 0 for none."),
     (Policy, "min_tokens", "4096", WHOLE, "Use 0 for none."),
+    (Policy, "reuse_memory_mb", -1, WHOLE, "Use 0 for none."),
+    (Policy, "reuse_memory_mb", 1.5, WHOLE, "Use 0 for none."),
+    (Policy, "reuse_steps", 0, POSITIVE, "Use 1 for a fresh plan in every call."),
+    (Policy, "reuse_steps", -3, POSITIVE, "Use 1 for a fresh plan in every call."),
+    (Policy, "reuse_steps", 2.0, POSITIVE, "Use 1 for a fresh plan in every call."),
+    (Policy, "reuse_steps", True, POSITIVE, "Use 1 for a fresh plan in every call."),
+    (Policy, "reuse_steps", None, POSITIVE, "Use 1 for a fresh plan in every call."),
     (Policy, "dense_blocks", "0, 1", "a frozenset of whole numbers", "Use parse_blocks for text."),
     (Policy, "dense_blocks", [0, 1], "a frozenset of whole numbers", "Use parse_blocks for text."),
     (Policy, "dense_blocks", frozenset({"0"}), "a frozenset of whole numbers", "Use parse_blocks for text."),
@@ -63,7 +71,7 @@ def test_every_tile_is_allowed(m, n):
 def test_settings_are_values():
     """Plans and caches rely on settings that cannot change under them."""
     assert Settings(threshold=0) == Settings(threshold=0.0)
-    assert hash(Policy()) == hash(Policy(2, 0, frozenset(), 0))
+    assert hash(Policy()) == hash(Policy(2, 0, frozenset(), 0, 1, 1200))
     with pytest.raises(AttributeError):
         Settings().threshold = 2.0
 

@@ -63,6 +63,18 @@ def test_call_times_are_medians(calls, median):
     assert stats.report("s", "torch").sparse_call == pytest.approx(median)
 
 
+def test_planning_counts_by_the_share_of_calls_that_planned():
+    """Four calls of 10 ms, one of which planned for 8: a call takes 12 ms, and 3 times 8 were saved."""
+    stats = RunStats(Ticks(0.0))
+    stats.timed(0, True, 0.0, 0.008, 0.018)
+    for _ in range(3):
+        stats.timed(1, True, 0.0, 0.0, 0.010)
+    stats.plans.update({"made": 1, "reused": 3})
+    report = stats.report("s", "torch")
+    assert report.sparse_call == pytest.approx(12.0) and report.planning_saved == pytest.approx(24.0)
+    assert report.plans == {"made": 1, "reused": 3}
+
+
 @pytest.mark.parametrize("only", [True, False], ids=["sparse", "dense"])
 def test_no_comparison_without_both(only):
     """A gain that was not measured is not claimed."""
@@ -118,8 +130,8 @@ def test_so_far_never_waits():
     for step in range(4):
         stats.begin_step(step)
         for _ in range(2):
-            marks = [device.mark() for _ in range(3)]
-            stats.timed(step, step > 0, *marks)
+            start, planned, end = (device.mark() for _ in range(3))
+            stats.timed(step, step > 0, start, planned if step else start, end)
             if step > 0:
                 stats.add_plan(0, plan([[20.0 * step]], [[20.0 * step]]))
     seen = []

@@ -1,0 +1,37 @@
+"""hierarchical: every tile keeps the same share of the slices, scored by 16-token pools.
+
+Source: DFSAttn (arXiv 2605.23445 and its code; 128 x 128 blocks, pools of 16, the order "hilbert"): softmax
+of mean-pooled queries against mean-pooled keys, 16 tokens each; the probabilities of a block's pool pairs are
+added up, and each row of blocks keeps its best int(share * blocks), at least one.
+
+Our reading: pools hold the rows that exist (there zeros fill the last one), and one that is short of keys
+weighs less in the softmax; below N = 16 keys are pooled by N; sink slices are kept and do not count, the
+tile's own cells come on top. The share that shrinks over a run and masks kept over steps are left out.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..order import CELL
+from .common import Call, Method, grouped, keep_top, pooled
+
+
+def select(call: Call) -> torch.Tensor:
+    width, runs = min(CELL, call.tile_keys), call.tile_queries // CELL
+    query = pooled(call.q, CELL)
+    key, count = pooled(call.k, width, call.valid), call.keys_in(width)
+    weight = count.to(key.dtype).log()
+    candidates = call.candidates()
+
+    def keep(tile: slice) -> torch.Tensor:
+        logits = call.scale * torch.bmm(query[:, tile.start * runs : tile.stop * runs], key.transpose(1, 2))
+        shares = torch.softmax(logits + weight, 2)
+        shares = grouped(shares, call.tile_keys // width).sum(3)
+        shares = grouped(shares.transpose(1, 2), runs).sum(3).transpose(1, 2)
+        return keep_top(shares, candidates, call.parameter)
+
+    return call.judge(runs * len(count), keep)
+
+
+METHOD = Method("share of the keys", 0.3, 1.0, select)

@@ -1,0 +1,78 @@
+"""radial: a fixed pattern; the further two frames are apart, the closer two tokens must lie within them.
+
+Source: Radial Attention (arXiv 2506.19852 and its code; blocks of 128 x 128, raster). With s tokens a frame
+and d the distance in frames, a query sees keys whose place in the frame (row by row) differs from its own by
+at most s (d < 2), else by decay * u, but no less than a block, u being 2^bit_length(s) / 2^bit_length(d).
+Where u is below a block, only each int(block / u)-th distance is seen. The first frame is seen by all. A
+block is kept if, of its keys that some query of the tile sees, more than 0.6 are seen by over a third of the
+tile's queries.
+
+Our reading: "a block" is max(M, N) tokens; tiles and slices that span frames (any other order, ragged frames)
+are judged as a whole. There a larger decay can cost a slice at an edge; in raster order with whole tiles in a
+frame it only adds. Queries that are no tokens of the sequence, and sequences without a video, keep all.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch.nn.functional import pad
+
+from ..order import Geometry
+from .common import Call, Method, grouped, steps
+
+
+def select(call: Call) -> torch.Tensor:
+    layout = call.layout
+    return _mask(call.geometry, layout.front, layout.query_start, call.tile_queries, call.tile_keys,
+                 call.parameter)[None]
+
+
+def reach(frames: int, tokens: int, block: int, decay: float) -> list[int]:
+    """How far keys may lie from a query's place in the frame, by distance in frames; -1 sees none."""
+    result = []
+    for distance in range(frames):
+        width = 2 ** tokens.bit_length() / 2 ** distance.bit_length()
+        if width < block and distance % int(block / width):
+            result.append(-1)
+        elif distance < 2:
+            result.append(tokens)
+        else:
+            result.append(int(max(width * decay, block)))
+    return result
+
+
+@functools.lru_cache(maxsize=2)
+def _mask(geo: Geometry, front: int, start: int | None, m: int, n: int, decay: float) -> torch.Tensor:
+    """Bool [tiles, slices]; the same in every call on this layout."""
+    (frames, height, width), device = geo.grid, geo.key_tokens.device
+    tokens, queries, keys = height * width, len(geo.query_tokens), len(geo.key_tokens)
+    tiles, slices = -(-queries // m), -(-keys // n)
+    if start is None or not frames * tokens:
+        return torch.ones(tiles, slices, dtype=torch.bool, device=device)
+    by_distance = torch.tensor(reach(frames, tokens, max(m, n), decay), dtype=torch.int32, device=device)
+    frame = torch.arange(frames, device=device)
+    table = by_distance[(frame[:, None] - frame).abs()]
+    table[:, 0] = tokens
+    table = pad(table, (0, 1, 0, 1), value=-1)  # a frame of their own for sinks
+
+    def places(token):
+        inside = (token >= 0) & (token < frames * tokens)
+        return torch.where(inside, token // max(1, tokens), frames), (token % tokens).int()
+
+    query = pad(geo.query_tokens + (start - front), (0, tiles * m - queries), value=-1)
+    query_frame, query_place = places(query)
+    key_frame, key_place = places(geo.key_tokens - front)
+    rows = (query_frame < frames).view(tiles, m).sum(1)
+    kept = torch.empty(tiles, slices, dtype=torch.bool, device=device)
+    for tile in steps(tiles, m * keys):
+        row = slice(tile.start * m, tile.stop * m)
+        limit = table[query_frame[row]].index_select(1, key_frame)
+        seen = ((query_place[row, None] - key_place).abs_() <= limit).view(-1, m, keys).sum(1)
+        often = grouped(3 * seen > rows[tile, None], n).sum(2)
+        kept[tile] = 5 * often > 3 * grouped(seen > 0, n).sum(2)
+    return kept
+
+
+METHOD = Method("decay", 0.2, 8.0, select)

@@ -1,0 +1,54 @@
+"""sol: a tile keeps slices whose pooled score stands out by tau standard deviations.
+
+Source: Sol-Attn (arXiv 2607.24027) as `sol_attn` of comfy-kitchen and ComfyUI's sparse attention node run it
+(64 x 64 blocks, tau 1.3). With c the mean of a tile's queries, m_j the mean of slice j's keys and M the mean
+of all m_j, slice j is kept if scale c.(m_j - M) > tau sqrt(scale^2 sum_d c_d^2 var_d + eps), where var_d is
+the variance of channel d over the slices: the deviation the scores would have if channels were independent.
+The slices beside the tile's own are always kept.
+
+Our reading: means are over the rows that exist, and M and var over the slices that have keys; "beside" is one
+slice of N keys on each side of the tile's own cells, which is the published block where M = N = 64. There
+scores are computed in 8 bits; here they are not rounded.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .common import Call, Method, pooled
+
+EPSILON = 1e-6 * math.log(2) ** 2  # theirs is 1e-6 of squared base-2 scores
+
+
+def select(call: Call) -> torch.Tensor:
+    query = pooled(call.q, call.tile_queries)
+    key = pooled(call.k, call.tile_keys, call.valid)
+    exists = (call.keys_in(call.tile_keys) > 0)[:, None]
+    number = exists.sum().clamp(min=1)
+    key = (key - key.sum(1, keepdim=True) / number).masked_fill(~exists, 0.0)
+    variance = key.square().sum(1) / number
+    spread = torch.bmm(query.square(), variance[:, :, None]) * call.scale**2
+    bound = call.parameter * (spread + EPSILON).sqrt()
+
+    def keep(tile: slice) -> torch.Tensor:
+        return ~(call.scale * torch.bmm(query[:, tile], key.transpose(1, 2)) <= bound[:, tile])
+
+    return call.judge(call.slices, keep) | _beside(call)
+
+
+def _beside(call: Call) -> torch.Tensor:
+    """Bool [tiles, slices]: slices of the tile's own cells, and one more on each side."""
+    geo = call.geometry
+    tile = torch.arange(len(geo.own_cell), device=geo.own_cell.device) // call.tile_queries
+    own = torch.zeros(call.tiles, len(geo.sink_cell) + 1, dtype=torch.bool, device=tile.device)
+    own[tile, geo.own_cell] = True  # -1 lands in the last column, which is spare
+    own = call.in_slices(own[:, :-1])
+    beside = own.clone()
+    beside[:, 1:] |= own[:, :-1]
+    beside[:, :-1] |= own[:, 1:]
+    return beside
+
+
+METHOD = Method("tau, standard deviations", 1.3, 8.0, select)
