@@ -55,21 +55,22 @@ class FGAttnPatch(io.ComfyNode):
                     tooltip="Token order for tiles and slices: cells are compact in time, height and width; "
                     "raster is the model's own order; hilbert follows a 3-D Hilbert curve."),
                 io.Combo.Input(
-                    "method", options=list(METHOD_NAMES), default="threshold", advanced=True,
+                    "method", options=list(METHOD_NAMES), default="threshold", optional=True, advanced=True,
                     tooltip="How keys are selected. The other ones are published methods to compare with: "
                     "they plan more slowly, take their strength from method_parameter, ignore threshold."),
                 io.Float.Input(
-                    "method_parameter", default=0.0, min=0.0, max=8.0, step=0.05, advanced=True,
+                    "method_parameter", default=0.0, min=0.0, max=8.0, step=0.05, optional=True,
+                    advanced=True,
                     tooltip="Strength of a method other than threshold; 0 is its own default. top_k and "
                     "hierarchical: share of the keys, up to 1 (0.3); sol: tau, higher is faster (1.3); "
                     "radial: decay factor (0.2)."),
                 io.Int.Input(
-                    "reuse_steps", default=1, min=1, max=50, advanced=True,
+                    "reuse_steps", default=1, min=1, max=50, optional=True, advanced=True,
                     tooltip="Steps that a choice of what to compute is used for; 1 chooses anew in every "
                     "call. More saves planning time, most with tile_keys below 16, but costs memory, "
                     "and accuracy as the video changes from step to step."),
                 io.Int.Input(
-                    "reuse_memory_mb", default=1200, min=0, max=1_000_000, advanced=True,
+                    "reuse_memory_mb", default=1200, min=0, max=1_000_000, optional=True, advanced=True,
                     tooltip="Most GPU memory for what reuse_steps keeps, in MB. When it is full, the other "
                     "calls choose anew. Wan 14B at 720p, 81 frames, needs 1118 with tile_keys 16, "
                     "16 times as much with 1."),

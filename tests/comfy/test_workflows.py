@@ -68,3 +68,19 @@ def test_wrong_values_are_refused_when_queued(classes, monkeypatch):
         ours["inputs"][name] = value
         valid, _, _, errors = asyncio.run(execution.validate_prompt("1", prompt, None))
         assert not valid and name in str(errors), (name, errors)
+
+
+def test_prompts_without_later_inputs_are_accepted(classes, monkeypatch):
+    """Inputs that were appended are optional: prompts stored through the API before them still run."""
+    import execution
+    import folder_paths
+
+    graph = json.loads(FILES[0].read_text(encoding="utf-8"))
+    models = [m["name"] for n in graph["nodes"] for m in n["properties"].get("models", [])]
+    monkeypatch.setattr(folder_paths, "get_filename_list", lambda folder: models)
+    prompt = as_prompt(graph, classes)
+    ours = next(node for node in prompt.values() if node["class_type"] == "FGAttnPatch")
+    for name in ("method", "method_parameter", "reuse_steps", "reuse_memory_mb"):
+        del ours["inputs"][name]
+    valid, error, _, errors = asyncio.run(execution.validate_prompt("1", prompt, None))
+    assert valid, (error, errors)
