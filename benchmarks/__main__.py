@@ -1,4 +1,4 @@
-"""python -m benchmarks kernel|plan|quality|end2end|methods|reuse [--quick]: measure on this machine's GPU.
+"""python -m benchmarks kernel|plan|quality|end2end|methods|reuse|breakeven [--quick]: measure on this GPU.
 python -m benchmarks report: write tables and plots of the results into the READMEs."""
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import end2end, kernel, methods, plan, quality, reuse, small_tiles
+from . import breakeven, end2end, kernel, methods, plan, quality, reuse, small_tiles
 
 REGISTRY = {
     "kernel": (kernel.cases, small_tiles.cases),
@@ -11,4 +11,5 @@ REGISTRY = {
     "end2end": (end2end.cases,),
     "methods": (methods.cases,),
     "reuse": (reuse.rows,),
+    "breakeven": (breakeven.cases,),
 }

@@ -184,6 +184,20 @@ def end2end_table(results: Results) -> str:
     return _table(head, lines, results, "end2end")
 
 
+def breakeven_table(results: Results) -> str:
+    groups: dict[tuple, dict[float, dict]] = {}
+    for row in results.measured("breakeven", impl="fgattn", N=16):
+        groups.setdefault((row["D"], row["heads"], row["L"]), {})[round(row["density"], 1)] = row
+    lines = []
+    for (dim, heads, length), found in groups.items():
+        rows = [*found.values()]
+        lines.append([dim, heads, length, f"{rows[0]['yardstick_ms']:.2f}",
+                      *(f"{found[d]['ms']:.2f}" if d in found else "" for d in (0.1, 0.3, 0.6)),
+                      f"{_plain_mean(rows, 'host_ms'):.2f}"])
+    head = ["head size", "heads", "tokens", "dense", "10 %", "30 %", "60 %", "host"]
+    return _table(head, lines, results, "breakeven")
+
+
 def withheld_table(results: Results) -> str:
     """What was asked for and has no figure, with the reason."""
     lines = []
@@ -248,7 +262,7 @@ def provenance(rows: list[dict]) -> str:
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "headline": headline, "kernel": kernel_table, "peers": peers_table, "plan": plan_table,
     "quality": quality_table, "quality summary": quality_summary, "end2end": end2end_table,
-    "withheld": withheld_table,
+    "breakeven": breakeven_table, "withheld": withheld_table,
     **{f"{name} targets": targets_table(name) for name in TARGETS}}
 
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from . import runtime
 from .attention import attend
+from .break_even import TOO_DENSE, TOO_SHORT, Costs, costs, faster
 from .order import TokenLayout
 from .plan import SparsePlan, build_plan
 from .plan_store import MADE, REUSED, PlanStore
@@ -27,8 +28,8 @@ from .stats import Clock, RunReport, RunStats
 from .tensors import declined
 
 log = logging.getLogger("fgattn")
-MIN_TOKENS_CUDA = 4096  # until the break-even is measured
 UNKNOWN_BLOCK = -1
+OTHER_GPU = "on another GPU than the run"
 SHORT_OF_MEMORY = "short of memory: fewer heads at a time, plans are not kept"
 OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
@@ -43,7 +44,9 @@ class _Run:
     stats: RunStats
     device_reason: str | None  # why the device cannot run sparse
     plans: PlanStore
+    rule: bool  # of break_even, in force
     step: int = 0
+    densities: dict[int, float] = field(default_factory=dict)  # executed, by block, before this step
     parts: int = 1  # that the heads are computed in
 
     @property
@@ -87,16 +90,20 @@ class Engine:
         with self._scope():
             stats = RunStats(Clock(device), scheduled=steps, warmup=warmup)
             plans = PlanStore(self.policy.reuse_steps, self.policy.reuse_memory_mb * 10**6)
-            self._run = _Run(sigmas, warmup, final, stats, _device_reason(device), plans)
+            self._run = _Run(
+                sigmas, warmup, final, stats, _device_reason(device), plans, self._has_rule(device))
             if self._run.device_reason:
                 log.warning("FG-Attn runs dense: %s", self._run.device_reason)
 
     def begin_evaluation(self, sigma: float) -> None:
         """Note that the model is evaluated at this noise level; finds the step it belongs to."""
-        if self._run:
-            self._run.step = step_of(sigma, self._run.sigmas)
-            self._run.stats.begin_step(self._run.step)
-            self._run.plans.begin_evaluation(self._run.step)
+        if run := self._run:
+            step = step_of(sigma, run.sigmas)
+            if run.rule and step != run.step:
+                run.densities = run.stats.densities()
+            run.step = step
+            run.stats.begin_step(step)
+            run.plans.begin_evaluation(step)
 
     def so_far(self) -> RunReport | None:
         """The books of the run that is going on, as far as they can be read without waiting."""
@@ -146,7 +153,7 @@ class Engine:
             return dense()
         stats = run.stats
         stats.tokens = max(stats.tokens, q.shape[2])
-        if reason := self._dense_by_policy(run, block):
+        if reason := self._dense_by_policy(run, block) or self._too_dense(run, q, k, block):
             stats.calls[reason] += 1
             start = stats.clock.mark()
             out = dense()
@@ -196,7 +203,7 @@ class Engine:
         plan, outcome = self._plan(run, q, k, layout, block, branch, scale)
         planned = None if outcome == REUSED else run.stats.clock.mark()
         out = attend(q, k, v, plan)
-        run.stats.add_plan(UNKNOWN_BLOCK if block is None else block, plan)
+        run.stats.add_plan(_number(block), plan)
         run.stats.plans[outcome] += 1
         return out, planned
 
@@ -219,11 +226,14 @@ class Engine:
         """Why this call cannot run sparse, whatever the step."""
         if run.device_reason:
             return run.device_reason
-        minimum = self.policy.min_tokens or (MIN_TOKENS_CUDA if q.is_cuda else 0)
-        if q.shape[2] < minimum:
-            return f"fewer than {minimum} tokens"
+        if q.is_cuda and run.stats.clock.device.index not in (None, q.device.index):
+            return OTHER_GPU
+        if q.shape[2] < self.policy.min_tokens:
+            return f"fewer than {self.policy.min_tokens} tokens"
         if q.is_cuda and (reason := runtime.unavailable(q)):
             return reason
+        if run.rule and not faster(self._costs(q), q, k.shape[2]):
+            return TOO_SHORT
         if q.is_cuda and q.dtype == torch.float32:
             run.stats.remarks["fp32 tensors are computed in bf16"] = None
         return declined(q, k, v)
@@ -239,6 +249,18 @@ class Engine:
         if block in self.policy.dense_blocks:
             return "dense block"
         return None
+
+    def _has_rule(self, device: torch.device) -> bool:
+        """Whether the break-even rule decides; else `min_tokens` does."""
+        return device.type == "cuda" and not self.policy.min_tokens
+
+    def _costs(self, q) -> Costs:
+        return costs(self.settings, q.shape[3], runtime.gpu_kernel(q.device))
+
+    def _too_dense(self, run: _Run, q, k, block: int | None) -> str | None:
+        """Whether the block has kept so much in the steps before that dense attention is faster."""
+        density = run.densities.get(_number(block))
+        return None if density is None or faster(self._costs(q), q, k.shape[2], density) else TOO_DENSE
 
     def _describe(self, run: _Run) -> str:
         s = self.settings
@@ -261,6 +283,10 @@ def step_of(sigma: float, sigmas: Sequence[float]) -> int:
     """
     at_or_above = sum(level >= sigma * (1 - 1e-4) for level in sigmas[:-1])
     return max(0, at_or_above - 1)
+
+
+def _number(block: int | None) -> int:
+    return UNKNOWN_BLOCK if block is None else block
 
 
 def _device_reason(device: torch.device) -> str | None:

@@ -5,6 +5,7 @@ Lines read well in proportional type, which the node uses and which folds spaces
 
 from __future__ import annotations
 
+from .break_even import TOO_DENSE
 from .plan_store import NOT_KEPT, REUSED
 from .stats import RunReport
 
@@ -16,6 +17,8 @@ def headline(report: RunReport) -> str:
     if not report.calls.get("sparse"):
         reasons = [r for r, _ in _by_number(report.calls) if r != "cross-attention"]
         return f"dense: {reasons[0]}" if reasons else "attention never reached FG-Attn"
+    if report.calls.get(TOO_DENSE, 0) > report.calls["sparse"]:
+        return f"mostly dense: {TOO_DENSE}"
     share = "" if report.density is None else f"{report.density:.0%} of scores, "
     return f"sparse: {share}{_gain(report)}"
 

@@ -158,6 +158,14 @@ class RunStats:
         total[1] += plan.executed.sum()
         total[2] += rows
 
+    def densities(self) -> dict[int, float]:
+        """Executed density by block, of all calls so far; waits for them.
+
+        Asked at the start of a step, when samplers have waited anyway, so that runs repeat exactly.
+        """
+        scores = torch.stack([*self._scores.values()]).tolist() if self._scores else []
+        return {block: s[1] / s[2] for block, s in zip(self._scores, scores, strict=True)}
+
     def so_far(self, settings: str, implementation: str) -> RunReport:
         """Report of the steps that are finished; never waits, so densities may be those of a while ago."""
         self._read_calls()

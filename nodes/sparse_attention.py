@@ -40,7 +40,8 @@ class FGAttnPatch(io.ComfyNode):
                     "the run's steps. Only in runs that begin at full noise, so not in a second sampler."),
                 io.Int.Input(
                     "min_tokens", default=0, min=0, max=1_000_000, advanced=True,
-                    tooltip="Shortest sequence that runs sparse. 0 is automatic: 4096 on CUDA, none on CPU."),
+                    tooltip="Shortest sequence that runs sparse. 0 is automatic: on CUDA, calls that would "
+                    "not be faster, too short or keeping too much, run dense; none on CPU."),
                 io.String.Input(
                     "dense_blocks", default="", advanced=True,
                     tooltip='Transformer blocks that stay dense, such as "0, 1, 38-39". Empty: none.'),

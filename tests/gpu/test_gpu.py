@@ -390,7 +390,7 @@ def test_extra_memory(kernel, m, n):
 
 def test_engine_times_with_events():
     """A run on the GPU reports event times and a speed-up, and leaves short calls dense."""
-    engine = Engine(Settings(threshold=1.5), Policy(warmup_steps=1))
+    engine = Engine(Settings(threshold=1.5), Policy(warmup_steps=1, min_tokens=4096))
     q, k, v = tensors(1, 2, 4096, 128)
     layout = TokenLayout((4, 32, 32))
     engine.begin_run([1.0, 0.8, 0.6, 0.4, 0.0], True, q.device)
@@ -453,7 +453,7 @@ def test_first_use(tmp_path):
 def test_live_statistics_do_not_wait():
     """Reading the books of a run that goes on never synchronises, and has the steps once they are done."""
     q, k, v = tensors(1, 2, 8192, 128)
-    one = Engine(Settings(), Policy(warmup_steps=1))
+    one = Engine(Settings(), Policy(warmup_steps=1, min_tokens=1))
     levels = [1.0 - i / 8 for i in range(9)]
     one.begin_run(levels, True, q.device)
     seen = []

@@ -33,7 +33,8 @@ def case_of(*runs, **columns):
 
 
 def test_registry_has_every_verb():
-    assert list(registry.REGISTRY) == ["kernel", "plan", "quality", "end2end", "methods", "reuse"]
+    assert list(registry.REGISTRY) == [
+        "kernel", "plan", "quality", "end2end", "methods", "reuse", "breakeven"]
     assert set(targets.TARGETS) <= set(registry.REGISTRY)
     assert all(callable(source) for sources in registry.REGISTRY.values() for source in sources)
 

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import logging
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,6 +116,15 @@ def test_outside_a_run_everything_is_dense():
     first = one.end_run()
     assert not call(one)
     assert one.end_run() is first and one.last_report is first
+
+
+def test_a_second_gpu_runs_dense():
+    """The books, and the streams that are timed, are of the run's own GPU."""
+    one = engine()
+    one.begin_run(falling(4), True, CPU)
+    one._run.stats.clock.device = torch.device("cuda", 0)
+    q = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), shape=Q.shape)
+    assert one._unable(one._run, q, q, q) == "on another GPU than the run"
 
 
 class Interrupt(Exception):

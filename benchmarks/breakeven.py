@@ -1,0 +1,88 @@
+"""Where a sparse call gets faster than a dense one: whole calls as the engine runs them, over length, heads,
+head size and density, beside dense cuDNN attention.
+
+`ms` is GPU time with launches hidden, `host_ms` what the host takes to queue the call; a stream of such calls
+takes the longer one for each. fgattn/break_even.py is the rule that follows.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from fgattn import Settings, build_plan
+from fgattn.engine import Engine
+from fgattn.kernels.pooled import tail_triton
+from fgattn.settings import Policy
+
+from . import peers
+from .measure import BUSY_CYCLES, sampled_error
+from .runner import Case, Run
+from .shapes import Shape, for_density, random_qkv
+
+GRIDS = (  # 1 000 to 32 760 tokens
+    (5, 10, 20), (5, 20, 20), (5, 20, 40), (10, 20, 40), (20, 20, 40), (21, 30, 52))
+HEADS = {128: (12, 24, 40), 64: (32,)}  # by head size
+DENSITIES = (0.1, 0.3, 0.6)
+SINGLE_KEYS_HEADS = 24
+QUEUED = 10  # calls whose queueing is timed
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    for dim, counts in HEADS.items():
+        for heads in counts[-1:] if quick else counts:
+            for grid in GRIDS[1:4] if quick else GRIDS:
+                shape = Shape(f"{grid}, {heads} heads", grid, heads)
+                yield Case({"case": "break-even", "L": shape.length, "heads": heads, "D": dim},
+                           functools.partial(runs, shape, dim), repeats=7, warmup=1)
+
+
+def runs(shape: Shape, dim: int) -> list[Run]:
+    q, k, v = random_qkv(shape, dim)
+    dense = peers.cudnn(q, k, v)
+    result = [Run(dense.name, dense.call, dense.error, dense.tolerance,
+                  {**dense.columns, "host_ms": host_milliseconds(dense.call)})]
+    for n in (16, 1) if dim == 128 and shape.heads == SINGLE_KEYS_HEADS else (16,):
+        for density in DENSITIES:
+            try:
+                settings = for_density(q, k, Settings(tile_keys=n), shape.layout, density)
+            except ValueError:  # so short that what is always kept is more
+                continue
+            result.append(sparse(q, k, v, settings, shape))
+    return result
+
+
+def sparse(q, k, v, settings: Settings, shape: Shape) -> Run:
+    engine = Engine(settings, Policy(warmup_steps=0, min_tokens=1))
+    engine.begin_run([1.0, 0.0], False, q.device)
+    plan = build_plan(q, k, settings, shape.layout)
+
+    def call():
+        return engine.attention(q, k, v, layout=shape.layout, dense=lambda: None, block=0)
+
+    def error(out) -> float:
+        return sampled_error(q, k, v, out, plan.tile_rows,
+                             lambda head, tile: plan.kept_keys(0, slice(head, head + 1))[0, tile],
+                             plan.geometry, tail_triton(q, k, v, plan))
+
+    density = float(plan.executed_density)
+    return Run("fgattn", call, error, peers.TOLERANCE,
+               {"M": settings.tile_queries, "N": settings.tile_keys, "threshold": settings.threshold,
+                "density": density, "host_ms": host_milliseconds(call)})
+
+
+def host_milliseconds(call: Callable[[], object]) -> float:
+    """Median time to queue a call while the GPU is busy."""
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(QUEUED * BUSY_CYCLES)
+    times = []
+    for _ in range(QUEUED):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)

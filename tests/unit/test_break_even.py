@@ -1,0 +1,114 @@
+"""The break-even rule: against what was measured, and in the engine's hands."""
+
+import pytest
+import torch
+from benchmarks.report import RESULTS, Results
+from fgattn import Settings, TokenLayout
+from fgattn.break_even import HOPPER, TOO_DENSE, TOO_SHORT, Costs, costs, faster
+from fgattn.engine import Engine
+from fgattn.report import headline
+from fgattn.settings import Policy
+
+CPU = torch.device("cpu")
+LAYOUT = TokenLayout((4, 8, 16))
+CLEAR = 1.2  # a row that is so much faster or slower must be on the rule's right side
+ROWS = Results(RESULTS).measured("breakeven", impl="fgattn")
+
+
+def queries(length, heads=1, dim=128):
+    return torch.empty(1, device="meta").expand(1, heads, length, dim)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "L{L} H{heads} D{D} N{N} {density}".format(**row))
+def test_the_rule_fits_what_was_measured(row):
+    """Where a stream of sparse calls was clearly faster or slower than dense ones, the rule says so."""
+    gain = row["yardstick_ms"] / max(row["ms"], row["host_ms"])
+    rule = faster(costs(Settings(tile_keys=row["N"]), row["D"], "hopper"),
+                  queries(row["L"], row["heads"], row["D"]), row["L"], row["density"])
+    assert rule if gain > CLEAR else not rule if gain < 1 / CLEAR else True
+
+
+def test_there_are_measurements():
+    assert len(ROWS) > 50 and {row["D"] for row in ROWS} == {64, 128}
+
+
+@pytest.mark.parametrize("settings", [Settings(), Settings(tile_keys=1), Settings(tile_queries=64)], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kernel", ["hopper", "triton (no hopper: a reason)"])
+def test_longer_and_sparser_is_better(settings, dim, kernel):
+    """The rule changes its mind once: from dense to sparse as length, heads and sparsity grow."""
+    c = costs(settings, dim, kernel)
+    for sizes in ([queries(n, 12, dim) for n in (500, 2000, 8000, 30000, 100000)],
+                  [queries(8000, heads, dim) for heads in (1, 4, 16, 64, 256)]):
+        said = [faster(c, q, q.shape[2]) for q in sizes]
+        assert said == sorted(said) and {*said} == {True, False}
+    said = [faster(c, queries(50000, 12, dim), 50000, density) for density in (1.0, 0.8, 0.5, 0.3, 0.1)]
+    assert said == sorted(said) and {*said} == {True, False}
+
+
+def test_a_slower_kernel_needs_less_density():
+    """The portable kernel and small tiles gain later than the Hopper kernel with large ones."""
+    q = queries(32760, 12)
+    assert faster(costs(Settings(), 128, "hopper"), q, 32760, 0.7)
+    assert not faster(costs(Settings(tile_queries=64), 128, "hopper"), q, 32760, 0.85)
+    assert not faster(costs(Settings(), 128, "triton"), q, 32760, 0.6)
+    assert set(HOPPER) == {(dim, gathers) for dim in (64, 128) for gathers in (True, False)}
+
+
+class Ruled(Engine):
+    """An engine whose rule is on, on a CPU, at the lengths of a test."""
+
+    figures = Costs(rate=1e6, fixed=1.0, planning=0.2, speed=1.0, host=1.0)
+
+    def _has_rule(self, device):
+        return super()._has_rule(torch.device("cuda"))
+
+    def _costs(self, q):
+        return self.figures
+
+
+def run(engine, lengths=(512,), blocks=(0,), thresholds=None):
+    """Three steps of calls."""
+    engine.begin_run([1.0, 0.6, 0.3, 0.0], False, CPU)
+    generator = torch.Generator().manual_seed(0)
+    for sigma in (1.0, 0.6, 0.3):
+        engine.begin_evaluation(sigma)
+        for length in lengths:
+            layout = LAYOUT if length == LAYOUT.length else TokenLayout.flat(length)
+            for block in blocks:
+                q, k, v = torch.randn(3, 1, 1, length, 64, generator=generator)
+                q = q * (8 if block == 1 else 0.1)  # block 1 is peaked
+                engine.attention(q, k, v, layout=layout, dense=lambda v=v: v, block=block)
+    return engine.end_run()
+
+
+def test_short_calls_are_left_dense():
+    """Too short at any density: dense, with the reason."""
+    report = run(Ruled(Settings(1.5), Policy(0)), lengths=(512, 64))
+    assert report.calls[TOO_SHORT] == 3 and report.density is not None
+
+
+def test_blocks_that_keep_too_much_go_dense():
+    """From the step after the first, by block; the others stay sparse."""
+    report = run(Ruled(Settings(1.0, 16, 16), Policy(0)), blocks=(0, 1))
+    density = {b.block: b.executed_density for b in report.blocks}
+    assert density[0] > 0.8 > density[1]
+    assert report.calls == {"sparse": 4, TOO_DENSE: 2}
+    assert [(s.sparse_calls, s.dense_calls) for s in report.steps] == [(2, 0), (1, 1), (1, 1)]
+
+
+def test_a_run_that_keeps_too_much_says_so():
+    report = run(Ruled(Settings(0.0), Policy(0)))
+    assert report.calls == {"sparse": 1, TOO_DENSE: 2}
+    assert headline(report) == f"mostly dense: {TOO_DENSE}"
+
+
+def test_min_tokens_overrides_the_rule():
+    """Any other value than 0 is the user's word."""
+    report = run(Ruled(Settings(0.0), Policy(0, min_tokens=64)), lengths=(512, 64))
+    assert report.calls == {"sparse": 6}
+
+
+def test_there_is_no_rule_on_a_cpu():
+    assert not Engine(Settings(), Policy(0))._has_rule(CPU)
+    assert Engine(Settings(), Policy(0))._has_rule(torch.device("cuda"))
