@@ -1,4 +1,7 @@
-"""Real ComfyUI classes on the CPU; needs a checkout, named by COMFYUI_PATH."""
+"""Real ComfyUI classes on the CPU; needs a checkout, named by COMFYUI_PATH.
+
+ComfyUI chooses its device when it is imported: COMFYUI_DEVICE=cuda runs the tests marked `gpu` and no other.
+"""
 
 import importlib
 import os
@@ -8,24 +11,32 @@ from pathlib import Path
 import pytest
 
 COMFYUI = os.environ.get("COMFYUI_PATH")
+GPU = os.environ.get("COMFYUI_DEVICE") == "cuda"
 
 
 def pytest_collection_modifyitems(items):
     skip = pytest.mark.skip(reason="COMFYUI_PATH names no ComfyUI checkout: nothing of ComfyUI is tested")
+    other = pytest.mark.skip(reason="COMFYUI_DEVICE is " + ("" if GPU else "not ") + "cuda")
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.comfy)
             if not COMFYUI:
                 item.add_marker(skip)
+            elif bool(item.get_closest_marker("gpu")) != GPU:
+                item.add_marker(other)
 
 
 @pytest.fixture(scope="session")
 def pack(pack_root):
-    """The node pack with its nodes imported, ComfyUI on the CPU."""
+    """The node pack with its nodes imported, ComfyUI on its device."""
     sys.path.insert(0, COMFYUI)
     from comfy.cli_args import args
 
-    args.cpu = True
+    args.cpu = not GPU
+    if GPU:  # as ComfyUI's main does, before anything else of it is imported
+        import comfy_aimdo.control
+
+        comfy_aimdo.control.init()
     importlib.import_module("fgattn_pack.nodes")
     return pack_root
 
