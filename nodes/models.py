@@ -11,10 +11,10 @@ from ..fgattn.order import TokenLayout
 # Where tokens that are not of the video (text, reference, audio, pose, guides) stand in self-attention, by
 # class of the diffusion model or its nearest known ancestor.
 SIDES = {
-    "WanModel": "front", "WanModel_S2V": "back", "HumoWanModel": "back", "SCAILWanModel": "back",
-    "HunyuanVideo": "front", "Kandinsky5": "front", "LTXBaseModel": "back", "GeneralDIT": "back",
-    "MiniTrainDIT": "back", "AsymmDiTJoint": "back", "Flux": "front",
-    "QwenImageTransformer2DModel": "front",
+    "WanModel": "front", "CausalWanModel": "front", "WanModel_S2V": "back", "HumoWanModel": "back",
+    "SCAILWanModel": "back", "HunyuanVideo": "front", "Kandinsky5": "front", "LTXBaseModel": "back",
+    "GeneralDIT": "back", "MiniTrainDIT": "back", "AsymmDiTJoint": "back", "Flux": "front",
+    "QwenImageTransformer2DModel": "front", "MiniMaxH3Model": "front",
 }
 MASKED = -1e4  # a bias below this removes a key
 NO_GRID = "this model's token grid is not known: sparse in raster order, without sinks"
@@ -43,10 +43,14 @@ def call_layout(options: dict, video: Video | None, query_length: int, key_lengt
     """Layout of a self-attention call over the video tokens, or why it is none.
 
     Args:
-        options: the call's `transformer_options`; `grid_sizes` of Wan models knows more than the latent.
+        options: the call's `transformer_options`; `grid_sizes` of Wan models knows more than the latent,
+            `minimax_h3_layout` is of the whole packed sequence.
     """
     if query_length != key_length:
         return "cross-attention"
+    packed = options.get("minimax_h3_layout")
+    if packed is not None and packed.seq_len != query_length:
+        return "self-attention of other tokens"
     if video is None:
         return TokenLayout.flat(query_length)
     grid = options.get("grid_sizes")

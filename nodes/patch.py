@@ -13,7 +13,7 @@ import threading
 
 import comfy.model_management
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from einops import rearrange
 
 from ..fgattn.engine import Engine
@@ -25,6 +25,9 @@ from .status import show
 
 KEY = "fgattn"
 SLOT = "optimized_attention_override"
+CORE_SPARSE = "block_sparse_attention"  # key of ComfyUI's node Model Sparse Attention
+BOTH_SPARSE = ("Model Sparse Attention is on this model too: it gets the calls that FG-Attn leaves dense, "
+               "and with MiniMax-H3 all of them")
 FULL_NOISE_PERCENT = 0.02  # a run that starts within this part of the schedule starts at full noise
 log = logging.getLogger("fgattn")
 
@@ -63,6 +66,8 @@ class Patch:
             sigmas = args[3].tolist()
             first = patcher.get_model_object("model_sampling").percent_to_sigma(FULL_NOISE_PERCENT)
             self.engine.begin_run(sigmas, bool(sigmas) and sigmas[0] >= float(first), patcher.load_device)
+            if patcher.get_callbacks(CallbacksMP.ON_PREPARE_STATE, CORE_SPARSE):
+                self.engine.remark(BOTH_SPARSE)
         except Exception:
             self._lost("could not start")
         self.live.begin()

@@ -1,0 +1,178 @@
+"""What is not in ComfyUI 0.19.3, imitated by what its authors' code documents.
+
+Newer releases: Model Sparse Attention, Model Attention Backend, MiniMax-H3, Wan Animate 2, causal Wan. Beside
+ComfyUI: GGUF loaders. Imitations show that our side holds; that theirs behaves so was read, not run.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+SLOT = "optimized_attention_override"
+BLOCKS, STEPS = 3, 8
+
+
+class CoreSparse:
+    """The hook of Model Sparse Attention.
+
+    Its override is put on top when the node runs and again before every evaluation, unless it is there
+    already; what it declines goes to the override that it found.
+    """
+
+    def __init__(self, monkeypatch):
+        import comfy.samplers
+
+        self.installed, self.calls, self.depths = [], 0, []
+        calculate = comfy.samplers._calc_cond_batch
+
+        def prepared(model, conds, x, timestep, options):  # newer releases hand the options to the callbacks
+            self.install(options["transformer_options"])
+            return calculate(model, conds, x, timestep, options)
+
+        monkeypatch.setattr(comfy.samplers, "_calc_cond_batch", prepared)
+
+    def install(self, options):
+        previous = options.get(SLOT)
+        if previous in self.installed:
+            return
+
+        def override(func, *args, **kwargs):
+            self.calls += 1
+            return previous(func, *args, **kwargs) if previous else func(*args, **kwargs)
+
+        override.previous = previous
+        self.installed.append(override)
+        options[SLOT] = override
+
+    def on(self, model):
+        from comfy.patcher_extension import CallbacksMP
+
+        model = model.clone()
+        model.model_options["transformer_options"] = dict(model.model_options["transformer_options"])
+        self.install(model.model_options["transformer_options"])
+        model.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, "block_sparse_attention", lambda *_: None)
+
+        def measure(executor, *args, **kwargs):
+            depth, one = 0, args[5].get(SLOT)
+            while one is not None:
+                depth, one = depth + 1, one.previous
+            self.depths.append(depth)
+            return executor(*args, **kwargs)
+
+        model.add_wrapper_with_key("apply_model", "zz_depth", measure)
+        return model
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["before-ours", "after-ours"])
+def test_beside_model_sparse_attention(wan, sample, patched, report, monkeypatch, first):
+    """Ours runs where it can, theirs gets what we leave dense; the chain stays short; the report says so."""
+    core = CoreSparse(monkeypatch)
+    model = core.on(patched(wan, warmup_steps=2)) if first else patched(core.on(wan), warmup_steps=2)
+    out = sample(model)
+    last = report(model)
+    assert last.calls == {"warm-up step": 2 * BLOCKS, "sparse": 6 * BLOCKS, "cross-attention": 8 * BLOCKS}
+    assert core.calls == (2 + 8) * BLOCKS * (1 if first else 2)  # before ours it is in the chain twice
+    assert any("Model Sparse Attention" in remark for remark in last.remarks)
+    assert len(core.depths) == STEPS and max(core.depths) <= 4 and len(core.installed) <= 2
+    assert torch.equal(out, sample(patched(wan, warmup_steps=2)))
+
+
+def test_model_attention_backend(wan, sample, patched, report):
+    """It writes the slot once, whatever was there; ours goes on top, its backend computes the dense calls."""
+    calls = []
+
+    def backend(func, *args, **kwargs):
+        calls.append(func)
+        return func(*args, **kwargs)
+
+    backend.container_function = None
+    model = patched(wan, warmup_steps=2).clone()
+    model.model_options["transformer_options"] = model.model_options["transformer_options"] | {SLOT: backend}
+    sample(model)
+    assert report(model).calls["sparse"] == 6 * BLOCKS and len(calls) == 10 * BLOCKS
+
+
+def named(name, base=object, **attributes):
+    return type(name, (base,), attributes)()
+
+
+@pytest.fixture
+def adapters(pack):
+    return sys.modules["fgattn_pack.nodes.models"]
+
+
+def test_minimax_h3(adapters):
+    """[text, conditions, references, audio][video]: all in front of the video, which is last."""
+    model = named("MiniMaxH3Model", patch_size=(1, 2, 2))
+    video = adapters.video_of(model, (1, 24, 7, 24, 41))  # padded to 42
+    assert video.grid == (7, 12, 21)
+    length = 7 * 12 * 21
+    layout = SimpleNamespace(seq_len=length + 200, segments=[(0, 200, "text"), (200, 200 + length, "video")])
+    for options in ({}, {"minimax_h3_layout": layout}):
+        found = adapters.call_layout(options, video, length + 200, length + 200)
+        assert (found.grid, found.front, found.back) == ((7, 12, 21), 200, 0)
+    assert adapters.call_layout({}, video, 200, 200) == "self-attention of other tokens"
+    text = {"minimax_h3_layout": SimpleNamespace(seq_len=2 * length)}  # the refiner of a long one
+    assert adapters.call_layout(text, video, length + 50, length + 50) == "self-attention of other tokens"
+
+
+def test_wan_animate_2(adapters):
+    """The pose pass and the calls of single frames run dense; without a pose it is an ordinary Wan."""
+    model = named("WanAnimate2Model", type("WanModel", (), {}), patch_size=(1, 2, 2))
+    video = adapters.video_of(model, (1, 36, 5, 16, 24))
+    frame, options = 8 * 12, {"grid_sizes": (5, 8, 12)}
+    assert adapters.call_layout(options, video, 5 * frame, 5 * frame).grid == (5, 8, 12)
+    assert adapters.call_layout(options, video, 4 * frame, 4 * frame) == "self-attention of other tokens"
+    assert adapters.call_layout(options, video, frame, 6 * frame) == "cross-attention"
+
+
+def test_causal_wan(adapters):
+    """A class of its own with Wan's tokens; calls with cached keys run dense."""
+    video = adapters.video_of(named("CausalWanModel", patch_size=(1, 2, 2)), (1, 16, 3, 16, 24))
+    assert adapters.call_layout({}, video, 288, 288).grid == (3, 8, 12)
+    assert adapters.call_layout({}, video, 288, 576) == "cross-attention"
+
+
+def quantised_operations():
+    """As GGUF loaders do it: linear layers keep weights in their own form and expand them when called."""
+    import comfy.ops
+
+    class Operations(comfy.ops.manual_cast):
+        class Linear(comfy.ops.manual_cast.Linear):
+            def _load_from_state_dict(self, state, prefix, *args):
+                super()._load_from_state_dict(state, prefix, *args)
+                weight = self.weight.data.float()
+                self.scale = weight.abs().amax(1, keepdim=True) / 127
+                weight = (weight / self.scale).round().to(torch.int8)
+                self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+            def forward_comfy_cast_weights(self, x):
+                weight = (self.weight * self.scale).to(x)
+                return torch.nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x))
+
+    return Operations
+
+
+def test_quantised_weights(wan_weights, sample, patched, report):
+    """A loader like GGUF's: operations of its own, and a patcher class that survives cloning."""
+    import comfy.model_patcher
+    import comfy.sd
+
+    class Patcher(comfy.model_patcher.ModelPatcher):
+        def clone(self, *args, **kwargs):
+            kind, self.__class__ = self.__class__, Patcher
+            other = super().clone(*args, **kwargs)
+            other.__class__, self.__class__ = Patcher, kind
+            return other
+
+    model = comfy.sd.load_diffusion_model_state_dict(
+        dict(wan_weights), model_options={"custom_operations": quantised_operations()})
+    model = Patcher.clone(model)
+    assert model.model.diffusion_model.blocks[0].self_attn.q.weight.dtype == torch.int8
+    dense, ours = sample(model), patched(model, threshold=0.0)
+    got = sample(ours)
+    assert isinstance(ours, Patcher)
+    assert ((got - dense).norm() / dense.norm()).item() < 1e-4
+    assert report(ours).calls["sparse"] == STEPS * BLOCKS
