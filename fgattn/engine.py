@@ -132,7 +132,7 @@ class Engine:
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: TokenLayout,
         dense: Callable[[], torch.Tensor], block: int | None = None,
-        branch: Hashable | None = "all", scale: float | None = None,
+        branch: Hashable | None = "all", scale: float | None = None, kept: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One attention call, dense or sparse.
 
@@ -144,6 +144,8 @@ class Engine:
             branch: what tells this call from others of the block in a step: conditionings, context
                 window; None if unknown. Plans are kept only where block and branch are known.
             scale: softmax scale, D**-0.5 if None.
+            kept: int64, the tokens that `layout` speaks of, where the others are padding: sparse calls
+                leave those out as keys and give zeros for them as queries. None is all of them.
         """
         run = self._run
         if run is None:
@@ -161,7 +163,7 @@ class Engine:
             return out
         try:
             with self._scope():
-                out = self._sparse(run, q, k, v, layout, block, branch, scale)
+                out = self._unpadded(run, q, k, v, kept, layout, block, branch, scale)
         except self._passthrough:
             run.plans.clear()
             raise
@@ -174,6 +176,12 @@ class Engine:
             return dense()
         stats.calls["sparse"] += 1
         return out
+
+    def _unpadded(self, run: _Run, q, k, v, kept, *call) -> torch.Tensor:
+        if kept is None:
+            return self._sparse(run, q, k, v, *call)
+        return torch.zeros_like(q).index_copy_(
+            2, kept, self._sparse(run, *(x.index_select(2, kept) for x in (q, k, v)), *call))
 
     def _sparse(self, run: _Run, q, k, v, layout, block, branch, scale) -> torch.Tensor:
         """Plan and attend. Out of memory drops the kept plans and halves the heads at a time, for good."""

@@ -98,6 +98,21 @@ def valid_keys(mask: torch.Tensor, batch: int, keys: int) -> torch.Tensor | str 
     return None if valid.all() else valid.expand(batch, keys)
 
 
+def without_padding(layout: TokenLayout, valid: torch.Tensor) -> tuple[TokenLayout, torch.Tensor] | None:
+    """The sequence without padding, and its tokens; None where rows differ or the video itself has padding.
+
+    Reads the mask, as `valid_keys` does.
+
+    Args:
+        valid: bool [B, L], keys that a mask leaves.
+    """
+    row, end = valid[0], layout.length - layout.back
+    if (valid != row).any() or not row[layout.front:end].all():
+        return None
+    front, back = int(row[:layout.front].sum()), int(row[end:].sum())
+    return TokenLayout(layout.grid, front, back), row.nonzero().flatten()
+
+
 def _patch_size(model) -> tuple[int, int, int] | None:
     """(T, H, W) latent values of a token."""
     size = getattr(model, "patch_size", None)

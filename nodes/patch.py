@@ -20,7 +20,7 @@ from ..fgattn.engine import Engine
 from ..fgattn.report import headline
 from ..fgattn.settings import Policy, Settings
 from .live import Live
-from .models import NO_GRID, call_block, call_branch, call_layout, valid_keys, video_of
+from .models import NO_GRID, call_block, call_branch, call_layout, valid_keys, video_of, without_padding
 from .status import show
 
 KEY = "fgattn"
@@ -100,11 +100,11 @@ class Patch:
             options[SLOT] = Override(self, current)
         shape = (kwargs.get("latent_shapes") or [args[0].shape])[0]  # video first, where there is audio too
         self.thread.video = video_of(executor.class_obj.diffusion_model, shape)
-        self.thread.mask = None, None
+        self.thread.mask = None
         try:
             return executor(*args, **kwargs)
         finally:
-            self.thread.mask = None, None
+            self.thread.mask = None
 
     def _lost(self, what: str) -> None:
         log.exception("FG-Attn %s; this run is dense or unreported", what)
@@ -138,9 +138,9 @@ class Override:
             length = 2 if skip_reshape else 1
             video = getattr(thread, "video", None)
             layout = call_layout(options, video, q.shape[length], k.shape[length])
+            kept = None
             if not isinstance(layout, str) and mask is not None:
-                valid = self._valid_keys(mask, q.shape[0], k.shape[length])
-                layout = valid if isinstance(valid, str) else dataclasses.replace(layout, key_valid=valid)
+                layout, kept = self._masked(mask, layout, q.shape[0])
             if isinstance(layout, str):
                 self.patch.engine.decline(layout)
                 return fallback()
@@ -148,7 +148,7 @@ class Override:
                 self.patch.engine.remark(NO_GRID)
             split = functools.partial(rearrange, pattern="b l (h d) -> b h l d", h=heads)
             out = self.patch.engine.attention(
-                *((q, k, v) if skip_reshape else map(split, (q, k, v))), layout=layout,
+                *((q, k, v) if skip_reshape else map(split, (q, k, v))), layout=layout, kept=kept,
                 dense=(fallback if skip_output_reshape else lambda: split(fallback())),
                 block=call_block(options, video), branch=call_branch(options),
                 scale=kwargs.get("scale"))
@@ -156,12 +156,19 @@ class Override:
         finally:
             thread.inside = False
 
-    def _valid_keys(self, mask, batch, keys):
-        """What `valid_keys` says of a mask; asked once an evaluation, since that waits for the device."""
-        thread = self.patch.thread
-        if getattr(thread, "mask", (None, None))[0] is not mask:
-            thread.mask = mask, valid_keys(mask, batch, keys)
-        return thread.mask[1]
+    def _masked(self, mask, layout, batch):
+        """Under a mask: layout or reason, tokens to keep or None. Read once an evaluation: that waits."""
+        thread, place = self.patch.thread, (layout.grid, layout.front, layout.back, batch)
+        known = getattr(thread, "mask", None)
+        if known is None or known[0] is not mask or known[1] != place:
+            valid = valid_keys(mask, batch, layout.length)
+            found = valid, None
+            if not isinstance(valid, str):
+                found = dataclasses.replace(layout, key_valid=valid), None
+            if isinstance(valid, torch.Tensor):
+                found = without_padding(layout, valid) or found
+            known = thread.mask = mask, place, found
+        return known[2]
 
 
 def patch_of(model) -> Patch | None:

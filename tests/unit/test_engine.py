@@ -1,6 +1,7 @@
 """Engine: which calls run dense and why, what happens on failure, and what the books say."""
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import weakref
@@ -125,6 +126,24 @@ def test_a_second_gpu_runs_dense():
     one._run.stats.clock.device = torch.device("cuda", 0)
     q = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), shape=Q.shape)
     assert one._unable(one._run, q, q, q) == "on another GPU than the run"
+
+
+def test_padding_is_left_out():
+    """Tokens that are not kept: no keys, zeros as queries; the others as with a mask over keys."""
+    layout, kept = TokenLayout((4, 4, 6), front=32), torch.cat((torch.arange(20), torch.arange(32, 128)))
+    one = Engine(Settings(0.0, 16, 16), Policy(0, reuse_steps=2))
+    one.begin_run(falling(4), True, CPU)
+    one.begin_evaluation(1.0)
+    out = one.attention(
+        Q, K, V, layout=TokenLayout((4, 4, 6), front=20), dense=lambda: DENSE, block=0, kept=kept)
+    valid = torch.zeros(len(Q), 128, dtype=torch.bool)
+    valid[:, kept] = True
+    masked = dataclasses.replace(layout, key_valid=valid)
+    expected = attend(Q, K, V, build_plan(Q, K, Settings(0.0, 16, 16), masked))
+    assert out.shape == Q.shape and not out[:, :, 20:32].any()
+    assert torch.allclose(out[:, :, kept], expected[:, :, kept], atol=1e-5)
+    report = one.end_run()
+    assert report.calls == {"sparse": 1} and report.plans == {"made": 1} and not report.remarks
 
 
 class Interrupt(Exception):
