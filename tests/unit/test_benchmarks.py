@@ -297,7 +297,8 @@ def test_generations_that_are_absurd_are_withheld(off, status):
 def test_tables_of_the_demo_model(tmp_path):
     """Means over calls or seeds, a line or cell for each setting."""
     def rows(name, *rows):
-        measure.write(tmp_path / f"{name}.csv", [{"status": targets.MEASURED, **row} for row in rows], MACHINE)
+        every = [{"status": targets.MEASURED, **row} for row in rows]
+        measure.write(tmp_path / f"{name}.csv", every, MACHINE)
 
     rows("generations", {"impl": "cudnn", "ms": 5.0, "seed": 1}, *OURS)
     rows("quality", *({
