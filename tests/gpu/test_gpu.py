@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import plan_calls
 from fgattn import Settings, TokenLayout, attend, build_plan, plan_from_mask, reference, runtime
 from fgattn.engine import Engine
 from fgattn.methods import METHODS
 from fgattn.plan import of_heads
 from fgattn.settings import TILE_KEYS, TILE_QUERIES, Policy
+from hypothesis import given
+from hypothesis import settings as examples
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -175,6 +178,16 @@ def test_lists_agree_with_the_reference():
             near = above.abs() < 1e-4
         got = plan.kept_slices(0, slice(0, 2))
         assert not ((got != kept[0]) & ~near[0]).any()
+
+
+@examples(max_examples=300, deadline=None, derandomize=True)
+@given(plan_calls(dtypes=("fp16", "bf16")))
+def test_any_call_selects_as_the_reference(call):
+    """As the tests without a GPU: ragged grids, sinks, missing keys, bad values, empty sides, all M x N."""
+    q, k = (x.cuda() for x in call.tensors())
+    plan = build_plan(q, k, call.settings, call.layout, scale=call.scale, impl="triton")
+    tensors = {name: x.cpu() for name, x in vars(plan).items() if isinstance(x, torch.Tensor)}
+    call.check(dataclasses.replace(plan, **tensors), reference)
 
 
 def test_more_heads_than_one_launch(monkeypatch, impl):
