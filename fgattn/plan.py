@@ -22,7 +22,7 @@ class SparsePlan:
 
     | attribute | shape, dtype | meaning |
     |---|---|---|
-    | bits | [B, H, tiles, ceil(slices/8)] uint8 | bit s%8 of byte s//8: slice s is executed |
+    | bits | [B, H, tiles, row_bytes(slices)] uint8 | bit s%8 of byte s//8: slice s is executed |
     | requested | [B, H] float64 | scores asked for by the mask tiles |
     | executed | [B, H] float64 | scores computed: tiles that run together attend the union |
     | run_order | None or [B, H, runs] int32 | run of 16 queries at each place of execution; None: in order |
@@ -260,9 +260,19 @@ def _pack(kept, cells, m, n, queries, keys, valid):
         kept = kept.gather(1, tile.expand_as(kept))
         kept = merge_runs(kept.transpose(1, 2), KERNEL_ROWS // m).transpose(1, 2)
     executed = _scores(kept, max(m, KERNEL_ROWS), queries, weight)
-    octets = pad(kept, (0, -kept.shape[2] % 8)).unflatten(2, (-1, 8))
+    return pack(kept), requested, executed, order
+
+
+def row_bytes(bits: int) -> int:
+    """Bytes of a row of bits; rows end on 16 bytes."""
+    return -(-bits // 128) * 16
+
+
+def pack(kept: torch.Tensor) -> torch.Tensor:
+    """Bool [..., n] -> uint8 [..., row_bytes(n)]: bit i%8 of byte i//8."""
+    octets = pad(kept, (0, 8 * row_bytes(kept.shape[-1]) - kept.shape[-1])).unflatten(-1, (-1, 8))
     places = torch.arange(8, device=kept.device, dtype=torch.uint8)
-    return (octets.to(torch.uint8) << places).sum(-1, dtype=torch.uint8), requested, executed, order
+    return (octets.to(torch.uint8) << places).sum(-1, dtype=torch.uint8)
 
 
 def _valid_counts(keys, width, valid, device):

@@ -6,10 +6,12 @@ One program reads RUNS runs of one head once, in fp32; nothing but the summaries
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 import triton
 import triton.language as tl
+from torch.nn.functional import pad
 
 from ..order import CELL
 
@@ -70,6 +72,11 @@ def on_device(x: torch.Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def batch_stride(x: torch.Tensor) -> int:
+    """Stride of the first dimension of a table; 0 where one row serves all of the batch."""
+    return x.stride(0) if len(x) > 1 else 0
+
+
 def position_rows(tokens: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
     """Row at each position of the order, -1 for invalid ones and past the end; int32 [B or 1, runs * 16].
 
@@ -77,10 +84,13 @@ def position_rows(tokens: torch.Tensor, valid: torch.Tensor | None = None) -> to
         tokens: [L], row at each position.
         valid: None or bool [B, L], in the order.
     """
-    rows = tokens.to(torch.int32)[None]
-    if valid is not None:
-        rows = rows.masked_fill(~valid, -1)
-    return torch.nn.functional.pad(rows, (0, -len(tokens) % CELL), value=-1)
+    rows = _rows(tokens)
+    return rows if valid is None else rows.masked_fill(~pad(valid, (0, rows.shape[1] - valid.shape[1])), -1)
+
+
+@functools.lru_cache(maxsize=64)
+def _rows(tokens: torch.Tensor) -> torch.Tensor:
+    return pad(tokens.to(torch.int32)[None], (0, -len(tokens) % CELL), value=-1)
 
 
 def summarise(x: torch.Tensor, rows: torch.Tensor, second: int = NOTHING):
@@ -100,6 +110,6 @@ def summarise(x: torch.Tensor, rows: torch.Tensor, second: int = NOTHING):
     other = torch.empty_like(mean) if second else None
     with on_device(x):
         summarise_kernel[(triton.cdiv(runs, RUNS), batch * heads)](
-            x, rows, mean, other, *x.stride()[:3], rows.stride(0) if len(rows) > 1 else 0, heads, runs,
+            x, rows, mean, other, *x.stride()[:3], batch_stride(rows), heads, runs,
             RUNS=RUNS, D=dim, SECOND=second, num_warps=4)
     return mean, other

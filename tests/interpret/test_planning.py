@@ -83,6 +83,18 @@ def test_more_than_one_block():
     assert torch.equal(fine.bits, build_plan(q, k, Settings(2.5, 64, 1), layout, impl="torch").bits)
 
 
+def test_missing_keys_far_above_all_scores():
+    """Cells without keys have zero means; where all scores are far below zero they must not set the scale."""
+    layout = TokenLayout((2, 5, 9), front=3, back=5, key_valid=torch.ones(1, 98, dtype=torch.bool))
+    layout.key_valid[:, 64:] = False
+    q, k, _ = make(1, 98)
+    q[..., 0], k[..., 0] = 40.0, -40.0
+    for n in (4, 16):
+        plan = build_plan(q, k, Settings(2.0, 64, n), layout, impl="triton")
+        expected = build_plan(q, k, Settings(2.0, 64, n), layout, impl="torch")
+        assert 0 < plan.density < 0.9 and torch.equal(plan.bits, expected.bits)
+
+
 @pytest.mark.parametrize("n", [2, 16, 32])
 @pytest.mark.parametrize("m", [16, 32])
 def test_tiles_are_grouped_as_in_torch(m, n):
