@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from benchmarks.report import RESULTS, Results
+from benchmarks.measure import RESULTS
+from benchmarks.results import Results
 from fgattn import Settings, TokenLayout
 from fgattn.break_even import HOPPER, TOO_DENSE, TOO_SHORT, Costs, costs, faster
 from fgattn.engine import Engine
