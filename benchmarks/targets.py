@@ -102,8 +102,10 @@ def _stage(rows: list[Row], shape: str, n: int) -> dict[str, float]:
     """ms of each stage and of dense attention, and percent of dense for sums of stages."""
     found = pick(rows, case="stages", shape=shape, N=(n,))
     times = {row["impl"]: row["ms"] for row in found}
-    summaries = pick(rows, case="stages", shape=shape, impl="summarise q, k")[0]
-    return times | {"summarise": summaries["ms"], "dense": summaries["yardstick_ms"]}
+    for impl in ("summarise q, k", "summarise q, k, v"):
+        summaries = pick(rows, case="stages", shape=shape, impl=impl)[0]
+        times[impl] = summaries["ms"]
+    return times | {"dense": summaries["yardstick_ms"]}
 
 
 def _share(sum_of: Callable[[dict[str, float]], float], shape: str, n: int = 16):
@@ -115,15 +117,15 @@ def _share(sum_of: Callable[[dict[str, float]], float], shape: str, n: int = 16)
 
 
 def select(t):
-    return t["plan"] - t["summarise"] + t["lists"]
+    return t["plan"] - t["summarise q, k"] + t["lists"]
 
 
 def pooled(t):
-    return t["summarise"] + t["tail"]
+    return t["summarise q, k, v"] + t["tail"]
 
 
 def reused(t):
-    return t["plan"] / 4 + t["lists"] + t["tail"]
+    return t["plan"] / 4 + t["lists"] + t["means and tail"]
 
 
 def equal_error(rows: list[Row]) -> float:

@@ -59,7 +59,7 @@ def attend(
         from .kernels.pooled import tail_triton
 
         q, k, v = (x.to(compute_type(x)) for x in (q, k, v))
-        tail = tail_triton(q, k, v, plan) if plan.tail else None
+        tail = tail_triton(q, k, v, plan, hopper=impl == "hopper") if plan.tail else None
         if impl == "hopper":
             from .kernels.attend_hopper import attend_hopper as launch
         else:

@@ -26,7 +26,7 @@ from ..tensors import compute_type
 from .group import grouped
 from .launch_table import plan_launch, shares
 from .refine import refine
-from .summarise import COUNTS, SQUARE, VARIANCE, batch_stride, on_device, position_rows, summarise
+from .summarise import COUNTS, batch_stride, on_device, position_rows, summarise
 from .words import WORDS, column_order, scores_of, share, tile_words
 
 SLICE_TILES, SLICE_BYTES = 4, 128  # of a program and of its step
@@ -219,8 +219,8 @@ def plan_bits(q, k, geo: Geometry, valid: torch.Tensor | None, settings: Setting
 def _score(q, k, geo: Geometry, table: KeyTables, tiles: int, settings: Settings, scale: float):
     """Centroids, their limits fp32 [B * H, runs], and bits [B, H, tiles, bytes] of cells above them."""
     (batch, heads, _, dim), device = q.shape, q.device
-    centroid, square = summarise(q, position_rows(geo.query_tokens), SQUARE)
-    mean, variance = summarise(k, table.rows, VARIANCE)
+    centroid, square, mean, variance, _ = summarise(
+        q, k, None, position_rows(geo.query_tokens), table.rows, second=True)
     (groups, runs, _), cells = centroid.shape, mean.shape[1]
     launch = plan_launch(device)
     blocks = triton.cdiv(runs, launch.runs)

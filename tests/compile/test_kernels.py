@@ -13,9 +13,11 @@ from fgattn.kernels.launch_table import PLAN_TABLE, TABLE, launch_for
 triton = pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 attend_fwd = pytest.importorskip("fgattn.kernels.attend_fwd")
 gluon = pytest.importorskip("triton.experimental.gluon._runtime", reason="this Triton has no Gluon")
+gluon_language = pytest.importorskip("triton.experimental.gluon.language")
 attend_hopper = pytest.importorskip("fgattn.kernels.attend_hopper")
 hopper_producers = pytest.importorskip("fgattn.kernels.hopper_producers")
 pooled = pytest.importorskip("fgattn.kernels.pooled")
+pooled_hopper = pytest.importorskip("fgattn.kernels.pooled_hopper")
 select = pytest.importorskip("fgattn.kernels.select")
 group = pytest.importorskip("fgattn.kernels.group")
 refine = pytest.importorskip("fgattn.kernels.refine")
@@ -34,10 +36,10 @@ TYPES = {
     **dict.fromkeys(("scores", "asked", "done"), "*fp64"), "executed": "*i64",
     **dict.fromkeys(("scale", "half", "bound"), "fp32"),
     **dict.fromkeys(("x", "centroid", "square", "mean", "variance", "second", "value"), "*bf16"),
-    **dict.fromkeys(("rows", "widths", "counts"), "*i32"), "exists": "*u8",
+    **dict.fromkeys(("rows", "widths", "counts", "valid"), "*i32"), "exists": "*u8",
     **dict.fromkeys(("lse", "limits", "totals", "weights"), "*fp32"),
 }
-BOXES = ("k_flat", "k_wide", "k_deep", "v_flat", "v_wide", "v_deep")
+BOXES = ("k_flat", "k_wide", "k_deep", "v_flat", "v_wide", "v_deep")  # tensor maps of the attention kernel
 ROWS = sorted(TABLE)
 
 
@@ -48,16 +50,18 @@ def box_type():
 
 
 def compiled(kernel, arch, constants, types=(), **options):
-    """The kernel for one architecture, specialised as a launch on aligned tensors would be."""
+    """The kernel for one architecture, specialised as a launch on aligned tensors would be.
+
+    types: of arguments that TYPES does not know, such as tensor maps.
+    """
     signature, aligned, types = {}, {}, TYPES | dict(types)
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        if name in BOXES:
-            signature[name] = box_type()
-            continue
         signature[name] = types.get(name, "i32")
+        if signature[name].startswith("tensordesc"):
+            continue
         general = kernel.params[i].do_not_specialize  # one variant for every value
         assert name in types or general or name.startswith("stride_"), f"what type is {name}?"
         if signature[name] != "fp32" and not general:
@@ -126,7 +130,7 @@ def test_planning_kernels(arch, dim, tmp_path):
     """Summaries, selection and tail run with one setting on every GPU."""
     tiles = {"BLOCK_RUNS": 64, "D": dim, "TILE_RUNS": 8, "SPAN": 1}
     for kernel, num_warps, stages, constants in (
-            (summarise.summarise_kernel, 4, 3, {"RUNS": summarise.RUNS, "D": dim, "SECOND": 2}),
+            (summarise.summarise_kernel, 4, 3, {"RUNS": summarise.RUNS_D // dim, "D": dim, "SECOND": True}),
             (group.pair_kernel, group.WARPS, 3,
              {"WINDOW": group.WINDOW, "TILE_RUNS": 1, "FARTHEST": group.FARTHEST,
               "BLOCK_BYTES": group.BLOCK_BYTES, "COUNT": True}),
@@ -183,7 +187,8 @@ def test_hopper_kernel(dim, tile, unit, tmp_path):
         "GATHERERS": launch.gatherers}
     if not boxed:
         constants |= dict.fromkeys(BOXES)
-    made = compiled(attend_hopper.hopper_kernel, 90, constants, num_warps=4, **limit)
+    maps = dict.fromkeys(BOXES, box_type()) if boxed else {}
+    made = compiled(attend_hopper.hopper_kernel, 90, constants, maps, num_warps=4, **limit)
     registers, stack = resources(made, tmp_path)
     programs = 1 if launch.max_registers is None else 2
     threads = 128 * (tile // 64) + 32 * (4 if boxed else launch.gatherers)
@@ -192,3 +197,22 @@ def test_hopper_kernel(dim, tile, unit, tmp_path):
     assert stack <= 16, f"{launch} spills: {stack} bytes of stack"
     assert "wgmma" in made.asm["ptx"] and "setmaxnreg" in made.asm["ptx"]
     assert ("cp.async.bulk.tensor" in made.asm["ptx"]) == boxed
+
+
+@pytest.mark.parametrize("n", [1, 2, 16, 128])
+@pytest.mark.parametrize("tile_runs", [4, 8])
+@pytest.mark.parametrize("dim", attend_fwd.HEAD_DIMS)
+def test_hopper_tail_kernel(dim, tile_runs, n, tmp_path):
+    """Nothing but a few words of arguments is spilled, and the ring fits."""
+    block = [1, pooled_hopper.STEP.value, dim]
+    layout = gluon_language.NVMMASharedLayout.get_default_for(block, gluon_language.bfloat16)
+    constants = {"D": dim, "TILE_RUNS": tile_runs, "N": n, "STAGES": pooled_hopper.STAGES,
+                 "REGISTERS": pooled_hopper.REGISTERS}
+    if n > 1:
+        constants |= {"valid": None, "order": None}
+    maps = dict.fromkeys(("mean", "value"), f"tensordesc<bf16{block},{layout!r}>")
+    made = compiled(pooled_hopper.tail_hopper_kernel, 90, constants, maps, num_warps=4)
+    registers, stack = resources(made, tmp_path)
+    assert made.metadata.shared <= SHARED_KIB[90] * 1024
+    assert registers * 512 <= 65536 and stack <= 24, f"{registers} registers, {stack} bytes of stack"
+    assert all(name in made.asm["ptx"] for name in ("wgmma", "setmaxnreg", "cp.async.bulk.tensor"))

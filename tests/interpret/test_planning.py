@@ -17,7 +17,7 @@ from makers import tensors as make
 
 pytest.importorskip("triton", reason="no Triton: nothing to interpret")
 from fgattn.kernels.pooled import tail_triton
-from fgattn.kernels.summarise import SQUARE, VARIANCE, position_rows, summarise
+from fgattn.kernels.summarise import position_rows, summarise
 
 LAYOUT = TokenLayout((2, 5, 9), front=3, back=5)  # 98 tokens
 
@@ -27,19 +27,24 @@ LAYOUT = TokenLayout((2, 5, 9), front=3, back=5)  # 98 tokens
 def test_summaries(padded, dim):
     """Means, squares and variances of short, partly and wholly missing runs, through strides."""
     length = 98
-    x = make(2, length, dim=dim, batch=2)[1].transpose(1, 2).contiguous().transpose(1, 2)
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in make(2, length, dim=dim, batch=2))
     valid = random_valid(2, length) if padded else None
     if padded:
         valid[1, 16:32] = False
-    rows = position_rows(torch.randperm(length, generator=torch.Generator().manual_seed(0)), valid)
-    mean, variance = (y.unflatten(0, (2, 2)) for y in summarise(x, rows, VARIANCE))
-    _, square = summarise(x, rows, SQUARE)
+    tokens = torch.randperm(length, generator=torch.Generator().manual_seed(0))
+    q, rows = q[:, :, :40], (position_rows(tokens[tokens < 40]), position_rows(tokens, valid))
+    made = summarise(q, k, v, *rows, second=True)
     for b in range(2):
-        row = rows[b if padded else 0, :length].long()
-        expected = summarise_torch(x[b][:, row.clamp(min=0)], row >= 0, variance=True)
-        torch.testing.assert_close(mean[b], expected[0], atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(variance[b], expected[1], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(square, mean.flatten(0, 1).square(), atol=1e-6, rtol=1e-5)
+        row = rows[1][b if padded else 0, :length].long()
+        centroid = summarise_torch(q[b][:, tokens[tokens < 40]])[0]
+        mean, variance, _ = summarise_torch(k[b][:, row.clamp(min=0)], row >= 0, variance=True)
+        value = summarise_torch(v[b][:, row.clamp(min=0)], row >= 0)[0]
+        for got, expected in zip(made, (centroid, centroid.square(), mean, variance, value), strict=True):
+            torch.testing.assert_close(got.unflatten(0, (2, 2))[b], expected, atol=1e-6, rtol=1e-5)
+    parts = summarise(q, k, None, *rows), summarise(None, None, v, *rows)
+    for name in ("centroid", "mean", "value"):
+        assert torch.equal(getattr(parts[name == "value"], name), getattr(made, name))
+    assert [x is None for x in (*parts[0], *parts[1])] == [0, 1, 0, 1, 1, 1, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("n", TILE_KEYS)

@@ -210,8 +210,8 @@ def test_targets_at_most_and_their_percentages():
 def test_plan_targets_add_stages_up():
     shape, dense = targets.P480, {"yardstick_ms": 10.0, "status": targets.MEASURED, "case": "stages"}
     rows = [dense | {"shape": shape, "impl": impl, "ms": ms} | ({"N": n} if n else {})
-            for impl, n, ms in (("summarise q, k", 0, 0.1), ("plan", 16, 0.4), ("lists", 16, 0.03),
-                                ("tail", 16, 0.3))]
+            for impl, n, ms in (("summarise q, k", 0, 0.1), ("summarise q, k, v", 0, 0.15), ("plan", 16, 0.4),
+                                ("lists", 16, 0.03), ("tail", 16, 0.25), ("means and tail", 16, 0.3))]
     lines = by_figure("plan", rows)
     assert lines[f"score, select and lists, N=16, {shape}"]["value"] == pytest.approx(3.3)
     assert lines[f"summarise and tail, N=16, {shape}"]["value"] == pytest.approx(4.0)
