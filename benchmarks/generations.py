@@ -11,12 +11,13 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
-from fgattn import Settings, TokenLayout, attend, build_plan
+from fgattn import Settings, TokenLayout, attend
 from fgattn.demo.generate import generate, psnr
 from fgattn.demo.model import CHANNELS, HEAD_DIM
 from fgattn.demo.quantise import load_model
 from fgattn.demo.scenes import conditioning, to_rgb
 from fgattn.order import geometry
+from fgattn.plan import plan_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -44,8 +45,8 @@ def dense(q, k, v, timed: Timed):
 
 def ours(q, k, v, timed: Timed, *, settings: Settings):
     def call():
-        plan = build_plan(q, k, settings, LAYOUT)
-        return attend(q, k, v, plan), plan.requested
+        plan, summaries = plan_call(q, k, v, settings, LAYOUT)
+        return attend(q, k, v, plan, summaries=summaries), plan.requested
 
     out, requested = timed(call)
     return out, requested.sum() / (requested.numel() * q.shape[2] * k.shape[2])

@@ -150,7 +150,18 @@ def build_plan(
         >>> torch.allclose(attend(q, k, v, plan), dense, atol=1e-5)
         True
     """
-    check_tensors(q, k, k)
+    return plan_call(q, k, None, settings, layout, scale=scale, impl=impl)[0]
+
+
+def plan_call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, settings: Settings, layout: TokenLayout,
+    *, scale: float | None = None, impl: str | None = None,
+):
+    """build_plan, and the Summaries of q, k and v that the kernels made for it, for `attend`; or None.
+
+    v may be None: its means are then made by `attend`.
+    """
+    check_tensors(q, k, k if v is None else v)
     (batch, heads, queries, dim), keys = q.shape, k.shape[2]
     m, n = settings.tile_queries, settings.tile_keys
     valid = _ordered_valid(layout, batch, keys, settings.order, q.device)
@@ -164,8 +175,8 @@ def build_plan(
     if impl == "triton" and queries and keys:
         from .kernels.select import plan_bits
 
-        bits = plan_bits(q, k, geo, valid, settings, scale)
-        return SparsePlan(*bits, geo, valid, max(m, KERNEL_ROWS), n, settings.tail, scale)
+        *made, summaries = plan_bits(q, k, v if settings.tail else None, geo, valid, settings, scale)
+        return SparsePlan(*made, geo, valid, max(m, KERNEL_ROWS), n, settings.tail, scale), summaries
     tiles, slices = -(-queries // m), -(-keys // n)
     elements = max(queries * dim, keys * dim, tiles * (m // CELL) * (keys // CELL + 1), tiles * keys // n)
     parts = []
@@ -181,7 +192,7 @@ def build_plan(
             empty = torch.zeros(part.stop - part.start, tiles, slices, dtype=torch.bool, device=q.device)
             kept = empty, empty
         parts.append(_pack(*kept, m, n, queries, keys, row_valid))
-    return _plan(parts, (batch, heads), m, n, geo, valid, settings.tail, scale)
+    return _plan(parts, (batch, heads), m, n, geo, valid, settings.tail, scale), None
 
 
 def plan_from_mask(

@@ -187,41 +187,43 @@ def _always_kept(geo: Geometry, tile_queries: int) -> torch.Tensor:
     return pack(geo.always_kept(tile_queries))
 
 
-def plan_bits(q, k, geo: Geometry, valid: torch.Tensor | None, settings: Settings, scale: float):
+def plan_bits(q, k, v, geo: Geometry, valid: torch.Tensor | None, settings: Settings, scale: float):
     """Bits and score counts of a plan.
 
     Args:
-        q: [B, H, L_q, D]; k: [B, H, L_k, D]; any outer strides, neither empty.
+        q: [B, H, L_q, D]; k, v: [B, H, L_k, D]; any outer strides, neither empty; v may be None.
         valid: None or bool [B, L_k], in the order.
 
     Returns:
-        bits, requested, executed and run_order of a SparsePlan.
+        bits, requested, executed and run_order of a SparsePlan, and the Summaries that a tail needs or
+        None.
     """
-    q, k = (x.to(compute_type(x)) for x in (q, k))
-    if scale < 0:  # limits are divided by it
+    q, k, v = (x if x is None else x.to(compute_type(x)) for x in (q, k, v))
+    is_negative = scale < 0  # limits are divided by it
+    if is_negative:
         q, scale = -q, -scale
     queries, m, n = q.shape[2], settings.tile_queries, settings.tile_keys
     table = _all_keys(geo) if valid is None else key_tables(geo, valid)
     always, order = _always_kept(geo, m), None
     with on_device(q):
-        centroid, limits, cells = _score(q, k, geo, table, len(always), settings, scale)
+        summaries, limits, cells = _score(q, k, v, geo, table, len(always), settings, scale)
         bits, widths, requested = _slices(cells, always, table, settings, queries)
         executed = requested
         if m < KERNEL_ROWS:
             bits, executed, order = grouped(bits, widths, m, queries)
         if n < CELL:
             bits, requested, executed = refine(
-                centroid, k, table, always, limits, order, cells, m, n, queries)
+                summaries.centroid, k, table, always, limits, order, cells, m, n, queries)
         requested = requested.sum(2)
         executed = executed.sum(2) if m < KERNEL_ROWS else requested
-    return bits, requested, executed, order
+    return bits, requested, executed, order, None if is_negative else summaries
 
 
-def _score(q, k, geo: Geometry, table: KeyTables, tiles: int, settings: Settings, scale: float):
-    """Centroids, their limits fp32 [B * H, runs], and bits [B, H, tiles, bytes] of cells above them."""
+def _score(q, k, v, geo: Geometry, table: KeyTables, tiles: int, settings: Settings, scale: float):
+    """Summaries, limits of the centroids fp32 [B * H, runs], and bits [B, H, tiles, bytes] of cells above."""
     (batch, heads, _, dim), device = q.shape, q.device
-    centroid, square, mean, variance, _ = summarise(
-        q, k, None, position_rows(geo.query_tokens), table.rows, second=True)
+    summaries = summarise(q, k, v, position_rows(geo.query_tokens), table.rows, second=True)
+    centroid, square, mean, variance, _ = summaries
     (groups, runs, _), cells = centroid.shape, mean.shape[1]
     launch = plan_launch(device)
     blocks = triton.cdiv(runs, launch.runs)
@@ -240,7 +242,7 @@ def _score(q, k, geo: Geometry, table: KeyTables, tiles: int, settings: Settings
         centroid, square, mean, variance, totals, limits, words, runs, cells, tiles, parts, words.shape[3],
         scale * LOG2_E, scale / 2, log_bound(settings.threshold, k.shape[2]) * LOG2_E,
         TILE_RUNS=settings.tile_queries // CELL, **common)
-    return centroid, limits, bits
+    return summaries._replace(square=None, variance=None), limits, bits
 
 
 def _slices(cells: torch.Tensor, always: torch.Tensor, table: KeyTables, settings: Settings, queries: int):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from calls import INFINITE_BOUND, plan_calls
 from fgattn import Settings, TokenLayout, attend, build_plan, reference
+from fgattn.plan import plan_call
 from fgattn.scoring import summarise as summarise_torch
 from fgattn.settings import TILE_KEYS, TILE_QUERIES
 from fgattn.tail import pooled_tail
@@ -140,6 +141,16 @@ def test_tail_of_every_slice_width(n):
     for m in (32, 128):
         assert_same_tail(q, k, v, build_plan(q, k, Settings(2.0, m, n), LAYOUT))
     assert tail_triton(q, k, v, build_plan(q, k, Settings(0.0, 64, n), LAYOUT))[1].isneginf().all()
+
+
+@pytest.mark.parametrize("scale", [None, -0.2])
+def test_summaries_of_a_plan_serve_its_tail(scale):
+    """What planning summarised is not read again, and changes nothing; a negative scale has none to offer."""
+    q, k, v = make(2, 98)
+    plan, summaries = plan_call(q, k, v, Settings(2.0, 64, 4), LAYOUT, scale=scale, impl="triton")
+    assert (summaries is None) == (scale is not None)
+    assert torch.equal(attend(q, k, v, plan, impl="triton", summaries=summaries),
+                       attend(q, k, v, plan, impl="triton"))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
