@@ -155,7 +155,7 @@ class KeyTables(NamedTuple):
 
     rows: torch.Tensor  # int32 [B, cells * 16]: row of k, -1 for none
     counts: torch.Tensor  # int32 [B, cells]: valid keys
-    weights: torch.Tensor  # fp32 [B, row_bytes(cells) * 8]: the same, 0 past the end
+    weights: torch.Tensor  # fp32 [B, row_bytes(cells) * 8]: the same, nearly 0 past the end
     sources: torch.Tensor | None  # int32 [B, cells]: the cell itself, or one with keys; None if all have keys
     cells: torch.Tensor  # uint8 [B, row_bytes(cells)]: bits of the cells with keys
     keys: torch.Tensor  # uint8 [B, row_bytes(L_k)]: bits of the keys
@@ -166,7 +166,8 @@ def key_tables(geo: Geometry, valid: torch.Tensor | None) -> KeyTables:
     rows = position_rows(geo.key_tokens, valid)
     exists = rows >= 0
     counts = exists.view(len(rows), -1, CELL).sum(2, dtype=torch.int32)
-    weights = pad(counts.float(), (0, -counts.shape[1] % 128))
+    # What does not count stands for a cell that does: too little to show, but inf * 0 would be no number.
+    weights = pad(counts.float(), (0, -counts.shape[1] % 128)).clamp(min=1e-30)
     sources, has_keys = None, counts > 0
     if valid is not None:
         itself = torch.arange(counts.shape[1], dtype=torch.int32, device=rows.device)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from calls import plan_calls
+from calls import INFINITE_BOUND, plan_calls
 from fgattn import Settings, TokenLayout, attend, build_plan, plan_from_mask, reference, runtime
 from fgattn.engine import Engine
 from fgattn.methods import METHODS
 from fgattn.plan import of_heads
 from fgattn.settings import TILE_KEYS, TILE_QUERIES, Policy
 from fgattn.tail import pooled_tail
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as examples
 
 pytestmark = pytest.mark.gpu
@@ -214,6 +214,7 @@ def test_lists_agree_with_the_reference():
 
 
 @examples(max_examples=300, deadline=None, derandomize=True)
+@example(INFINITE_BOUND)
 @given(plan_calls(dtypes=("fp16", "bf16")))
 def test_any_call_selects_as_the_reference(call):
     """As the tests without a GPU: ragged grids, sinks, missing keys, bad values, empty sides, all M x N."""

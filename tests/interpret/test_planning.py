@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from calls import plan_calls
+from calls import INFINITE_BOUND, plan_calls
 from fgattn import Settings, TokenLayout, attend, build_plan, reference
 from fgattn.plan import plan_call
 from fgattn.scoring import summarise as summarise_torch
 from fgattn.settings import TILE_KEYS, TILE_QUERIES
 from fgattn.tail import pooled_tail
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as examples
 from makers import CASES, assert_lists_agree, random_mask, random_valid
 from makers import tensors as make
@@ -69,6 +69,7 @@ def test_lists_of_every_kind_of_sequence(case):
 
 
 @examples(max_examples=20, deadline=None, derandomize=True)
+@example(INFINITE_BOUND)
 @given(plan_calls(largest=(2, 4, 7), most_sinks=12, dtypes=("fp32", "fp16")))
 def test_any_call_selects_as_the_reference(call):
     """The same as in the torch path's test: every kind of sequence, all M x N, bad values, empty sides."""

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from calls import plan_calls
+from calls import INFINITE_BOUND, plan_calls
 from fgattn import Settings, TokenLayout, build_plan, plan, reference, selection, tensors
 from fgattn.order import geometry
 from fgattn.settings import TILE_KEYS, TILE_QUERIES
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as examples
 from makers import CASES, assert_lists_agree, poisoned, random_valid, restated_order
 from makers import tensors as make
@@ -138,6 +138,7 @@ def test_lists_are_those_of_the_reference(why, m, n, dtype, threshold):
 
 
 @examples(max_examples=150, deadline=None, derandomize=True)
+@example(INFINITE_BOUND)
 @given(plan_calls())
 def test_any_call_selects_as_the_reference(call):
     """Ragged grids, sinks, missing keys, foreign and no queries, equal, huge and bad values, all M x N."""
