@@ -8,17 +8,17 @@ from . import reference, runtime
 from .attend_torch import attend_torch
 from .errors import InvalidArgument, Unsupported
 from .order import TokenLayout
-from .plan import SparsePlan, plan_call
+from .plan import SparsePlan, parts_for, plan_call
 from .settings import Settings
 from .tail import pooled_tail
-from .tensors import check_tensors, compute_type
+from .tensors import check_tensors, compute_type, head_parts
 
 IMPLEMENTATIONS = ("reference", "torch", "triton", "hopper")
 
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SparsePlan, *, impl: str | None = None,
-    summaries=None,
+    summaries=None, out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(scale * q k^T) v over the keys of the plan, plus its tail.
 
@@ -30,6 +30,7 @@ def attend(
         impl: "reference" (the specification, slow), "torch" (any device), "triton" (GPU) or
             "hopper" (compute capability 9.0); None takes the last of them that runs here.
         summaries: of these tensors, if `plan_call` has just made them; None makes them.
+        out: where the result goes, of q's shape and type; None makes it.
 
     Returns:
         [B, H, L_q, D] in q's dtype; stored as [B, L_q, H, D] if q is.
@@ -45,13 +46,14 @@ def attend(
     if impl is None:
         impl = runtime.fastest(q, plan.gathers)
     if impl == "reference":
-        return reference.attend(q, k, v, plan)
+        expected = reference.attend(q, k, v, plan)
+        return expected if out is None else out.copy_(expected)
     reason = runtime.unavailable(q) if impl in ("triton", "hopper") else None
     if impl == "hopper":
         reason = reason or runtime.hopper_missing(q.device)
     if reason:
         raise Unsupported("impl", impl, "torch or reference here", f"The {impl} kernel cannot run: {reason}.")
-    out = _empty_like(q)
+    out = empty_like(q) if out is None else out
     if not q.numel() or not k.shape[2]:
         return out.zero_()
     if impl == "torch":
@@ -74,9 +76,13 @@ def sparse_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings, layout: TokenLayout,
     *, scale: float | None = None, impl: str | None = None,
 ) -> torch.Tensor:
-    """build_plan and attend in one call; arguments, result and errors as there."""
-    plan, summaries = plan_call(q, k, v, settings, layout, scale=scale)
-    return attend(q, k, v, plan, impl=impl, summaries=summaries)
+    """build_plan and attend in one call, a part of the heads at a time; arguments, result and errors as there."""
+    out = empty_like(q)
+    for of in head_parts(q.shape[1], parts_for(q, k.shape[2], settings)):
+        mine = q[:, of], k[:, of], v[:, of]
+        plan, summaries = plan_call(*mine, settings, layout, scale=scale)
+        attend(*mine, plan, impl=impl, summaries=summaries, out=out[:, of])
+    return out
 
 
 def check_plan(q: torch.Tensor, k: torch.Tensor, plan: SparsePlan) -> None:
@@ -90,7 +96,7 @@ def check_plan(q: torch.Tensor, k: torch.Tensor, plan: SparsePlan) -> None:
             "tiles are short.")
 
 
-def _empty_like(q: torch.Tensor) -> torch.Tensor:
+def empty_like(q: torch.Tensor) -> torch.Tensor:
     """An output for q that is stored as q is: [B, H, L, D] or [B, L, H, D]."""
     if q.stride(1) < q.stride(2):
         return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)

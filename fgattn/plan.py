@@ -15,6 +15,9 @@ from .selection import merge_runs, select
 from .settings import Settings
 from .tensors import CHUNK_ELEMENTS, check_tensors, head_chunks, ordered
 
+CALL_BYTES = 250 * 10**6  # that a call shall need beside its tensors
+LIST_BYTES = 96 << 20  # of them for lists; the heads that fit are listed and computed together
+
 
 @dataclass(frozen=True, eq=False)
 class SparsePlan:
@@ -193,6 +196,21 @@ def plan_call(
             kept = empty, empty
         parts.append(_pack(*kept, m, n, queries, keys, row_valid))
     return _plan(parts, (batch, heads), m, n, geo, valid, settings.tail, scale), None
+
+
+def parts_for(q: torch.Tensor, keys: int, settings: Settings) -> int:
+    """Parts that the heads are taken in, so that a call on a GPU needs CALL_BYTES beside q, k, v and the output.
+
+    Counted are bits, summaries and tail of the kernels, and their room for lists.
+    """
+    batch, heads, queries, dim = q.shape
+    m, n = settings.tile_queries, settings.tile_keys
+    runs, cells = -(-queries // CELL), -(-keys // CELL)
+    bits = -(-queries // max(m, KERNEL_ROWS)) * row_bytes(-(-keys // n))
+    words = 0 if n >= CELL or (n == 1 and m >= KERNEL_ROWS) else -(-queries // m) * row_bytes(keys)
+    head = (runs + 2 * cells) * dim * 2 + max((runs + cells) * dim * 2, words + bits, bits + runs * dim * 4)
+    room = CALL_BYTES - (LIST_BYTES if n >= OCTET else 0)
+    return min(heads, -(-batch * heads * head // room)) if q.is_cuda else 1
 
 
 def plan_from_mask(

@@ -47,6 +47,11 @@ def compute_type(x: torch.Tensor) -> torch.dtype:
     return torch.bfloat16 if x.is_cuda and x.dtype == torch.float32 else x.dtype
 
 
+def head_parts(heads: int, parts: int) -> list[slice]:
+    """Slices of the heads, in that many parts of nearly equal size."""
+    return [slice(heads * i // parts, heads * (i + 1) // parts) for i in range(parts)]
+
+
 def head_chunks(batch: int, heads: int, elements: int) -> Iterator[tuple[int, slice]]:
     """(batch row, heads) pairs, with as many heads as fit at `elements` each."""
     step = max(1, CHUNK_ELEMENTS // max(1, elements))
