@@ -1,4 +1,4 @@
-"""python -m benchmarks kernel|plan|quality|end2end|methods|reuse [--quick]: measure on this machine's GPU.
+"""python -m benchmarks kernel plan quality generations end2end methods reuse [--quick]: measure on this GPU.
 python -m benchmarks report: write tables and plots of the results into the READMEs."""
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from .registry import REGISTRY
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=[*REGISTRY, "report"])
-    parser.add_argument("--quick", action="store_true", help="fewer settings and peers")
+    parser.add_argument("names", nargs="+", choices=[*REGISTRY, "report"], metavar="name")
+    parser.add_argument("--quick", action="store_true", help="fewer settings, seeds and peers")
     parser.add_argument("--out", type=Path, default=measure.RESULTS, help="folder of the CSV files")
     parser.add_argument("--commit", default=measure.checked_out(), help="that is measured (default: git's)")
     options = parser.parse_args(arguments)
-    if options.name == "report":
-        report.write(options.out)
-        return 0
-    if not torch.cuda.is_available():
+    if options.names != ["report"] and not torch.cuda.is_available():
         parser.error("no CUDA GPU: nothing is measured")
-    runner.run(options.name, REGISTRY[options.name], options.quick, options.out, options.commit)
+    for name in options.names:
+        if name == "report":
+            report.write(options.out)
+        else:
+            runner.run(name, REGISTRY[name], options.quick, options.out, options.commit)
     return 0
 
 

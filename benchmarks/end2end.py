@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from fgattn import Settings, attend, build_plan
+from fgattn import Settings, attend
 from fgattn.kernels.pooled import tail_triton
+from fgattn.plan import plan_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import gelu, layer_norm, linear, rms_norm, scaled_dot_product_attention
 
@@ -91,8 +92,8 @@ class Planned:
     def __call__(self, q, k, v, block: int) -> torch.Tensor:
         if self.find:
             self.settings.append(for_density(q, k, Settings(), self.layout, DENSITY))
-        plan = build_plan(q, k, self.settings[block], self.layout)
-        out = attend(q, k, v, plan)
+        plan, summaries = plan_call(q, k, v, self.settings[block], self.layout)
+        out = attend(q, k, v, plan, summaries=summaries)
         if self.check:
             self.densities.append(plan.density)
         if self.check and block in CHECKED_BLOCKS:

@@ -16,6 +16,7 @@ from .measure import relative_error
 from .quality import LAYOUT, WRONG, recorded_calls
 from .runner import Case, Run
 
+SEED = 2
 FINE = (128, 16, "cells")
 PUBLISHED = {"top_k": (64, 64, "raster"), "sol": (64, 64, "raster"), "hierarchical": (128, 128, "hilbert"),
              "radial": (128, 128, "raster")}
@@ -25,9 +26,9 @@ STRENGTHS = {"threshold": (0.7, 1.0, 1.5, 2.0), "top_k": (0.1, 0.2, 0.3, 0.4), "
 
 def cases(quick: bool) -> Iterator[Case]:
     """One case per (step, block)."""
-    for number, ((step, block), qkv) in enumerate(recorded_calls().items()):
+    for number, ((step, block), qkv) in enumerate(recorded_calls(SEED).items()):
         if not quick or number == 4:
-            yield Case({"case": "methods", "step": step, "block": block, "L": LAYOUT.length},
+            yield Case({"case": "methods", "seed": SEED, "step": step, "block": block, "L": LAYOUT.length},
                        functools.partial(runs, qkv, quick), repeats=3, warmup=1)
 
 

@@ -129,7 +129,7 @@ def sol(q, k, v, tau: float, dense: torch.Tensor | None = None, tokens: torch.Te
     """
     from comfy_kitchen import sol_attn
 
-    q_, k_, v_ = (_in_order(x, tokens).transpose(1, 2) for x in (q, k, v))  # [B, L, H, D]
+    q_, k_, v_ = (in_order(x, tokens).transpose(1, 2) for x in (q, k, v))  # [B, L, H, D]
 
     def by_reference(out) -> float:
         from comfy_kitchen.backends.eager.sol_attn import sol_attn as reference
@@ -137,24 +137,24 @@ def sol(q, k, v, tau: float, dense: torch.Tensor | None = None, tokens: torch.Te
         return relative_error(out[:, :, :1], reference(*(x[:, :, :1] for x in (q_, k_, v_)), tau=tau))
 
     def by_dense(out) -> float:
-        return relative_error(out, _in_order(dense, tokens).transpose(1, 2))
+        return relative_error(out, in_order(dense, tokens).transpose(1, 2))
 
     return Run("sol_attn", lambda: sol_attn(q_, k_, v_, tau=tau), by_reference if dense is None else by_dense,
                SOL_TOLERANCE if dense is None else 1.0,
-               {"M": SOL_BLOCK, "N": SOL_BLOCK, "threshold": tau, "density": _sol_density(q_, k_, tau)})
+               {"M": SOL_BLOCK, "N": SOL_BLOCK, "threshold": tau, "density": float(sol_density(q_, k_, tau))})
 
 
-def _sol_density(q, k, tau: float) -> float:
-    """Share of block pairs that its published rule routes; q, k [1, L, H, D]."""
+def sol_density(q, k, tau: float) -> torch.Tensor:
+    """Share of block pairs that its published rule routes in the first batch row; q, k [B, L, H, D]."""
     queries, keys = (_block_means(x) for x in (q, k))
     keys = keys - keys.mean(1, keepdim=True)
     routed = queries @ keys.mT > tau * (queries.square() @ keys.square().mean(1)[..., None]).sqrt()
     near = torch.ones_like(routed[0]).triu(-1).tril(1)  # the diagonal and its neighbours
-    return (routed | near).double().mean().item()
+    return (routed | near).double().mean()
 
 
 def _block_means(x: torch.Tensor) -> torch.Tensor:
-    """[1, L, H, D] -> [H, blocks, D]"""
+    """[B, L, H, D] -> [H, blocks, D] of the first batch row."""
     rows = x[0].transpose(0, 1).float()
     short = -rows.shape[1] % SOL_BLOCK
     sums = pad(rows, (0, 0, 0, short)).unflatten(1, (-1, SOL_BLOCK)).sum(2)
@@ -186,7 +186,7 @@ def _listed(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mask.sum(-1, dtype=torch.int32), places.to(torch.int32)
 
 
-def _in_order(x: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+def in_order(x: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
     return x if tokens is None else x[:, :, tokens]
 
 

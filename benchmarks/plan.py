@@ -1,7 +1,8 @@
 """What planning and the tail cost, stage by stage, beside dense cuDNN attention on the same tensors.
 
 Stages are timed apart, with their launches hidden. `plan` is build_plan, which summarises q and k first;
-`tail` summarises q, k and v again. Bits are checked against the torch implementation's on a few heads.
+`tail` is given summaries, `means and tail` makes them, as for a plan that is reused. Bits are checked
+against the torch implementation's on a few heads.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from fgattn import Settings, attend, build_plan, runtime, scoring
 from fgattn.kernels.attend_fwd import Lists
 from fgattn.kernels.pooled import tail_triton
-from fgattn.kernels.summarise import SQUARE, VARIANCE, position_rows, summarise
+from fgattn.kernels.summarise import position_rows, summarise
 from fgattn.order import geometry
 from fgattn.tail import pooled_tail
 
@@ -43,13 +44,13 @@ def stages(shape: Shape) -> list[Run]:
     q, k, v = random_qkv(shape)
     layout = shape.layout
     geo = geometry(layout, Settings().order, shape.length, q.device)
-    query_rows, key_rows = position_rows(geo.query_tokens), position_rows(geo.key_tokens)
-
-    def summaries():
-        return (*summarise(q, query_rows, SQUARE), *summarise(k, key_rows, VARIANCE))
-
-    runs = [peers.cudnn(q, k, v),
-            Run("summarise q, k", summaries, functools.partial(summary_error, q, k, geo), ROUNDING)]
+    rows = position_rows(geo.query_tokens), position_rows(geo.key_tokens)
+    error = functools.partial(summary_error, q, k, v, geo)
+    runs = [peers.cudnn(q, k, v)] + [
+        Run(name, functools.partial(summarise, q, k, x, *rows, second=True), error, ROUNDING)
+        for name, x in (("summarise q, k", None), ("summarise q, k, v", v))]
+    summaries = summarise(q, k, v, *rows)
+    tail = functools.partial(tail_triton, q, k, v, hopper=runtime.hopper_missing(q.device) is None)
     for n in (16, 1):
         settings = for_density(q, k, Settings(tile_keys=n), layout, DENSITY)
         plan = build_plan(q, k, settings, layout)
@@ -59,8 +60,9 @@ def stages(shape: Shape) -> list[Run]:
                 functools.partial(bits_error, q, k, settings, layout), BITS_TOLERANCE, columns),
             Run("lists", functools.partial(make_lists, plan), functools.partial(lists_error, plan), EXACT,
                 columns),
-            Run("tail", functools.partial(tail_triton, q, k, v, plan),
-                functools.partial(tail_error, q, k, v, settings, layout), ROUNDING, columns)]
+            *(Run(name, functools.partial(tail, plan, given),
+                  functools.partial(tail_error, q, k, v, settings, layout), ROUNDING, columns)
+              for name, given in (("tail", summaries), ("means and tail", None)))]
     return runs
 
 
@@ -134,10 +136,10 @@ def tail_error(q, k, v, settings, layout, tail) -> float:
     return max(relative_error(got[:, heads], known) for got, known in zip(tail, expected, strict=True))
 
 
-def summary_error(q, k, geo, summaries) -> float:
+def summary_error(q, k, v, geo, made) -> float:
     """Of the first head's means, squares and variances."""
-    mean, square, key_mean, key_variance = (x[0] for x in summaries)
-    expected = scoring.summarise(q[0, :1, geo.query_tokens])[0]
-    keys = scoring.summarise(k[0, :1, geo.key_tokens], variance=True)
-    return max(relative_error(got, known[0]) for got, known in (
-        (mean, expected), (square, expected.square()), (key_mean, keys[0]), (key_variance, keys[1])))
+    centroid = scoring.summarise(q[0, :1, geo.query_tokens])[0]
+    mean, variance, _ = scoring.summarise(k[0, :1, geo.key_tokens], variance=True)
+    value = scoring.summarise(v[0, :1, geo.key_tokens])[0]
+    known = centroid, centroid.square(), mean, variance, value
+    return max(relative_error(got[0], x[0]) for got, x in zip(made, known, strict=True) if got is not None)

@@ -6,45 +6,21 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import measure, plot, targets
+from . import demo_tables, measure, plot, targets
 from .measure import RESULTS
-from .targets import MEASURED, TARGETS, geometric_mean, means
+from .results import MACHINE, NAMES, Results, mean, percent, plain, plain_mean, provenance, table
+from .targets import MEASURED, TARGETS
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 MARKED = re.compile(r"(<!-- results: (.+?) -->\n).*?(<!-- end of results -->)", re.S)
+BENCHMARKS = ("kernel", "plan", "quality", "generations", "end2end", "methods", "reuse")
+NAMED = ("impl", "M", "N", "threshold", "strength", "order", "shape")  # what tells rows apart
 TILE_KEYS = (1, 2, 4, 8, 16, 32, 64, 128)
-PROVENANCE = ("gpu", "torch", "triton", "date", "commit")
-MACHINE = ("gpu", "torch", "triton", "python", "date", "commit")  # text, even where it looks like a number
-NAMES = {"hopper": "FG-Attn, Hopper kernel", "triton": "FG-Attn, portable kernel", "fgattn": "FG-Attn",
-         "cudnn": "cuDNN (SDPA)", "sdpa flash": "flash (SDPA)", "flexattention": "FlexAttention",
-         "flashattention-4": "FlashAttention-4", "flashinfer": "FlashInfer, variable blocks"}
-
-
-class Results:
-    """Rows of the CSV files in a folder, numbers as numbers."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def rows(self, name: str) -> list[dict]:
-        """Every row of NAME.csv, none if there is no such file."""
-        path = self.folder / f"{name}.csv"
-        if not path.exists():
-            return []
-        with open(path, newline="") as file:
-            return [{k: v if k in MACHINE else _number(v) for k, v in row.items() if v != ""}
-                    for row in csv.DictReader(file)]
-
-    def measured(self, name: str, **columns) -> list[dict]:
-        """Rows that hold a measurement and have these columns."""
-        return [row for row in self.rows(name) if row.get("status") == MEASURED
-                and all(row.get(k) == v for k, v in columns.items())]
 
 
 def write(folder: Path = RESULTS) -> None:
@@ -72,7 +48,8 @@ def page(text: str, results: Results) -> str:
 
 def pictures(results: Results) -> dict[str, str]:
     """SVG text by file name."""
-    return {"kernel.svg": kernel_plot(results), "quality.svg": quality_plot(results)}
+    return {"kernel.svg": kernel_plot(results), "quality.svg": demo_tables.quality_plot(results),
+            "generations.svg": demo_tables.generations_plot(results)}
 
 
 def headline(results: Results) -> str:
@@ -81,9 +58,9 @@ def headline(results: Results) -> str:
     for threshold in (1, 2):
         some = [row for row in rows if row["threshold"] == threshold]
         if some:
-            parts.append(f"{_mean(some, 'speedup'):.1f} times at threshold {threshold} "
-                         f"({_percent(_plain_mean(some, 'density'))} of scores, output error "
-                         f"{_percent(_mean(some, 'error'), 1)})")
+            parts.append(f"{mean(some, 'speedup'):.1f} times at threshold {threshold} "
+                         f"({percent(plain_mean(some, 'density'))} of scores, output error "
+                         f"{percent(mean(some, 'error'), 1)})")
     if not parts:
         return "Not measured."
     gpu = rows[0]["gpu"].removeprefix("NVIDIA ")
@@ -109,7 +86,7 @@ def kernel_table(results: Results) -> str:
         found = _by_slice(results, **columns)
         if found:
             lines.append([name, *(f"{found[n]:.2f}" if n in found else "" for n in TILE_KEYS)])
-    return _table(["", *(f"N={n}" for n in TILE_KEYS)], lines, results, "kernel")
+    return table(["", *(f"N={n}" for n in TILE_KEYS)], lines, results, "kernel")
 
 
 def peers_table(results: Results) -> str:
@@ -123,15 +100,15 @@ def peers_table(results: Results) -> str:
         seen.add(row["impl"])
         tile = f"{row['M']} x {row['N']}" if "M" in row else "dense" if row["case"] == "all keys" else ""
         if row["status"] == MEASURED:
-            lines.append([NAMES.get(row["impl"], row["impl"]), tile, _percent(row["density"]),
+            lines.append([NAMES.get(row["impl"], row["impl"]), tile, percent(row["density"]),
                           f"{row['ms']:.2f}", f"{row['tflops']:.0f}", f"{row['ratio']:.2f}",
                           f"{row['error']:.1e}"])
     head = ["kernel", "mask tile", "density", "ms", "TFLOP/s", "ratio", "error"]
-    return _table(head, lines, results, "kernel")
+    return table(head, lines, results, "kernel")
 
 
 def targets_table(name: str) -> Callable[[Results], str]:
-    def table(results: Results) -> str:
+    def made(results: Results) -> str:
         lines = []
         rows = results.rows(name)
         for row in targets.table(name, rows) if rows else ():
@@ -139,66 +116,44 @@ def targets_table(name: str) -> Callable[[Results], str]:
             sign = "≤" if row["sense"] == "at most" else "≥"
             value, stretch = ("" if row[c] is None else f"{row[c]:.3g}{unit}" for c in ("value", "stretch"))
             lines.append([row["figure"], value, f"{sign} {row['target']:g}{unit}", stretch, row["met"]])
-        return _table(["figure", "measured", "target", "stretch", "met"], lines, results, name,
+        return table(["figure", "measured", "target", "stretch", "met"], lines, results, name,
                       f"{name}_targets")
-    return table
+    return made
 
 
 def plan_table(results: Results) -> str:
     lines = []
     for row in results.measured("plan", case="stages"):
-        stage, share = row["impl"], _percent(row["share"], 2)
+        stage, share = row["impl"], percent(row["share"], 2)
         if stage == "cudnn":
             stage, share = "dense cuDNN", ""
         lines.append([row["shape"], stage, row.get("N", ""), f"{row['ms']:.2f}", share,
                       f"{row['error']:.1e}"])
-    return _table(["shape", "stage", "N", "ms", "of dense", "error"], lines, results, "plan")
-
-
-def quality_table(results: Results) -> str:
-    return _quality(results, _settings(results))
-
-
-def quality_summary(results: Results) -> str:
-    """Ours at the useful thresholds."""
-    return _quality(results, {key: rows for key, rows in _settings(results).items()
-                              if key[0] == "fgattn" and key[-1] <= 2})
-
-
-def _quality(results: Results, settings: dict[tuple, list[dict]]) -> str:
-    lines = []
-    for (impl, m, n, order, threshold), rows in settings.items():
-        lines.append([NAMES.get(impl, impl), f"{m} x {n}", order, f"{threshold:g}",
-                      _percent(_plain_mean(rows, "density")), _percent(_mean(rows, "error"), 1),
-                      f"{_mean(rows, 'ms'):.2f}", f"{_mean(rows, 'yardstick_ms'):.1f}",
-                      f"{_mean(rows, 'speedup'):.1f} x"])
-    head = ["method", "M x N", "order", "threshold", "density", "error", "call, ms", "dense, ms", "speed-up"]
-    return _table(head, lines, results, "quality")
+    return table(["shape", "stage", "N", "ms", "of dense", "error"], lines, results, "plan")
 
 
 def end2end_table(results: Results) -> str:
-    lines = [[row["shape"], f"{row['L']:,}".replace(",", " "), _percent(row["density"]),
+    lines = [[row["shape"], f"{row['L']:,}".replace(",", " "), percent(row["density"]),
               f"{row['yardstick_ms'] / 1e3:.2f}", f"{row['ms'] / 1e3:.2f}", f"{row['speedup']:.2f} x",
               f"{row['error']:.1e}"] for row in results.measured("end2end", impl="fgattn")]
     head = ["step", "tokens", "density", "dense, s", "FG-Attn, s", "speed-up", "error"]
-    return _table(head, lines, results, "end2end")
+    return table(head, lines, results, "end2end")
 
 
 def withheld_table(results: Results) -> str:
     """What was asked for and has no figure, with the reason."""
     lines = []
-    for name in TARGETS:
+    for name in BENCHMARKS:
         for row in results.rows(name):
             if row.get("status") != MEASURED:
-                columns = [c for c in ("impl", "M", "N", "threshold", "order", "shape") if c in row]
-                what = ", ".join(f"{c} {row[c]}" for c in columns)
+                what = ", ".join(f"{c} {row[c]}" for c in NAMED if c in row)
                 line = [name, row.get("case", ""), what, row.get("status", "no status")]
                 if line not in lines:
                     lines.append(line)
     if not lines:
         return "Nothing."
     head = ["benchmark", "case", "row", "why"]
-    return "\n".join(_line(line) for line in (head, ["---"] * len(head), *lines))
+    return plain(head, lines)
 
 
 def kernel_plot(results: Results) -> str:
@@ -221,34 +176,9 @@ def kernel_plot(results: Results) -> str:
         plot.Axis((0, 0.2, 0.4, 0.6, 0.8, 1.0)), note=provenance(results.rows("kernel")))
 
 
-def quality_plot(results: Results) -> str:
-    curves, dense = [], [row["ms"] for row in results.measured("quality", impl="cudnn")]
-    for label, colour, columns in (
-            ("FG-Attn 128 x 16", plot.GREEN, {"impl": "fgattn", "M": 128, "N": 16}),
-            ("sol_attn, raster order", plot.RED, {"impl": "sol_attn", "order": "raster"}),
-            ("sol_attn, cells order", plot.PURPLE, {"impl": "sol_attn", "order": "cells"})):
-        points = sorted(means(results.measured("quality", **columns), "threshold").items())
-        curves.append(plot.Curve(label, colour, [(ms, 100 * error) for _, (error, ms) in points],
-                                 labels=[f"{threshold:g}" for threshold, _ in points]))
-    name = f"dense cuDNN: {geometric_mean(dense):.1f} ms" if dense else "dense: not measured"
-    return plot.draw(
-        curves, "Output error against time of a whole call, demo model, 32 760 tokens, 12 heads",
-        f"ms per call, planning and tail included ({name}); at the points: threshold", "error, %",
-        plot.Axis((0, 2, 4, 6, 8)), plot.Axis((0.5, 1, 2, 5, 10, 20), log=True),
-        note=provenance(results.rows("quality")))
-
-
-def provenance(rows: list[dict]) -> str:
-    """Where rows come from, one line."""
-    places = dict.fromkeys(tuple(row[c] for c in PROVENANCE) for row in rows)
-    return "; ".join(f"{gpu}, torch {torch}, Triton {triton}, {date}, commit {commit}"
-                     for gpu, torch, triton, date, commit in places)
-
-
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "headline": headline, "kernel": kernel_table, "peers": peers_table, "plan": plan_table,
-    "quality": quality_table, "quality summary": quality_summary, "end2end": end2end_table,
-    "withheld": withheld_table,
+    "end2end": end2end_table, "withheld": withheld_table, **demo_tables.SECTIONS,
     **{f"{name} targets": targets_table(name) for name in TARGETS}}
 
 
@@ -256,45 +186,3 @@ def _by_slice(results: Results, **columns) -> dict[int, float]:
     """N -> ratio of the even random lists at density 0.3 and 480p length."""
     rows = results.measured("kernel", case="random lists", L=32760, **columns)
     return {row["N"]: row["ratio"] for row in rows if abs(row["density"] - 0.3) < 0.01}
-
-
-def _settings(results: Results) -> dict[tuple, list[dict]]:
-    groups: dict[tuple, list[dict]] = {}
-    for row in results.measured("quality"):
-        if "threshold" in row:
-            key = tuple(row[c] for c in ("impl", "M", "N", "order", "threshold"))
-            groups.setdefault(key, []).append(row)
-    return groups
-
-
-def _table(head: list[str], lines: list[list], results: Results, name: str, file: str = "") -> str:
-    """A table that says where it comes from; a note that there is nothing if there is not."""
-    if not lines:
-        return "Not measured."
-    body = "\n".join(_line(line) for line in (head, ["---"] * len(head), *lines))
-    return f"{body}\n\n{provenance(results.rows(name))}. `benchmarks/results/{file or name}.csv`"
-
-
-def _line(cells: list) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
-
-
-def _number(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _mean(rows: list[dict], column: str) -> float:
-    return geometric_mean([row[column] for row in rows])
-
-
-def _plain_mean(rows: list[dict], column: str) -> float:
-    return sum(row[column] for row in rows) / len(rows)
-
-
-def _percent(share: float, digits: int = 0) -> str:
-    return f"{100 * share:.{digits}f} %"

@@ -8,7 +8,7 @@ from . import reference, runtime
 from .attend_torch import attend_torch
 from .errors import InvalidArgument, Unsupported
 from .order import TokenLayout
-from .plan import SparsePlan, build_plan
+from .plan import SparsePlan, plan_call
 from .settings import Settings
 from .tail import pooled_tail
 from .tensors import check_tensors, compute_type
@@ -18,6 +18,7 @@ IMPLEMENTATIONS = ("reference", "torch", "triton", "hopper")
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SparsePlan, *, impl: str | None = None,
+    summaries=None,
 ) -> torch.Tensor:
     """softmax(scale * q k^T) v over the keys of the plan, plus its tail.
 
@@ -28,6 +29,7 @@ def attend(
         plan: made for these shapes.
         impl: "reference" (the specification, slow), "torch" (any device), "triton" (GPU) or
             "hopper" (compute capability 9.0); None takes the last of them that runs here.
+        summaries: of these tensors, if `plan_call` has just made them; None makes them.
 
     Returns:
         [B, H, L_q, D] in q's dtype; stored as [B, L_q, H, D] if q is.
@@ -59,7 +61,7 @@ def attend(
         from .kernels.pooled import tail_triton
 
         q, k, v = (x.to(compute_type(x)) for x in (q, k, v))
-        tail = tail_triton(q, k, v, plan) if plan.tail else None
+        tail = tail_triton(q, k, v, plan, summaries, hopper=impl == "hopper") if plan.tail else None
         if impl == "hopper":
             from .kernels.attend_hopper import attend_hopper as launch
         else:
@@ -73,7 +75,8 @@ def sparse_attention(
     *, scale: float | None = None, impl: str | None = None,
 ) -> torch.Tensor:
     """build_plan and attend in one call; arguments, result and errors as there."""
-    return attend(q, k, v, build_plan(q, k, settings, layout, scale=scale), impl=impl)
+    plan, summaries = plan_call(q, k, v, settings, layout, scale=scale)
+    return attend(q, k, v, plan, impl=impl, summaries=summaries)
 
 
 def check_plan(q: torch.Tensor, k: torch.Tensor, plan: SparsePlan) -> None:

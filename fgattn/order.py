@@ -81,7 +81,7 @@ class Geometry:
     grid: tuple[int, int, int]
 
     def always_kept(self, tile_queries: int) -> torch.Tensor:
-        """Bool [tiles, cells]: the cells a tile keeps whatever their score; cached, rows 16-byte aligned."""
+        """Bool [tiles, cells]: the cells a tile keeps whatever their score; cached."""
         return _always_kept(self, tile_queries)
 
 
@@ -191,8 +191,7 @@ def _always_kept(geo: Geometry, tile_queries: int) -> torch.Tensor:
     queries, cells = len(geo.query_tokens), len(geo.sink_cell)
     tile = torch.arange(queries, device=geo.own_cell.device) // tile_queries
     tiles = -(-queries // tile_queries)
-    width = -(-(cells + 1) // 16) * 16  # rows start aligned: the kernels load 16 cells at once
-    kept = torch.zeros(tiles, width, dtype=torch.bool, device=tile.device)
+    kept = torch.zeros(tiles, cells + 1, dtype=torch.bool, device=tile.device)
     kept[tile, geo.own_cell] = True  # -1 lands in the last column, which is spare
     has_sink = torch.zeros(tiles, dtype=torch.bool, device=tile.device)
     has_sink[tile[geo.sink_query]] = True

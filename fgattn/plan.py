@@ -22,7 +22,7 @@ class SparsePlan:
 
     | attribute | shape, dtype | meaning |
     |---|---|---|
-    | bits | [B, H, tiles, ceil(slices/8)] uint8 | bit s%8 of byte s//8: slice s is executed |
+    | bits | [B, H, tiles, row_bytes(slices)] uint8 | bit s%8 of byte s//8: slice s is executed |
     | requested | [B, H] float64 | scores asked for by the mask tiles |
     | executed | [B, H] float64 | scores computed: tiles that run together attend the union |
     | run_order | None or [B, H, runs] int32 | run of 16 queries at each place of execution; None: in order |
@@ -150,7 +150,18 @@ def build_plan(
         >>> torch.allclose(attend(q, k, v, plan), dense, atol=1e-5)
         True
     """
-    check_tensors(q, k, k)
+    return plan_call(q, k, None, settings, layout, scale=scale, impl=impl)[0]
+
+
+def plan_call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, settings: Settings, layout: TokenLayout,
+    *, scale: float | None = None, impl: str | None = None,
+):
+    """build_plan, and the Summaries of q, k and v that the kernels made for it, for `attend`; or None.
+
+    v may be None: its means are then made by `attend`.
+    """
+    check_tensors(q, k, k if v is None else v)
     (batch, heads, queries, dim), keys = q.shape, k.shape[2]
     m, n = settings.tile_queries, settings.tile_keys
     valid = _ordered_valid(layout, batch, keys, settings.order, q.device)
@@ -164,8 +175,8 @@ def build_plan(
     if impl == "triton" and queries and keys:
         from .kernels.select import plan_bits
 
-        bits = plan_bits(q, k, geo, valid, settings, scale)
-        return SparsePlan(*bits, geo, valid, max(m, KERNEL_ROWS), n, settings.tail, scale)
+        *made, summaries = plan_bits(q, k, v if settings.tail else None, geo, valid, settings, scale)
+        return SparsePlan(*made, geo, valid, max(m, KERNEL_ROWS), n, settings.tail, scale), summaries
     tiles, slices = -(-queries // m), -(-keys // n)
     elements = max(queries * dim, keys * dim, tiles * (m // CELL) * (keys // CELL + 1), tiles * keys // n)
     parts = []
@@ -181,7 +192,7 @@ def build_plan(
             empty = torch.zeros(part.stop - part.start, tiles, slices, dtype=torch.bool, device=q.device)
             kept = empty, empty
         parts.append(_pack(*kept, m, n, queries, keys, row_valid))
-    return _plan(parts, (batch, heads), m, n, geo, valid, settings.tail, scale)
+    return _plan(parts, (batch, heads), m, n, geo, valid, settings.tail, scale), None
 
 
 def plan_from_mask(
@@ -260,9 +271,19 @@ def _pack(kept, cells, m, n, queries, keys, valid):
         kept = kept.gather(1, tile.expand_as(kept))
         kept = merge_runs(kept.transpose(1, 2), KERNEL_ROWS // m).transpose(1, 2)
     executed = _scores(kept, max(m, KERNEL_ROWS), queries, weight)
-    octets = pad(kept, (0, -kept.shape[2] % 8)).unflatten(2, (-1, 8))
+    return pack(kept), requested, executed, order
+
+
+def row_bytes(bits: int) -> int:
+    """Bytes of a row of bits; rows end on 16 bytes."""
+    return -(-bits // 128) * 16
+
+
+def pack(kept: torch.Tensor) -> torch.Tensor:
+    """Bool [..., n] -> uint8 [..., row_bytes(n)]: bit i%8 of byte i//8."""
+    octets = pad(kept, (0, 8 * row_bytes(kept.shape[-1]) - kept.shape[-1])).unflatten(-1, (-1, 8))
     places = torch.arange(8, device=kept.device, dtype=torch.uint8)
-    return (octets.to(torch.uint8) << places).sum(-1, dtype=torch.uint8), requested, executed, order
+    return (octets.to(torch.uint8) << places).sum(-1, dtype=torch.uint8)
 
 
 def _valid_counts(keys, width, valid, device):

@@ -25,6 +25,7 @@ def load(name: str, path: Path):
 load("fgattn", ROOT / "fgattn")
 load("benchmarks", ROOT / "benchmarks")
 load("makers", ROOT / "tests" / "makers.py")
+load("calls", ROOT / "tests" / "calls.py")
 torch.set_num_threads(1)  # the tensors are small; threads would only wait for each other
 
 

@@ -94,13 +94,14 @@ def in_memory_order(mask, plan: SparsePlan, batch=0, head=0):
     return result
 
 
-def assert_lists_agree(plan: SparsePlan, values, m: int):
+def assert_lists_agree(plan: SparsePlan, values, m: int, most_undecided=None):
     """A plan's lists and counts against reference.select, but for decisions too close to call.
 
     Tiles are joined in the plan's own order, whose rule has tests of its own.
     """
     undecided = values.abs() < SHORT_OF_BOUND
-    assert undecided.float().mean() < 0.01, "the case decides nothing"
+    most_undecided = undecided.numel() // 100 if most_undecided is None else most_undecided
+    assert undecided.sum() <= most_undecided, "the case decides nothing"
     group = max(1, plan.tile_rows // m)
     joined = values
     if plan.run_order is not None:

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from ..order import CELL, OCTET
 from ..plan import SparsePlan
-from .launch_table import launch_for
+from .launch_table import capability, launch_for
 from .summarise import COUNTS, position_rows
 
 HEAD_DIMS = (64, 128)
@@ -193,7 +193,7 @@ def attend_triton(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
     """Write softmax over the plan's keys (and `tail` = (out, lse) of tail_triton, or None) to out."""
     (batch, heads, queries, dim), tiles = q.shape, plan.bits.shape[2]
     tail_out, tail_lse = scaled_tail(tail)
-    launch = launch_for(_arch(q.device), dim, plan.tile_rows)
+    launch = launch_for(capability(q.device), dim, plan.tile_rows)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         lists, (tokens, stride_queries) = Lists(plan, batch, heads), query_rows(plan, batch, heads)
         for b, first, group in lists.groups():
@@ -258,10 +258,3 @@ def query_rows(plan: SparsePlan, batch: int, heads: int) -> tuple[torch.Tensor, 
 def scaled_tail(tail):
     """Output and log-sum-exp of a tail, the latter in base 2; twice None without a tail."""
     return (None, None) if tail is None else (tail[0], tail[1] * LOG2_E)
-
-
-def _arch(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 80  # Triton's interpreter
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..order import CELL
 from ..plan import SparsePlan
-from .summarise import COUNTS, on_device, position_rows, summarise
+from .summarise import COUNTS, Summaries, on_device, position_rows, summarise
 
 BLOCK_RUNS, BLOCK_CELLS, WARPS, STAGES = 64, 32, 4, 2  # larger steps spill before sm_90, and are slower on it
 
@@ -74,26 +74,44 @@ def tail_kernel(
     tl.store(lse + head * runs + place, m_i + tl.log(l_i), mask=place < runs)  # nothing skipped: -inf
 
 
-def tail_triton(q, k, v, plan: SparsePlan):
-    """What `pooled_tail` returns, out [B, H, runs, D] and lse [B, H, runs] in fp32."""
-    batch, heads, _, dim = q.shape
-    key_rows = position_rows(plan.geometry.key_tokens, plan.key_valid)
-    centroid, _ = summarise(q, position_rows(plan.geometry.query_tokens))
-    mean, _ = summarise(k, key_rows)
-    value, _ = summarise(v, key_rows)
-    width = min(plan.tile_keys, CELL)
-    widths = (key_rows >= 0).view(len(key_rows), -1, width).sum(2, dtype=torch.uint8)
-    runs, cells = centroid.shape[1], mean.shape[1]
+def tail_triton(q, k, v, plan: SparsePlan, summaries: Summaries | None = None, hopper: bool = False):
+    """What `pooled_tail` returns, out [B, H, runs, D] and lse [B, H, runs] in fp32.
+
+    Args:
+        summaries: of these q and k, if they were made for the plan; of v too, if it was there.
+        hopper: run the kernel for compute capability 9.0.
+    """
+    batch, heads, queries, dim = q.shape
+    rows = position_rows(plan.geometry.query_tokens), position_rows(plan.geometry.key_tokens, plan.key_valid)
+    if summaries is None:
+        summaries = summarise(q, k, v, *rows)
+    elif summaries.value is None:
+        summaries = summaries._replace(value=summarise(None, None, v, *rows).value)
+    runs = triton.cdiv(queries, CELL)
     out = torch.empty(batch, heads, runs, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, heads, runs, dtype=torch.float32, device=q.device)
-    bits, order = plan.bits, plan.run_order
-    strides = [0 if x is None or len(bits) == 1 else x.stride(0) for x in (bits, order)]
-    strides += [0 if x is None or bits.shape[1] == 1 else x.stride(1) for x in (bits, order)]
-    with on_device(q):
+    if hopper:
+        from .pooled_hopper import tail_hopper as launch
+    else:
+        launch = _launch
+    launch(summaries, plan, rows[1], out, lse)
+    return out, lse
+
+
+def _launch(made: Summaries, plan: SparsePlan, key_rows: torch.Tensor, out: torch.Tensor, lse: torch.Tensor):
+    (batch, heads, runs, dim), bits, order = out.shape, plan.bits, plan.run_order
+    width, cells = min(plan.tile_keys, CELL), made.mean.shape[1]
+    widths = (key_rows >= 0).view(len(key_rows), -1, width).sum(2, dtype=torch.uint8)
+    with on_device(out):
         tail_kernel[(triton.cdiv(runs, BLOCK_RUNS), batch * heads)](
-            centroid, mean, value, bits, widths, order, out, lse, *strides[::2],
-            widths.stride(0) if len(widths) > 1 else 0, *strides[1::2], heads, runs, cells, bits.shape[2],
+            made.centroid, made.mean, made.value, bits, widths, order, out, lse,
+            shared_stride(bits, 0), shared_stride(bits, 1), shared_stride(widths, 0), shared_stride(order, 0),
+            shared_stride(order, 1), heads, runs, cells, bits.shape[2],
             triton.cdiv(plan.keys, plan.tile_keys), bits.shape[3], plan.softmax_scale(dim),
             BLOCK_RUNS=BLOCK_RUNS, BLOCK_CELLS=BLOCK_CELLS, D=dim, TILE_RUNS=plan.tile_rows // CELL,
             PARTS=CELL // width, SPAN=max(1, plan.tile_keys // CELL), num_warps=WARPS, num_stages=STAGES)
-    return out, lse
+
+
+def shared_stride(x: torch.Tensor | None, dim: int) -> int:
+    """Stride of a dimension; 0 if it is 1, which serves every batch row or head."""
+    return 0 if x is None or x.shape[dim] == 1 else x.stride(dim)

@@ -1,231 +1,263 @@
 """Score and select: the plan's bits straight from the summaries.
 
-select_kernel: one program takes BLOCK_RUNS centroids of one head and passes over all cells twice,
-first for the log-sum-exp, then for the comparison; logits are never stored.
+A program takes BLOCK_RUNS centroids of one head past a share of the cells: total_kernel for the log-sum-exp,
+select_kernel for the comparison. Logits are computed twice and never stored.
 
-    logit = scale c.m + scale^2/2 sum_d c_d^2 s2_d,   kept unless logit < limit_c
-    limit_c = lse_c + ln(threshold / L_k) - 0.001
-
-refine_kernel, for slices below 16 keys: the same programs pass over the keys of the cells that were
-kept, and keep a slice unless scale c.k < limit_c for all its keys and all the tile's centroids.
+    logit = scale (c.m + scale/2 sum_d c_d^2 s2_d),   kept unless logit / scale < limit_c
+    limit_c = (lse_c + ln(threshold / L_k) - 0.001) / scale
 """
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+from torch.nn.functional import pad
 
 from ..grouping import KERNEL_ROWS
 from ..order import CELL, Geometry
+from ..plan import pack, row_bytes
 from ..selection import log_bound
 from ..settings import Settings
 from ..tensors import compute_type
 from .group import grouped
-from .summarise import COUNTS, SQUARE, VARIANCE, on_device, position_rows, summarise
+from .launch_table import plan_launch, shares
+from .refine import refine
+from .summarise import COUNTS, batch_stride, on_device, position_rows, summarise
+from .words import WORDS, column_order, scores_of, share, tile_words
 
-BLOCK_RUNS, BLOCK_CELLS = 64, 64
-REFINE_CELLS, REFINE_STAGES = 4, 3  # of the key-by-key pass
-WARPS, STAGES = 4, 2
-
-
-@triton.jit
-def _logits(c, c2, mean, variance, base, j, cells, scale, half, BLOCK_CELLS: tl.constexpr, D: tl.constexpr):
-    cell = tl.minimum(j + tl.arange(0, BLOCK_CELLS), cells - 1)  # past the end the count is 0: no mask
-    at = base + cell[:, None] * D + tl.arange(0, D)[None, :]
-    m = tl.load(mean + at)
-    s2 = tl.load(variance + at)
-    return scale * tl.dot(c, tl.trans(m)) + half * tl.dot(c2, tl.trans(s2))
+SLICE_TILES, SLICE_BYTES = 4, 128  # of a program and of its step
+LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _any_run(under, T: tl.constexpr, TILE_RUNS: tl.constexpr, BLOCK: tl.constexpr):
-    """[runs, BLOCK] -> [T, BLOCK]: 1 where a run of the tile is not under its limit."""
-    return tl.max(tl.reshape(1 - under.to(tl.int32), (T, TILE_RUNS, BLOCK)), 1)
-
-
-@triton.jit
-def _store(kept, bits, first_byte, tile, tiles, n_bytes, T: tl.constexpr, S: tl.constexpr):
-    """A step's kept slices [T, S] as bits."""
-    octets = tl.sum(tl.reshape(kept, (T, S // 8, 8)) << tl.arange(0, 8)[None, None, :], 2)
-    byte = first_byte + tl.arange(0, S // 8)
-    tl.store(bits + tile[:, None].to(tl.int64) * n_bytes + byte[None, :], octets.to(tl.uint8),
-             mask=(tile[:, None] < tiles) & (byte[None, :] < n_bytes))
-
-
-@triton.jit
-def _total(keys, tile, queries, ROWS: tl.constexpr):
-    """Scores in tiles of ROWS queries that keep so many keys, the last tile being short."""
-    rows = tl.minimum(tl.maximum(queries - tile * ROWS, 0), ROWS)
-    return tl.sum(keys.to(tl.int64) * rows, 0)
-
-
-@triton.jit(do_not_specialize=["stride_counts_b", "stride_widths_b", *COUNTS])
-def select_kernel(
-    centroid, square, mean, variance, counts, widths, always, limits, bits, requested,
-    stride_always, stride_counts_b, stride_widths_b, heads, queries, runs, cells, tiles, slices, n_bytes,
-    scale, half, bound, BLOCK_RUNS: tl.constexpr, BLOCK_CELLS: tl.constexpr, D: tl.constexpr,
-    TILE_RUNS: tl.constexpr, SPAN: tl.constexpr,
-):
-    """TILE_RUNS: runs of a mask tile; SPAN: cells of a slice."""
-    block = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    run = block * BLOCK_RUNS + tl.arange(0, BLOCK_RUNS)
+def _centroids(centroid, square, head, run, runs, D: tl.constexpr):
     at = (head * runs + run[:, None]) * D + tl.arange(0, D)[None, :]
-    c = tl.load(centroid + at, mask=run[:, None] < runs, other=0.0)
-    c2 = tl.load(square + at, mask=run[:, None] < runs, other=0.0)
-    base = head * cells * D
-    counts += head // heads * stride_counts_b
-    widths += head // heads * stride_widths_b
+    return (tl.load(centroid + at, mask=run[:, None] < runs, other=0.0),
+            tl.load(square + at, mask=run[:, None] < runs, other=0.0))
 
+
+@triton.jit
+def _scaled(c, c2, mean, variance, sources, at, j, cells, half, D: tl.constexpr):
+    """Logits over scale. sources: None, or what stands in for each cell, as one without keys has no logit."""
+    cell = tl.minimum(j + at, cells - 1)  # past the end nothing counts: no mask
+    if sources is not None:
+        cell = tl.load(sources + cell)
+    place = cell[:, None] * D + tl.arange(0, D)[None, :]
+    first = tl.dot(c, tl.trans(tl.load(mean + place)))
+    return tl.fma(tl.dot(c2, tl.trans(tl.load(variance + place))), half, first)
+
+
+@triton.jit(do_not_specialize=["stride_weights_b", "stride_sources_b", *COUNTS])
+def total_kernel(
+    centroid, square, mean, variance, weights, sources, totals, stride_weights_b, stride_sources_b, heads,
+    runs, cells, scale, half,
+    BLOCK_RUNS: tl.constexpr, BLOCK_CELLS: tl.constexpr, D: tl.constexpr,
+):
+    """Log-sum-exp, base 2, of a share of the cells for each centroid."""
+    head = tl.program_id(2).to(tl.int64)
+    run = tl.program_id(0) * BLOCK_RUNS + tl.arange(0, BLOCK_RUNS)
+    c, c2 = _centroids(centroid, square, head, run, runs, D)
+    mean += head * cells * D
+    variance += head * cells * D
+    weights += head // heads * stride_weights_b
+    if sources is not None:
+        sources += head // heads * stride_sources_b
+    at = tl.arange(0, BLOCK_CELLS)
     m_i = tl.full([BLOCK_RUNS], -1e30, tl.float32)
     l_i = tl.zeros([BLOCK_RUNS], tl.float32)
-    for j in range(0, cells, BLOCK_CELLS):
-        logits = _logits(c, c2, mean, variance, base, j, cells, scale, half, BLOCK_CELLS, D)
-        cell = j + tl.arange(0, BLOCK_CELLS)
-        n = tl.load(counts + cell, mask=cell < cells, other=0).to(tl.float32)
-        # Finite, so that there is no inf - inf, but for a NaN, which keeps; an empty cell adds -inf.
-        logits = tl.minimum(logits, 3e38, propagate_nan=tl.PropagateNan.ALL) + tl.log(n)[None, :]
-        m_new = tl.maximum(m_i, tl.max(logits, 1))
-        l_i = l_i * tl.exp(m_i - m_new) + tl.sum(tl.exp(logits - m_new[:, None]), 1)
+    begin, end = share(cells, BLOCK_CELLS)
+    for j in range(begin, end, BLOCK_CELLS):
+        logits = _scaled(c, c2, mean, variance, sources, at, j, cells, half, D)
+        n = tl.load(weights + j + at)
+        m_new = tl.minimum(tl.maximum(m_i, tl.max(logits, 1) * scale), 3e38)  # finite: there is no inf - inf
+        p = tl.exp2(logits * scale - m_new[:, None])
+        l_i = l_i * tl.exp2(m_i - m_new) + tl.sum(p * n[None, :], 1)
         m_i = m_new
-    limit = m_i + tl.log(l_i) + bound
-    tl.store(limits + head * runs + run, limit, mask=run < runs)
-
-    T: tl.constexpr = BLOCK_RUNS // TILE_RUNS  # mask tiles of this program
-    S: tl.constexpr = BLOCK_CELLS // SPAN  # slices of a step
-    tile = block * T + tl.arange(0, T)
-    bits += head * tiles * n_bytes
-    asked = tl.zeros([T], tl.int32)
-    for j in range(0, cells, BLOCK_CELLS):
-        logits = _logits(c, c2, mean, variance, base, j, cells, scale, half, BLOCK_CELLS, D)
-        cell = j + tl.arange(0, BLOCK_CELLS)
-        n = tl.load(counts + cell, mask=cell < cells, other=0)
-        under = (logits < limit[:, None]) | (run[:, None] >= runs)  # a NaN is not under
-        kept = _any_run(under, T, TILE_RUNS, BLOCK_CELLS)
-        forced = tl.load(always + tile[:, None] * stride_always + cell[None, :],
-                         mask=(tile[:, None] < tiles) & (cell[None, :] < stride_always), other=0)
-        kept = tl.where(n[None, :] > 0, kept | forced.to(tl.int32), 0)
-        kept = tl.max(tl.reshape(kept, (T, S, SPAN)), 2)
-        part = j // SPAN + tl.arange(0, S)
-        width = tl.load(widths + part, mask=part < slices, other=0).to(tl.int32)
-        asked += tl.sum(kept * width[None, :], 1)
-        _store(kept, bits, j // SPAN // 8, tile, tiles, n_bytes, T, S)
-    tl.store(requested + head * tl.num_programs(0) + block, _total(asked, tile, queries, TILE_RUNS * 16))
+    tl.store(totals + (head * tl.num_programs(1) + tl.program_id(1)) * runs + run, m_i + tl.log2(l_i),
+             mask=run < runs)
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def refine_kernel(
-    centroid, k, rows, always, limits, order, cell_bits, bits, requested, executed,
-    stride_always, stride_kb, stride_kh, stride_kl, stride_rows_b, heads, queries, runs, cells, tiles,
-    cell_bytes, n_bytes, scale, BLOCK_RUNS: tl.constexpr, BLOCK_CELLS: tl.constexpr, D: tl.constexpr,
-    TILE_RUNS: tl.constexpr, JOINED: tl.constexpr, N: tl.constexpr,
+@triton.jit(do_not_specialize=["parts", "row", *COUNTS])
+def select_kernel(
+    centroid, square, mean, variance, totals, limits, bits, runs, cells, tiles, parts, row, scale, half,
+    bound, BLOCK_RUNS: tl.constexpr, BLOCK_CELLS: tl.constexpr, D: tl.constexpr, TILE_RUNS: tl.constexpr,
 ):
-    """Runs are taken in their order of execution (None: as they come).
+    """Which cells each tile would keep for their score. TILE_RUNS: runs of a tile; parts: of `totals`.
 
-    `cell_bits`: kept cells of each mask tile. BLOCK_CELLS: cells of a step, 16 keys each. JOINED: mask
-    tiles that are executed together.
+    Bits are written as integers of BLOCK_CELLS / 4, `row` of them for a tile.
     """
-    block = tl.program_id(0)
+    head = tl.program_id(2).to(tl.int64)
+    run = tl.program_id(0) * BLOCK_RUNS + tl.arange(0, BLOCK_RUNS)
+    c, c2 = _centroids(centroid, square, head, run, runs, D)
+    mean += head * cells * D
+    variance += head * cells * D
+    m_i = tl.full([BLOCK_RUNS], -1e30, tl.float32)
+    l_i = tl.zeros([BLOCK_RUNS], tl.float32)
+    for i in range(parts):
+        total = tl.load(totals + (head * parts + i) * runs + run, mask=run < runs, other=0.0)
+        m_new = tl.minimum(tl.maximum(m_i, total), 3e38)
+        l_i = l_i * tl.exp2(m_i - m_new) + tl.exp2(total - m_new)
+        m_i = m_new
+    limit = (m_i + tl.log2(l_i) + bound) / scale
+    tl.store(limits + head * runs + run, limit, mask=(run < runs) & (tl.program_id(1) == 0))
+
+    T: tl.constexpr = BLOCK_RUNS // TILE_RUNS  # tiles of this program
+    tile = tl.program_id(0) * T + tl.arange(0, T)
+    bits += (head * tiles + tile[:, None]) * row + tl.arange(0, 4)[None, :]
+    at = column_order(BLOCK_CELLS)
+    begin, end = share(cells, BLOCK_CELLS)
+    for j in range(begin, end, BLOCK_CELLS):
+        logits = _scaled(c, c2, mean, variance, None, at, j, cells, half, D)
+        kept = tile_words(~(logits < limit[:, None]), run < runs, T, TILE_RUNS)  # a NaN is kept
+        tl.store(bits + j // (BLOCK_CELLS // 4), kept.to(bits.dtype.element_ty), mask=tile[:, None] < tiles)
+
+
+@triton.jit(do_not_specialize=["stride_widths_b", "stride_exists_b", "cell_bytes", *COUNTS])
+def slice_kernel(
+    cell_bits, always, exists, bits, widths, scores, stride_widths_b, stride_exists_b, heads, queries, tiles,
+    slices, cell_bytes, n_bytes,
+    TILE_QUERIES: tl.constexpr, SPAN: tl.constexpr, TILES: tl.constexpr, BYTES: tl.constexpr,
+):
+    """Slices of SPAN cells: those kept for a cell's score or always, and the scores in them."""
     head = tl.program_id(1).to(tl.int64)
-    place = block * BLOCK_RUNS + tl.arange(0, BLOCK_RUNS)
-    T: tl.constexpr = BLOCK_RUNS // TILE_RUNS
-    E: tl.constexpr = T // JOINED
-    tile_place = block * T + tl.arange(0, T)
-    run, tile = place, tile_place
-    if order is not None:
-        order += head * runs
-        run = tl.load(order + place, mask=place < runs, other=0)
-        tile = tl.load(order + tile_place * TILE_RUNS, mask=tile_place < tiles, other=0) // TILE_RUNS
-    dim = tl.arange(0, D)
-    c = tl.load(centroid + (head * runs + run[:, None]) * D + dim[None, :],
-                mask=place[:, None] < runs, other=0.0)
-    limit = tl.load(limits + head * runs + run, mask=place < runs, other=0.0)
-    k += head // heads * stride_kb + head % heads * stride_kh
-    rows += head // heads * stride_rows_b
-    KEYS: tl.constexpr = BLOCK_CELLS * 16
-    S: tl.constexpr = KEYS // N
-    joined = block * E + tl.arange(0, E)
-    joined_tiles = tl.cdiv(tiles, JOINED)
-    bits += head * joined_tiles * n_bytes
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    widths += head // heads * stride_widths_b
+    exists += head // heads * stride_exists_b
+    always += tile[:, None] * cell_bytes
     cell_bits += (head * tiles + tile[:, None]) * cell_bytes
-    asked = tl.zeros([T], tl.int32)
-    done = tl.zeros([E], tl.int32)
-    for j in range(0, cells, BLOCK_CELLS):
-        key = j * 16 + tl.arange(0, KEYS)
-        cell = key // 16
-        inside = (tile_place[:, None] < tiles) & (cell[None, :] < cells)
-        octet = tl.load(cell_bits + (cell // 8)[None, :], mask=inside, other=0).to(tl.int32)
-        in_kept_cell = (octet >> (cell % 8)[None, :]) & 1
-        row = tl.load(rows + key, mask=cell < cells, other=-1)
-        keys = tl.load(k + row.to(tl.int64)[:, None] * stride_kl + dim[None, :], mask=row[:, None] >= 0,
-                       other=0.0)
-        scores = scale * tl.dot(c, tl.trans(keys))
-        under = (scores < limit[:, None]) | (place[:, None] >= runs)
-        forced = tl.load(always + tile[:, None] * stride_always + cell[None, :], mask=inside, other=0)
-        kept = (_any_run(under, T, TILE_RUNS, KEYS) | forced.to(tl.int32)) & in_kept_cell
-        exists = (row >= 0).to(tl.int32)
-        kept = tl.max(tl.reshape(kept * exists[None, :], (T, S, N)), 2)
-        width = tl.sum(tl.reshape(exists, (S, N)), 1)
-        asked += tl.sum(kept * width[None, :], 1)
-        kept = tl.max(tl.reshape(kept, (E, JOINED, S)), 1)
-        done += tl.sum(kept * width[None, :], 1)
-        _store(kept, bits, j * 16 // N // 8, joined, joined_tiles, n_bytes, E, S)
-    tl.store(requested + head * tl.num_programs(0) + block,
-             _total(asked, tile_place, queries, TILE_RUNS * 16))
-    tl.store(executed + head * tl.num_programs(0) + block,
-             _total(done, joined, queries, JOINED * TILE_RUNS * 16))
+    bits += (head * tiles + tile[:, None]) * n_bytes
+    keys = tl.zeros([TILES, BYTES], tl.int32)
+    for j in range(0, n_bytes, BYTES):
+        byte = j + tl.arange(0, BYTES)
+        kept = tl.zeros([TILES, BYTES], tl.int32)
+        for i in tl.static_range(8):
+            source = byte * SPAN + i * SPAN // 8
+            inside = (tile[:, None] < tiles) & (source < cell_bytes)[None, :]
+            octet = tl.load(cell_bits + source[None, :], mask=inside, other=0)
+            octet |= tl.load(always + source[None, :], mask=inside, other=0)
+            octet &= tl.load(exists + source, mask=source < cell_bytes, other=0)[None, :]
+            part = (octet.to(tl.int32) >> (i * SPAN % 8)) & ((1 << SPAN) - 1)
+            kept |= (part > 0).to(tl.int32) << i
+            width = tl.load(widths + byte * 8 + i, mask=byte * 8 + i < slices, other=0)
+            keys += tl.where(part > 0, width[None, :], 0)
+        tl.store(bits + byte[None, :], kept.to(tl.uint8),
+                 mask=(tile[:, None] < tiles) & (byte < n_bytes)[None, :])
+    tl.store(scores + head * tl.num_programs(0) + tl.program_id(0),
+             scores_of(tl.sum(keys, 1), tile, queries, TILE_QUERIES))
 
 
-def plan_bits(q, k, geo: Geometry, valid: torch.Tensor | None, settings: Settings, scale: float):
+class KeyTables(NamedTuple):
+    """What planning looks up by position of keys; B is 1 if all are valid."""
+
+    rows: torch.Tensor  # int32 [B, cells * 16]: row of k, -1 for none
+    counts: torch.Tensor  # int32 [B, cells]: valid keys
+    weights: torch.Tensor  # fp32 [B, row_bytes(cells) * 8]: the same, 0 past the end
+    sources: torch.Tensor | None  # int32 [B, cells]: the cell itself, or one with keys; None if all have keys
+    cells: torch.Tensor  # uint8 [B, row_bytes(cells)]: bits of the cells with keys
+    keys: torch.Tensor  # uint8 [B, row_bytes(L_k)]: bits of the keys
+
+
+def key_tables(geo: Geometry, valid: torch.Tensor | None) -> KeyTables:
+    """valid: None or bool [B, L_k], in the order."""
+    rows = position_rows(geo.key_tokens, valid)
+    exists = rows >= 0
+    counts = exists.view(len(rows), -1, CELL).sum(2, dtype=torch.int32)
+    weights = pad(counts.float(), (0, -counts.shape[1] % 128))
+    sources, has_keys = None, counts > 0
+    if valid is not None:
+        itself = torch.arange(counts.shape[1], dtype=torch.int32, device=rows.device)
+        sources = torch.where(has_keys, itself, has_keys.int().argmax(1, keepdim=True).int())
+    return KeyTables(rows, counts, weights, sources, pack(has_keys),
+                     pack(rows[:, : len(geo.key_tokens)] >= 0))
+
+
+@functools.lru_cache(maxsize=32)
+def _all_keys(geo: Geometry) -> KeyTables:
+    return key_tables(geo, None)
+
+
+@functools.lru_cache(maxsize=32)
+def _always_kept(geo: Geometry, tile_queries: int) -> torch.Tensor:
+    """Bytes of the cells that each tile keeps whatever their score."""
+    return pack(geo.always_kept(tile_queries))
+
+
+def plan_bits(q, k, v, geo: Geometry, valid: torch.Tensor | None, settings: Settings, scale: float):
     """Bits and score counts of a plan.
 
     Args:
-        q: [B, H, L_q, D]; k: [B, H, L_k, D]; any outer strides, neither empty.
+        q: [B, H, L_q, D]; k, v: [B, H, L_k, D]; any outer strides, neither empty; v may be None.
         valid: None or bool [B, L_k], in the order.
 
     Returns:
-        bits, requested, executed and run_order of a SparsePlan.
+        bits, requested, executed and run_order of a SparsePlan, and the Summaries that a tail needs or
+        None.
     """
-    (batch, heads, queries, dim), device = q.shape, q.device
-    q, k = (x.to(compute_type(x)) for x in (q, k))
-    key_rows = position_rows(geo.key_tokens, valid)
-    centroid, square = summarise(q, position_rows(geo.query_tokens), SQUARE)
-    mean, variance = summarise(k, key_rows, VARIANCE)
-    counts = (key_rows >= 0).view(len(key_rows), -1, CELL).sum(2, dtype=torch.int32)
-    (runs, cells), m, n = (centroid.shape[1], counts.shape[1]), settings.tile_queries, settings.tile_keys
-    always = geo.always_kept(m).view(torch.uint8)
-    blocks, tiles = triton.cdiv(runs, BLOCK_RUNS), len(always)
-    requested = torch.empty(batch, heads, blocks, dtype=torch.int64, device=device)
-    limits = torch.empty(batch * heads, runs, dtype=torch.float32, device=device)
-    common = {"BLOCK_RUNS": BLOCK_RUNS, "D": dim, "TILE_RUNS": m // CELL}
-
-    def packed(rows: int, slices: int) -> torch.Tensor:
-        shape = batch, heads, triton.cdiv(queries, rows), triton.cdiv(slices, 8)
-        return torch.empty(shape, dtype=torch.uint8, device=device)
-
-    span = max(1, n // CELL)
-    widths = torch.nn.functional.pad(counts, (0, -cells % span)).view(len(counts), -1, span)
-    widths = widths.sum(2, dtype=torch.int32)
-    bits, order = packed(m, widths.shape[1]), None
+    q, k, v = (x if x is None else x.to(compute_type(x)) for x in (q, k, v))
+    is_negative = scale < 0  # limits are divided by it
+    if is_negative:
+        q, scale = -q, -scale
+    queries, m, n = q.shape[2], settings.tile_queries, settings.tile_keys
+    table = _all_keys(geo) if valid is None else key_tables(geo, valid)
+    always, order = _always_kept(geo, m), None
     with on_device(q):
-        select_kernel[(blocks, batch * heads)](
-            centroid, square, mean, variance, counts, widths, always, limits, bits, requested,
-            always.stride(0), *(x.stride(0) if len(x) > 1 else 0 for x in (counts, widths)),
-            heads, queries, runs, cells, tiles, widths.shape[1], bits.shape[3], scale, scale * scale / 2,
-            log_bound(settings.threshold, len(geo.key_tokens)),
-            BLOCK_CELLS=BLOCK_CELLS, SPAN=span, num_warps=WARPS, num_stages=STAGES, **common)
-        del square, mean, variance  # room for the groups' lists
-        cell_bits, executed = bits, requested
+        summaries, limits, cells = _score(q, k, v, geo, table, len(always), settings, scale)
+        bits, widths, requested = _slices(cells, always, table, settings, queries)
+        executed = requested
         if m < KERNEL_ROWS:
             bits, executed, order = grouped(bits, widths, m, queries)
         if n < CELL:
-            rows = max(m, KERNEL_ROWS)
-            bits, executed = packed(rows, triton.cdiv(len(geo.key_tokens), n)), torch.empty_like(requested)
-            refine_kernel[(blocks, batch * heads)](
-                centroid, k, key_rows, always, limits, order, cell_bits, bits, requested, executed,
-                always.stride(0), *k.stride()[:3], key_rows.stride(0) if len(key_rows) > 1 else 0,
-                heads, queries, runs, cells, tiles, cell_bits.shape[3], bits.shape[3], scale,
-                BLOCK_CELLS=REFINE_CELLS, JOINED=rows // m, N=n, num_warps=WARPS, num_stages=REFINE_STAGES,
-                **common)
-    return bits, requested.sum(2).double(), executed.sum(2).double(), order
+            bits, requested, executed = refine(
+                summaries.centroid, k, table, always, limits, order, cells, m, n, queries)
+        requested = requested.sum(2)
+        executed = executed.sum(2) if m < KERNEL_ROWS else requested
+    return bits, requested, executed, order, None if is_negative else summaries
+
+
+def _score(q, k, v, geo: Geometry, table: KeyTables, tiles: int, settings: Settings, scale: float):
+    """Summaries, limits of the centroids fp32 [B * H, runs], and bits [B, H, tiles, bytes] of cells above."""
+    (batch, heads, _, dim), device = q.shape, q.device
+    summaries = summarise(q, k, v, position_rows(geo.query_tokens), table.rows, second=True)
+    centroid, square, mean, variance, _ = summaries
+    (groups, runs, _), cells = centroid.shape, mean.shape[1]
+    launch = plan_launch(device)
+    blocks = triton.cdiv(runs, launch.runs)
+    parts = shares(blocks * groups, triton.cdiv(cells, launch.cells), device)
+    totals = torch.empty(groups, parts, runs, dtype=torch.float32, device=device)
+    limits = torch.empty(groups, runs, dtype=torch.float32, device=device)
+    bits = torch.empty(batch, heads, tiles, row_bytes(cells), dtype=torch.uint8, device=device)
+    words = bits.view(WORDS[launch.cells])
+    common = {"BLOCK_RUNS": launch.runs, "BLOCK_CELLS": launch.cells, "D": dim, "num_warps": launch.warps,
+              "num_stages": launch.stages}
+    total_kernel[blocks, parts, groups](
+        centroid, square, mean, variance, table.weights, table.sources, totals, batch_stride(table.weights),
+        0 if table.sources is None else batch_stride(table.sources), heads, runs, cells, scale * LOG2_E,
+        scale / 2, **common)
+    select_kernel[blocks, parts, groups](
+        centroid, square, mean, variance, totals, limits, words, runs, cells, tiles, parts, words.shape[3],
+        scale * LOG2_E, scale / 2, log_bound(settings.threshold, k.shape[2]) * LOG2_E,
+        TILE_RUNS=settings.tile_queries // CELL, **common)
+    return summaries._replace(square=None, variance=None), limits, bits
+
+
+def _slices(cells: torch.Tensor, always: torch.Tensor, table: KeyTables, settings: Settings, queries: int):
+    """Bits of slices of whole cells, the keys in each int32 [B or 1, slices], and scores [B, H, programs].
+
+    `cells`, the bits of cells kept for their score, become those of kept cells where slices are no larger.
+    """
+    (batch, heads, tiles, cell_bytes), counts, bits = cells.shape, table.counts, cells
+    span = max(1, settings.tile_keys // CELL)
+    if span > 1:
+        counts = pad(counts, (0, -counts.shape[1] % span)).unflatten(1, (-1, span)).sum(2, dtype=torch.int32)
+        bits = cells.new_empty(batch, heads, tiles, row_bytes(counts.shape[1]))
+    programs = triton.cdiv(tiles, SLICE_TILES)
+    scores = torch.empty(batch, heads, programs, dtype=torch.float64, device=cells.device)
+    slice_kernel[programs, batch * heads](
+        cells, always, table.cells, bits, counts, scores, batch_stride(counts), batch_stride(table.cells),
+        heads, queries, tiles, counts.shape[1], cell_bytes, bits.shape[3],
+        TILE_QUERIES=settings.tile_queries, SPAN=span, TILES=SLICE_TILES, BYTES=SLICE_BYTES, num_warps=1)
+    return bits, counts, scores

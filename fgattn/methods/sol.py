@@ -42,8 +42,10 @@ def _beside(call: Call) -> torch.Tensor:
     """Bool [tiles, slices]: slices of the tile's own cells, and one more on each side."""
     geo = call.geometry
     tile = torch.arange(len(geo.own_cell), device=geo.own_cell.device) // call.tile_queries
-    own = torch.zeros(call.tiles, len(geo.sink_cell) + 1, dtype=torch.bool, device=tile.device)
-    own[tile, geo.own_cell] = True  # -1 lands in the last column, which is spare
+    cells = len(geo.sink_cell)
+    own = torch.zeros(call.tiles, cells + 1, dtype=torch.bool, device=tile.device)
+    # -1 lands in the spare last column; an assignment by index would wait for the host.
+    own.view(-1).scatter_(0, tile * (cells + 1) + geo.own_cell % (cells + 1), True)
     own = call.in_slices(own[:, :-1])
     beside = own.clone()
     beside[:, 1:] |= own[:, :-1]

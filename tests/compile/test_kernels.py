@@ -8,17 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from fgattn.kernels.launch_table import TABLE, launch_for
+from fgattn.kernels.launch_table import PLAN_TABLE, TABLE, launch_for
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 attend_fwd = pytest.importorskip("fgattn.kernels.attend_fwd")
 gluon = pytest.importorskip("triton.experimental.gluon._runtime", reason="this Triton has no Gluon")
+gluon_language = pytest.importorskip("triton.experimental.gluon.language")
 attend_hopper = pytest.importorskip("fgattn.kernels.attend_hopper")
 hopper_lister = pytest.importorskip("fgattn.kernels.hopper_lister")
 hopper_producers = pytest.importorskip("fgattn.kernels.hopper_producers")
 pooled = pytest.importorskip("fgattn.kernels.pooled")
+pooled_hopper = pytest.importorskip("fgattn.kernels.pooled_hopper")
 select = pytest.importorskip("fgattn.kernels.select")
 group = pytest.importorskip("fgattn.kernels.group")
+refine = pytest.importorskip("fgattn.kernels.refine")
 summarise = pytest.importorskip("fgattn.kernels.summarise")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.fail("interpreted kernels cannot be compiled: run tests/compile without TRITON_INTERPRET")
@@ -27,16 +30,17 @@ SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block's 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {
     **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
-    **dict.fromkeys(("lists", "listed", "entries", "query_rows", "key_rows", "valid"), "*i32"),
+    **dict.fromkeys(("lists", "listed", "entries", "query_rows", "key_rows"), "*i32"),
     **dict.fromkeys(("tail_out", "tail_lse"), "*fp32"),
     **dict.fromkeys(("bits", "cell_bits", "pair_bits", "always"), "*u8"),
-    **dict.fromkeys(("order", "pair_order"), "*i32"),
-    **dict.fromkeys(("requested", "executed"), "*i64"),
+    **dict.fromkeys(("order", "pair_order", "words", "sources"), "*i32"),
+    **dict.fromkeys(("scores", "asked", "done"), "*fp64"), "executed": "*i64",
     **dict.fromkeys(("scale", "half", "bound"), "fp32"),
     **dict.fromkeys(("x", "centroid", "square", "mean", "variance", "second", "value"), "*bf16"),
-    **dict.fromkeys(("rows", "widths", "counts"), "*i32"), **dict.fromkeys(("lse", "limits"), "*fp32"),
+    **dict.fromkeys(("rows", "widths", "counts", "valid"), "*i32"), "exists": "*u8",
+    **dict.fromkeys(("lse", "limits", "totals", "weights"), "*fp32"),
 }
-BOXES = ("k_flat", "k_wide", "k_deep", "v_flat", "v_wide", "v_deep")
+BOXES = ("k_flat", "k_wide", "k_deep", "v_flat", "v_wide", "v_deep")  # tensor maps of the attention kernel
 ROWS = sorted(TABLE)
 
 
@@ -46,19 +50,21 @@ def box_type():
     return f"tensordesc<bf16{box.block_shape},{box.layout!r}>"
 
 
-def compiled(kernel, arch, constants, **options):
-    """The kernel for one architecture, specialised as a launch on aligned tensors would be."""
-    signature, aligned = {}, {}
+def compiled(kernel, arch, constants, types=(), **options):
+    """The kernel for one architecture, specialised as a launch on aligned tensors would be.
+
+    types: of arguments that TYPES does not know, such as tensor maps.
+    """
+    signature, aligned, types = {}, {}, TYPES | dict(types)
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        if name in BOXES:
-            signature[name] = box_type()
+        signature[name] = types.get(name, "i32")
+        if signature[name].startswith("tensordesc"):
             continue
-        signature[name] = TYPES.get(name, "i32")
         general = kernel.params[i].do_not_specialize  # one variant for every value
-        assert name in TYPES or general or name.startswith("stride_"), f"what type is {name}?"
+        assert name in types or general or name.startswith("stride_"), f"what type is {name}?"
         if signature[name] != "fp32" and not general:
             aligned[(i,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -125,15 +131,7 @@ def test_planning_kernels(arch, dim, tmp_path):
     """Summaries, selection and tail run with one setting on every GPU."""
     tiles = {"BLOCK_RUNS": 64, "D": dim, "TILE_RUNS": 8, "SPAN": 1}
     for kernel, num_warps, stages, constants in (
-            (summarise.summarise_kernel, 4, 3, {"RUNS": summarise.RUNS, "D": dim, "SECOND": 2}),
-            (select.select_kernel, select.WARPS, select.STAGES,
-             {**tiles, "BLOCK_CELLS": select.BLOCK_CELLS}),
-            (select.refine_kernel, select.WARPS, select.REFINE_STAGES,
-             {"BLOCK_RUNS": 64, "BLOCK_CELLS": select.REFINE_CELLS, "D": dim, "TILE_RUNS": 8, "JOINED": 1,
-              "N": 1, "order": None}),
-            (select.refine_kernel, select.WARPS, select.REFINE_STAGES,
-             {"BLOCK_RUNS": 64, "BLOCK_CELLS": select.REFINE_CELLS, "D": dim, "TILE_RUNS": 1, "JOINED": 4,
-              "N": 1}),
+            (summarise.summarise_kernel, 4, 3, {"RUNS": summarise.RUNS_D // dim, "D": dim, "SECOND": True}),
             (group.pair_kernel, group.WARPS, 3,
              {"WINDOW": group.WINDOW, "TILE_RUNS": 1, "FARTHEST": group.FARTHEST,
               "BLOCK_BYTES": group.BLOCK_BYTES, "COUNT": True}),
@@ -144,6 +142,36 @@ def test_planning_kernels(arch, dim, tmp_path):
         made = compiled(kernel, arch, constants, num_warps=num_warps, num_stages=stages)
         registers, stack = resources(made, tmp_path)
         assert made.metadata.shared <= SHARED_KIB[arch] * 1024, kernel
+        assert stack == 0, f"{kernel} spills: {registers} registers, {stack} bytes of stack"
+
+
+@pytest.mark.parametrize("dim", attend_fwd.HEAD_DIMS)
+@pytest.mark.parametrize("arch", SHARED_KIB)
+def test_selection_kernels(arch, dim, tmp_path):
+    """Each GPU's settings: the passes over cells and over keys, and what makes slices of their words."""
+    launch = PLAN_TABLE[max(row for row in PLAN_TABLE if row <= arch)]
+    block, keys = {"BLOCK_RUNS": launch.runs, "D": dim}, {"BLOCK_KEYS": launch.keys}
+    cells = {**block, "BLOCK_CELLS": launch.cells}
+    slices = {"TILES": refine.SLICE_TILES, "WORDS": refine.SLICE_WORDS}
+    width = {64: "*i16", 128: "*i32"}
+    for kernel, bits, num_warps, stages, constants in (
+            (select.total_kernel, None, launch.warps, launch.stages, {**cells, "sources": None}),
+            (select.total_kernel, None, launch.warps, launch.stages, cells),
+            *((select.select_kernel, width[launch.cells], launch.warps, launch.stages,
+               {**cells, "TILE_RUNS": runs}) for runs in (1, 8)),
+            (refine.refine_kernel, width[launch.keys], launch.key_warps, launch.key_stages,
+             {**block, **keys, "TILE_RUNS": 8, "order": None}),
+            (refine.refine_kernel, width[launch.keys], launch.key_warps, launch.key_stages,
+             {**block, **keys, "TILE_RUNS": 1}),
+            (select.slice_kernel, "*u8", 1, 3, {"TILE_QUERIES": 128, "SPAN": 1, "TILES": select.SLICE_TILES,
+                                                "BYTES": select.SLICE_BYTES}),
+            (refine.key_slice_kernel, "*i32", 4, 3,
+             {**slices, "TILE_RUNS": 8, "JOINED": 1, "N": 1, "order": None}),
+            (refine.key_slice_kernel, "*u8", 4, 3, {**slices, "TILE_RUNS": 1, "JOINED": 4, "N": 8})):
+        types = {"bits": bits, "exists": "*i32" if kernel is refine.key_slice_kernel else "*u8"}
+        made = compiled(kernel, arch, constants, types, num_warps=num_warps, num_stages=stages)
+        registers, stack = resources(made, tmp_path)
+        assert made.metadata.shared <= SHARED_KIB[arch] * 1024, (kernel, made.metadata.shared)
         assert stack == 0, f"{kernel} spills: {registers} registers, {stack} bytes of stack"
 
 
@@ -161,7 +189,8 @@ def test_hopper_kernel(dim, tile, split, tmp_path):
     constants |= dict.fromkeys(("bits", "valid", "key_rows") if boxed else (*BOXES, "lists"))
     if not boxed and split != 4:  # all keys exist
         constants["valid"] = None
-    made = compiled(attend_hopper.hopper_kernel, 90, constants, num_warps=4, **limit)
+    maps = dict.fromkeys(BOXES, box_type()) if boxed else {}
+    made = compiled(attend_hopper.hopper_kernel, 90, constants, maps, num_warps=4, **limit)
     registers, stack = resources(made, tmp_path)
     programs = 1 if launch.max_registers is None else 2
     threads = 128 * (tile // 64) + 32 * (4 if boxed else -(-(launch.gatherers + tile // 32) // 4) * 4)
@@ -179,3 +208,22 @@ def test_count_kernel(split, checked, tmp_path):
     constants = {"SPLIT": split} if checked else {"SPLIT": split, "valid": None}
     made = compiled(hopper_lister.count_kernel, 90, constants, num_warps=4)
     assert resources(made, tmp_path)[1] == 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 16, 128])
+@pytest.mark.parametrize("tile_runs", [4, 8])
+@pytest.mark.parametrize("dim", attend_fwd.HEAD_DIMS)
+def test_hopper_tail_kernel(dim, tile_runs, n, tmp_path):
+    """Nothing but a few words of arguments is spilled, and the ring fits."""
+    block = [1, pooled_hopper.STEP.value, dim]
+    layout = gluon_language.NVMMASharedLayout.get_default_for(block, gluon_language.bfloat16)
+    constants = {"D": dim, "TILE_RUNS": tile_runs, "N": n, "STAGES": pooled_hopper.STAGES,
+                 "REGISTERS": pooled_hopper.REGISTERS}
+    if n > 1:
+        constants |= {"valid": None, "order": None}
+    maps = dict.fromkeys(("mean", "value"), f"tensordesc<bf16{block},{layout!r}>")
+    made = compiled(pooled_hopper.tail_hopper_kernel, 90, constants, maps, num_warps=4)
+    registers, stack = resources(made, tmp_path)
+    assert made.metadata.shared <= SHARED_KIB[90] * 1024
+    assert registers * 512 <= 65536 and stack <= 24, f"{registers} registers, {stack} bytes of stack"
+    assert all(name in made.asm["ptx"] for name in ("wgmma", "setmaxnreg", "cp.async.bulk.tensor"))

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import plan_calls
 from fgattn import Settings, TokenLayout, attend, build_plan, plan_from_mask, reference, runtime
 from fgattn.engine import Engine
 from fgattn.methods import METHODS
 from fgattn.plan import of_heads
 from fgattn.settings import TILE_KEYS, TILE_QUERIES, Policy
+from fgattn.tail import pooled_tail
+from hypothesis import given
+from hypothesis import settings as examples
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -119,6 +123,38 @@ def test_ragged_lengths(length, impl):
         assert_close(attend(q, k, v, plan, impl=impl), q, k, v, plan)
 
 
+@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.float16), (128, BF16)], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("n", TILE_KEYS)
+@pytest.mark.parametrize("m", [16, 128])
+def test_tail_against_torch(m, n, dim, dtype, impl):
+    """Ragged ends, orders of runs, batches, missing keys, a shared mask; summaries made before or not."""
+    from fgattn.kernels.pooled import tail_triton
+    from fgattn.kernels.summarise import position_rows, summarise
+
+    layout = TokenLayout((9, 17, 25), front=5, back=9)  # 240 cells: more than a step
+    q, k, v = tensors(2, 2, layout.length, dim, dtype)
+    valid = torch.rand(2, layout.length, device="cuda") < 0.9
+    valid[1, 3000:] = False
+    mask = skewed_mask(1, m, n, layout.length, layout.length)
+    for plan in (build_plan(q, k, Settings(1.2, m, n), layout, scale=0.1),
+                 build_plan(q, k, Settings(1.2, m, n), dataclasses.replace(layout, key_valid=valid)),
+                 plan_from_mask(mask, m, n, query_length=layout.length, key_length=layout.length, tail=True,
+                                scale=-0.1)):
+        keys, values = k, v
+        if plan.key_valid is not None:
+            keys, values = (x.masked_fill(~valid[:, None, :, None], torch.nan) for x in (k, v))
+        out, lse = tail_triton(q, keys, values, plan, hopper=impl == "hopper")
+        expected, expected_lse = pooled_tail(q, k, v, plan)
+        assert torch.equal(lse == -torch.inf, expected_lse == -torch.inf)
+        torch.testing.assert_close(lse, expected_lse, atol=2e-3, rtol=1e-4)
+        assert (out - expected).norm() / expected.norm() < (4e-3 if dtype == BF16 else 1e-3)
+        geo = plan.geometry
+        rows = position_rows(geo.query_tokens), position_rows(geo.key_tokens, plan.key_valid)
+        for made in (summarise(q, keys, None, *rows, second=True), summarise(q, keys, values, *rows)):
+            again = tail_triton(q, keys, values, plan, made, hopper=impl == "hopper")
+            assert torch.equal(again[0], out) and torch.equal(again[1], lse)
+
+
 def test_fp32_is_computed_in_bf16(impl):
     """Equal to rounding the inputs first."""
     layout = TokenLayout((4, 8, 12))
@@ -175,6 +211,16 @@ def test_lists_agree_with_the_reference():
             near = above.abs() < 1e-4
         got = plan.kept_slices(0, slice(0, 2))
         assert not ((got != kept[0]) & ~near[0]).any()
+
+
+@examples(max_examples=300, deadline=None, derandomize=True)
+@given(plan_calls(dtypes=("fp16", "bf16")))
+def test_any_call_selects_as_the_reference(call):
+    """As the tests without a GPU: ragged grids, sinks, missing keys, bad values, empty sides, all M x N."""
+    q, k = (x.cuda() for x in call.tensors())
+    plan = build_plan(q, k, call.settings, call.layout, scale=call.scale, impl="triton")
+    tensors = {name: x.cpu() for name, x in vars(plan).items() if isinstance(x, torch.Tensor)}
+    call.check(dataclasses.replace(plan, **tensors), reference)
 
 
 def test_more_heads_than_one_launch(monkeypatch, impl):
@@ -372,6 +418,7 @@ def test_methods_on_the_gpu(method, m, n):
     q += k.roll(1, 1)  # some structure
     settings = Settings(1.0, m, n, order="hilbert", method=method)
     first = build_plan(q, k, settings, layout)
+    attend(q, k, v, first)  # the first use tests the kernels
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -477,7 +524,8 @@ def test_first_use(tmp_path):
     print(f"first use {cold:.1f} s, from the cache {warm:.1f} s")
     assert calls == {"sparse": 1} and cold < 15 and warm < cold / 2
     compiled = {line.rpartition(" ")[2] for line in said if "is compiling kernels, once: " in line}
-    assert {"select_kernel", "tail_kernel", "list_kernel", "summarise_kernel"} < compiled
+    tail = "tail_kernel" if runtime.hopper_missing(torch.device("cuda")) else "tail_hopper_kernel"
+    assert {"select_kernel", tail, "list_kernel", "summarise_kernel"} < compiled
     assert not any("compiling" in line for line in nothing)
 
 

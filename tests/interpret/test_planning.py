@@ -5,16 +5,20 @@ import math
 
 import pytest
 import torch
+from calls import plan_calls
 from fgattn import Settings, TokenLayout, attend, build_plan, reference
+from fgattn.plan import plan_call
 from fgattn.scoring import summarise as summarise_torch
 from fgattn.settings import TILE_KEYS, TILE_QUERIES
 from fgattn.tail import pooled_tail
+from hypothesis import given
+from hypothesis import settings as examples
 from makers import CASES, assert_lists_agree, random_mask, random_valid
 from makers import tensors as make
 
 pytest.importorskip("triton", reason="no Triton: nothing to interpret")
 from fgattn.kernels.pooled import tail_triton
-from fgattn.kernels.summarise import SQUARE, VARIANCE, position_rows, summarise
+from fgattn.kernels.summarise import position_rows, summarise
 
 LAYOUT = TokenLayout((2, 5, 9), front=3, back=5)  # 98 tokens
 
@@ -24,19 +28,24 @@ LAYOUT = TokenLayout((2, 5, 9), front=3, back=5)  # 98 tokens
 def test_summaries(padded, dim):
     """Means, squares and variances of short, partly and wholly missing runs, through strides."""
     length = 98
-    x = make(2, length, dim=dim, batch=2)[1].transpose(1, 2).contiguous().transpose(1, 2)
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in make(2, length, dim=dim, batch=2))
     valid = random_valid(2, length) if padded else None
     if padded:
         valid[1, 16:32] = False
-    rows = position_rows(torch.randperm(length, generator=torch.Generator().manual_seed(0)), valid)
-    mean, variance = (y.unflatten(0, (2, 2)) for y in summarise(x, rows, VARIANCE))
-    _, square = summarise(x, rows, SQUARE)
+    tokens = torch.randperm(length, generator=torch.Generator().manual_seed(0))
+    q, rows = q[:, :, :40], (position_rows(tokens[tokens < 40]), position_rows(tokens, valid))
+    made = summarise(q, k, v, *rows, second=True)
     for b in range(2):
-        row = rows[b if padded else 0, :length].long()
-        expected = summarise_torch(x[b][:, row.clamp(min=0)], row >= 0, variance=True)
-        torch.testing.assert_close(mean[b], expected[0], atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(variance[b], expected[1], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(square, mean.flatten(0, 1).square(), atol=1e-6, rtol=1e-5)
+        row = rows[1][b if padded else 0, :length].long()
+        centroid = summarise_torch(q[b][:, tokens[tokens < 40]])[0]
+        mean, variance, _ = summarise_torch(k[b][:, row.clamp(min=0)], row >= 0, variance=True)
+        value = summarise_torch(v[b][:, row.clamp(min=0)], row >= 0)[0]
+        for got, expected in zip(made, (centroid, centroid.square(), mean, variance, value), strict=True):
+            torch.testing.assert_close(got.unflatten(0, (2, 2))[b], expected, atol=1e-6, rtol=1e-5)
+    parts = summarise(q, k, None, *rows), summarise(None, None, v, *rows)
+    for name in ("centroid", "mean", "value"):
+        assert torch.equal(getattr(parts[name == "value"], name), getattr(made, name))
+    assert [x is None for x in (*parts[0], *parts[1])] == [0, 1, 0, 1, 1, 1, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("n", TILE_KEYS)
@@ -59,6 +68,14 @@ def test_lists_of_every_kind_of_sequence(case):
         assert_lists_agree(plan, reference.select(q, k, settings, case.layout()), settings.tile_queries)
 
 
+@examples(max_examples=20, deadline=None, derandomize=True)
+@given(plan_calls(largest=(2, 4, 7), most_sinks=12, dtypes=("fp32", "fp16")))
+def test_any_call_selects_as_the_reference(call):
+    """The same as in the torch path's test: every kind of sequence, all M x N, bad values, empty sides."""
+    q, k = call.tensors()
+    call.check(build_plan(q, k, call.settings, call.layout, scale=call.scale, impl="triton"), reference)
+
+
 def test_more_than_one_block():
     """1 300 tokens: two blocks of centroids, two of cells."""
     layout = TokenLayout((5, 10, 26))
@@ -70,6 +87,18 @@ def test_more_than_one_block():
     assert_same_tail(q, k, v, plan, 2e-3)
     fine = build_plan(q, k, Settings(2.5, 64, 1), layout, impl="triton")
     assert torch.equal(fine.bits, build_plan(q, k, Settings(2.5, 64, 1), layout, impl="torch").bits)
+
+
+def test_missing_keys_far_above_all_scores():
+    """Cells without keys have zero means; where all scores are far below zero they must not set the scale."""
+    layout = TokenLayout((2, 5, 9), front=3, back=5, key_valid=torch.ones(1, 98, dtype=torch.bool))
+    layout.key_valid[:, 64:] = False
+    q, k, _ = make(1, 98)
+    q[..., 0], k[..., 0] = 40.0, -40.0
+    for n in (4, 16):
+        plan = build_plan(q, k, Settings(2.0, 64, n), layout, impl="triton")
+        expected = build_plan(q, k, Settings(2.0, 64, n), layout, impl="torch")
+        assert 0 < plan.density < 0.9 and torch.equal(plan.bits, expected.bits)
 
 
 @pytest.mark.parametrize("n", [2, 16, 32])
@@ -111,6 +140,16 @@ def test_tail_of_every_slice_width(n):
     for m in (32, 128):
         assert_same_tail(q, k, v, build_plan(q, k, Settings(2.0, m, n), LAYOUT))
     assert tail_triton(q, k, v, build_plan(q, k, Settings(0.0, 64, n), LAYOUT))[1].isneginf().all()
+
+
+@pytest.mark.parametrize("scale", [None, -0.2])
+def test_summaries_of_a_plan_serve_its_tail(scale):
+    """What planning summarised is not read again, and changes nothing; a negative scale has none to offer."""
+    q, k, v = make(2, 98)
+    plan, summaries = plan_call(q, k, v, Settings(2.0, 64, 4), LAYOUT, scale=scale, impl="triton")
+    assert (summaries is None) == (scale is not None)
+    assert torch.equal(attend(q, k, v, plan, impl="triton", summaries=summaries),
+                       attend(q, k, v, plan, impl="triton"))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

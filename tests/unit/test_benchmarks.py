@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from benchmarks import __main__, measure, peers, plot, registry, report, runner, targets
+from benchmarks import __main__, generations, measure, peers, plot, registry, report, runner, targets
 from benchmarks.runner import Case, Run
 
 MACHINE = {"gpu": "a GPU", "torch": "2", "triton": "3", "python": "3.12", "date": "2026-01-01",
@@ -33,7 +33,7 @@ def case_of(*runs, **columns):
 
 
 def test_registry_has_every_verb():
-    assert list(registry.REGISTRY) == ["kernel", "plan", "quality", "end2end", "methods", "reuse"]
+    assert tuple(registry.REGISTRY) == report.BENCHMARKS
     assert set(targets.TARGETS) <= set(registry.REGISTRY)
     assert all(callable(source) for sources in registry.REGISTRY.values() for source in sources)
 
@@ -210,8 +210,8 @@ def test_targets_at_most_and_their_percentages():
 def test_plan_targets_add_stages_up():
     shape, dense = targets.P480, {"yardstick_ms": 10.0, "status": targets.MEASURED, "case": "stages"}
     rows = [dense | {"shape": shape, "impl": impl, "ms": ms} | ({"N": n} if n else {})
-            for impl, n, ms in (("summarise q, k", 0, 0.1), ("plan", 16, 0.4), ("lists", 16, 0.03),
-                                ("tail", 16, 0.3))]
+            for impl, n, ms in (("summarise q, k", 0, 0.1), ("summarise q, k, v", 0, 0.15), ("plan", 16, 0.4),
+                                ("lists", 16, 0.03), ("tail", 16, 0.25), ("means and tail", 16, 0.3))]
     lines = by_figure("plan", rows)
     assert lines[f"score, select and lists, N=16, {shape}"]["value"] == pytest.approx(3.3)
     assert lines[f"summarise and tail, N=16, {shape}"]["value"] == pytest.approx(4.0)
@@ -232,6 +232,101 @@ def test_equal_error_reads_our_curve_between_its_points():
     assert line["value"] == pytest.approx(2.0 / 8.0) and line["met"] == "stretch"  # 2 ms at an error of 4 %
     line = targets.table("quality", ours[1:] + sol + worse)[0]
     assert line["value"] is None and "4 %" in line["met"]
+
+
+def generation_rows(impl, points, **columns):
+    """One row per (threshold, ms, PSNR) and seed; the seeds are 1 dB around the PSNR."""
+    return [{"case": "generation", "impl": impl, "threshold": t, "ms": ms, "psnr_db": psnr + off,
+             "seed": seed, "status": targets.MEASURED, "density": 0.3, **columns}
+            for t, ms, psnr in points for seed, off in ((1, -1), (2, 1))]
+
+
+OURS = generation_rows("fgattn", ((2.0, 1.0, 20.0), (1.0, 4.0, 40.0)), M=128, N=16, order="cells")
+
+
+def sol_rows(*times, psnr=22.0):
+    points = list(zip((1.0, 1.3, 1.7), times, (psnr,) * 3, strict=True))
+    worse = [(tau, 0.01, psnr - 1) for tau, *_ in points]  # the order with the lower PSNR does not matter
+    return [row for order, some in (("raster", points), ("cells", worse))
+            for row in generation_rows("sol_attn", some, M=64, N=64, order=order)]
+
+
+def test_nearer_frames_reads_our_curve_at_the_time_of_sol():
+    """Half way over log time; the slowest threshold where sol_attn is slower still."""
+    mean, worst = targets.table("generations", OURS + sol_rows(4.0, 2.0, 9.0))
+    assert mean["value"] == pytest.approx((18 + 8 + 18) / 3) and mean["met"] == "stretch"
+    assert worst["value"] == pytest.approx(8) and worst["met"] == "yes" and worst["unit"] == "dB"
+    assert targets.nearer_frames(OURS + sol_rows(4.0, 2.0, 9.0)) == pytest.approx([18, 8, 18])
+    for line in targets.table("generations", OURS + sol_rows(4.0, 2.0, 0.9)):
+        assert line["value"] is None and "0.90 ms" in line["met"]
+
+
+def test_generations_are_dense_at_first_and_then_timed(monkeypatch):
+    """The first steps do not count; afterwards every call is the one that is measured."""
+    class Event:
+        now = 0.0
+
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            Event.now, self.at = Event.now + 1.5, Event.now
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    x = torch.zeros(1)
+    timer = generations.Timer(lambda q, k, v, timed: (timed(lambda: q + 1), torch.tensor(0.25)))
+    for _ in range(generations.DENSE_STEPS + 2):
+        timer.begin_evaluation(0.5)
+        outs = [timer.attention(x, x, x, layout=None, dense=lambda: x, block=b).item() for b in range(3)]
+        assert outs == [float(timer.evaluations > generations.DENSE_STEPS)] * 3
+    assert timer.columns() == {"density": 0.25, "calls": 6, "ms": 1.5}
+
+
+@pytest.mark.parametrize("off, status", [
+    (0.01, targets.MEASURED), (1.0, "withheld: PSNR"), (float("nan"), "withheld: PSNR nan")])
+def test_generations_that_are_absurd_are_withheld(off, status):
+    expected = torch.rand(16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    judged = generations.judged(expected + off * 3.2, expected)
+    assert judged["status"].startswith(status)
+    assert generations.judged(expected, expected) == {"status": targets.MEASURED}
+
+
+def test_tables_of_the_demo_model(tmp_path):
+    """Means over calls or seeds, a line or cell for each setting."""
+    def rows(name, *rows):
+        every = [{"status": targets.MEASURED, **row} for row in rows]
+        measure.write(tmp_path / f"{name}.csv", every, MACHINE)
+
+    rows("generations", {"impl": "cudnn", "ms": 5.0, "seed": 1}, *OURS)
+    rows("quality", *({
+        "impl": "fgattn", "M": m, "N": n, "order": "cells", "threshold": 1, "density": 0.25, "error": error,
+        "executed_density": 0.5, "ms": 2.0, "yardstick_ms": 10.0, "speedup": 5.0}
+        for m, n, error in ((128, 16, 0.01), (128, 16, 0.04), (16, 2, 0.05))))
+    rows("methods", *({"impl": "top_k", "M": 64, "N": 64, "order": "raster", "strength": share,
+                       "executed_density": share, "error": 0.1} for share in (0.2, 0.4)))
+    rows("reuse", {"plan_age": 3, "seed": 2, "attention_error": 0.02, "worst_attention_error": 0.05,
+                   "executed_density": 0.3},
+         {"reuse_steps": 2, "seed": 2, "attention_error": 0.02, "psnr_db": 30.04, "executed_density": 0.3,
+          "plans_made": 8, "plans_reused": 7, "planning_ms": 4.0, "planning_saved_ms": 3.6})
+    results = report.Results(tmp_path)
+    lines = {name: report.SECTIONS[name](results).splitlines() for name in report.SECTIONS}
+    assert lines["generations"][0].endswith("| PSNR, dB, seeds 1, 2 |")
+    assert lines["generations"][2] == "| cuDNN (SDPA) |  |  |  | 100 % | 5.00 |  |"
+    assert lines["generations"][3] == "| FG-Attn | 128 x 16 | cells | 1 | 30 % | 4.00 | 39.0, 41.0 |"
+    assert lines["quality"][2] == "| FG-Attn | 128 x 16 | cells | 1 | 25 % | 2.0 % | 2.00 | 10.0 | 5.0 x |"
+    assert len(lines["quality"]) == 5  # 16 x 2 stands in the grid only
+    assert lines["quality grid"][0] == "|  |  | N=2 | N=16 |"
+    assert "| M=16 | executed | 50 % |  |" in lines["quality grid"]
+    assert "| M=128 | error |  | 2.0 % |" in lines["quality grid"]
+    assert not [line for line in lines["quality grid"] if line.startswith("| M=128 | executed")]
+    assert lines["methods"][2] == "| top_k | 64 x 64 | raster | 0.4: 40 %, 10.0 % | 0.2: 20 %, 10.0 % |"
+    assert lines["plan age"][2] == "| 3 | 2.00 % | 5.0 % | 30 % |"
+    assert lines["reuse"][2] == "| 2 | 2.00 % | 30.0 | 30 % | 8 + 7 | 4 | 4 |"
+    for picture in report.pictures(results).values():
+        ElementTree.fromstring(picture)
 
 
 def test_report_is_what_the_results_say():

@@ -527,7 +527,7 @@ def test_plans_are_dropped(end, monkeypatch):
 def test_a_full_store_is_counted(monkeypatch):
     """What does not fit is planned in every call; what was kept before goes on serving."""
     one = Watched(monkeypatch, 3)
-    one.engine._run.plans._limit = 2 * 2 * (2 * 4 + 16)  # bits and counts of two plans
+    one.engine._run.plans._limit = 2 * 2 * (2 * 16 + 16)  # bits and counts of two plans
     for step in range(3):
         one.at(step)
         for block in range(3):

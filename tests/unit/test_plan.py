@@ -40,7 +40,7 @@ def test_mask_survives_packing(m, n):
     in_order = valid[:, made.geometry.key_tokens]
     assert torch.equal(made.key_valid, in_order)
     rows = max(m, 64)
-    assert made.tile_rows == rows and made.bits.shape == (2, 3, -(-LENGTH // rows), -(-slices // 8))
+    assert made.tile_rows == rows and made.bits.shape == (2, 3, -(-LENGTH // rows), 16 * -(-slices // 128))
     for b, h in itertools.product(range(2), range(3)):
         wanted = mask[b, h].repeat_interleave(m, 0)[:LENGTH].repeat_interleave(n, 1)[:, :LENGTH] & in_order[b]
         if m < 64:  # rows in their order of execution

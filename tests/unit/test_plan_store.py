@@ -133,7 +133,7 @@ def test_size_is_that_of_the_tensors(m, n):
     q, k, _ = tensors(3, 300, batch=2)
     plan = build_plan(q.requires_grad_(), k.requires_grad_(), Settings(1.0, m, n), TokenLayout((3, 10, 10)))
     tiles = -(-300 // max(m, 64))
-    bits = 2 * 3 * tiles * -(-300 // (8 * n))
+    bits = 2 * 3 * tiles * 16 * -(-300 // (128 * n))
     assert size_of(plan) == bits + 2 * 2 * 3 * 8 + (2 * 3 * -(-300 // 16) * 4 if m == 16 else 0)
     held = [f.name for f in dataclasses.fields(plan)
             if not isinstance(getattr(plan, f.name), (int, float, bool, type(None), Geometry))]

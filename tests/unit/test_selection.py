@@ -5,9 +5,12 @@ import math
 
 import pytest
 import torch
+from calls import plan_calls
 from fgattn import Settings, TokenLayout, build_plan, plan, reference, selection, tensors
 from fgattn.order import geometry
 from fgattn.settings import TILE_KEYS, TILE_QUERIES
+from hypothesis import given
+from hypothesis import settings as examples
 from makers import CASES, assert_lists_agree, poisoned, random_valid, restated_order
 from makers import tensors as make
 
@@ -132,6 +135,14 @@ def test_lists_are_those_of_the_reference(why, m, n, dtype, threshold):
     settings = Settings(threshold, m, n, order="raster" if (m + n) % 3 == 0 else "cells")
     made = build_plan(q, k, settings, case.layout())
     assert_lists_agree(made, reference.select(q, k, settings, case.layout()), m)
+
+
+@examples(max_examples=150, deadline=None, derandomize=True)
+@given(plan_calls())
+def test_any_call_selects_as_the_reference(call):
+    """Ragged grids, sinks, missing keys, foreign and no queries, equal, huge and bad values, all M x N."""
+    q, k = call.tensors()
+    call.check(build_plan(q, k, call.settings, call.layout, scale=call.scale, impl="torch"), reference)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
