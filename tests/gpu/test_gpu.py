@@ -271,7 +271,7 @@ def test_hopper_listers(dim, m, n, checked):
         mask[0, 0, len(counts) + i, slices - count:] = True
         mask[0, 1, len(counts) + i, :count] = True
     valid = torch.rand(1, keys, generator=generator, device="cuda") < 0.7 if checked else None
-    layout = TokenLayout((1, 1, keys), key_valid=valid)
+    layout = TokenLayout((1, 1, keys), query_start=None, key_valid=valid)
     q, _, _ = tensors(1, 2, mask.shape[2] * m - 3, dim)
     _, k, v = tensors(1, 2, keys, dim, seed=1)
     plan = plan_from_mask(mask, m, n, query_length=q.shape[2], key_length=keys, layout=layout)
