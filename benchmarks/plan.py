@@ -16,7 +16,7 @@ from fgattn import Settings, attend, build_plan, runtime, scoring
 from fgattn.kernels.attend_fwd import Lists
 from fgattn.kernels.pooled import tail_triton
 from fgattn.kernels.summarise import position_rows, summarise
-from fgattn.order import OCTET, geometry
+from fgattn.order import geometry
 from fgattn.tail import pooled_tail
 
 from . import peers
@@ -98,19 +98,27 @@ def memory(shape: Shape) -> list[Run]:
 
 
 def make_lists(plan):
-    """The lists that an attention call makes from a plan's bits; the last group of heads stays."""
-    boxes = plan.geometry.boxes if plan.tile_keys >= OCTET else None
-    lists = Lists(plan, *plan.bits.shape[:2], boxes)
+    """Numbers of keys of the last heads' tiles, and the first of these heads.
+
+    As an attention call makes them: with the lists, of the last group of heads; where the attention kernel
+    lists single keys itself, alone.
+    """
+    shape = plan.bits.shape[:2]
+    if plan.gathers and not runtime.hopper_reason(plan.bits.device, True):
+        from fgattn.kernels.hopper_lister import Counts
+
+        return Counts(plan, *shape).listed, 0
+    lists = Lists(plan, *shape, None if plan.gathers else plan.geometry.boxes)
     *_, (_, first, number) = lists.groups()
-    return lists, first, number
+    return lists.listed[:number], first
 
 
 def lists_error(plan, made) -> float:
     """Share of the tiles of the last head whose list has another length than the bits say."""
-    lists, first, number = made
-    head = first + number - 1
+    listed, first = made
+    head = first + len(listed) - 1
     kept = plan.kept_keys(0, slice(head, head + 1))[0].sum(-1)
-    return (lists.listed[number - 1] != kept).double().mean().item()
+    return (listed[-1] != kept).double().mean().item()
 
 
 def bits_error(q, k, settings, layout, plan) -> float:

@@ -15,9 +15,9 @@ COMFYUI = {
     "comfy", "comfy_api", "comfy_api_nodes", "comfy_execution", "comfy_extras", "execution", "folder_paths",
     "latent_preview", "nodes", "server"}
 HOT = ("attend_torch", "grouping", "kernels/attend_fwd", "kernels/attend_hopper", "kernels/group",
-       "kernels/pooled", "kernels/pooled_hopper", "kernels/select", "kernels/summarise", "methods/__init__",
-       "methods/common", "methods/hierarchical", "methods/radial", "methods/sol", "methods/top_k", "plan",
-       "scoring", "selection", "tail", "tensors")
+       "kernels/hopper_lister", "kernels/pooled", "kernels/pooled_hopper", "kernels/select",
+       "kernels/summarise", "methods/__init__", "methods/common", "methods/hierarchical", "methods/radial",
+       "methods/sol", "methods/top_k", "plan", "scoring", "selection", "tail", "tensors")
 BANNED_CALLS = {
     "eval": "runs text as code", "exec": "runs text as code", "compile": "runs text as code",
     "__import__": "hides what is loaded", "os.system": "starts programs", "os.popen": "starts programs",

@@ -195,12 +195,12 @@ def attend_triton(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
     tail_out, tail_lse = scaled_tail(tail)
     launch = launch_for(capability(q.device), dim, plan.tile_rows)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        lists = Lists(plan, batch, heads)
+        lists, (tokens, stride_queries) = Lists(plan, batch, heads), query_rows(plan, batch, heads)
         for b, first, group in lists.groups():
             attend_kernel[tiles, group](
-                q, k, v, out, lists.lists, lists.listed, lists.query_rows, lists.key_rows, tail_out, tail_lse,
+                q, k, v, out, lists.lists, lists.listed, tokens, lists.key_rows, tail_out, tail_lse,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                lists.stride_queries, lists.stride_rows, lists.stride, heads, b * heads + first, queries,
+                stride_queries, lists.stride_rows, lists.stride, heads, b * heads + first, queries,
                 tiles, -(-queries // CELL), plan.softmax_scale(dim) * LOG2_E,
                 BLOCK_M=plan.tile_rows, BLOCK_N=launch.block_keys, UNIT=lists.unit, D=dim,
                 HAS_TAIL=tail is not None, num_warps=launch.warps, num_stages=launch.stages)
@@ -218,9 +218,6 @@ class Lists:
         self.batch, self.heads, self.tiles, self.keys = batch, heads, bits.shape[2], plan.keys
         self.key_rows = position_rows(plan.geometry.key_tokens, plan.key_valid)
         self.stride_rows = self.key_rows.stride(0) if len(self.key_rows) > 1 else 0
-        tokens = plan.query_tokens  # one order for all heads, or each has its own
-        self.stride_queries = 0 if plan.run_order is None else plan.queries
-        self.query_rows = tokens if plan.run_order is None else tokens.expand(batch, heads, -1).contiguous()
         if boxes is not None:
             self.unit, self.entries = OCTET, boxes
         else:
@@ -248,6 +245,14 @@ class Lists:
                 bits.shape[3], SPLIT=self.split, UNIT=self.unit, HAS_ENTRIES=self.entries is not None,
                 CHECKED=self.is_checked, BLOCK=LIST_BLOCK, num_warps=1)
             yield b, first, number
+
+
+def query_rows(plan: SparsePlan, batch: int, heads: int) -> tuple[torch.Tensor, int]:
+    """Rows of the queries in the order of execution, and the distance of one head's to the next's."""
+    tokens = plan.query_tokens
+    if plan.run_order is None:
+        return tokens, 0  # one order for all heads
+    return tokens.expand(batch, heads, -1).contiguous(), plan.queries
 
 
 def scaled_tail(tail):

@@ -1,4 +1,4 @@
-"""Attend on Hopper (compute capability 9.0): the portable kernel's formula and lists, in Gluon.
+"""Attend on Hopper (compute capability 9.0): the portable kernel's formula, in Gluon.
 
 Tested with Triton 3.6; other versions are tried and judged by the self-test.
 
@@ -6,9 +6,10 @@ A program computes CONSUMERS * 64 query rows of one head. Producer warps bring t
 into two rings of shared tiles; each consumer warpgroup runs the online softmax on 64 rows, with WGMMA
 from shared memory. Barriers of a ring: *_full counts the producers, *_empty the consumers.
 
-Where N is at least 8 and all octets of keys lie in memory as boxes, the copy engine fetches octets; else
-rows are gathered (see hopper_producers). The step that is not full comes first and is the only one
-masked. While the weights of one step multiply v, the scores of the next one are computed.
+Where N is at least 8 and all octets of keys lie in memory as boxes, the copy engine fetches octets, by the
+portable kernel's lists; else rows are gathered (see hopper_producers), listed by warps of the same program
+(hopper_lister). The step that is not full comes first and is the only one masked. While the weights of one
+step multiply v, the scores of the next one are computed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..order import CELL
 from ..plan import SparsePlan
-from .attend_fwd import LOG2_E, Lists, scaled_tail
+from .attend_fwd import LOG2_E, Lists, query_rows, scaled_tail
+from .hopper_lister import SLOTS, STRIDES, Counts, enlist
 from .hopper_producers import PRODUCERS, ROWS, descriptors, fetch, gather
 from .summarise import COUNTS
 
@@ -35,17 +37,18 @@ from .summarise import COUNTS
 class Launch(NamedTuple):
     block_keys: int  # keys per step
     stages: int  # of either ring
-    gatherers: int  # warps
-    registers: tuple[int, int]  # of a thread: second consumer, gatherers; the first consumer has the rest
+    gatherers: int  # warps; two listers come with each consumer
+    # of a thread: second consumer, gatherers, listers; the first consumer has the rest
+    registers: tuple[int, int, int]
     max_registers: int | None  # a thread's share of the program at its start; 128 lets two programs run
 
 
 # Keys: (head size, tile rows). Measured on one H200, see benchmarks/NOTES.md.
 TABLE: dict[tuple[int, int], Launch] = {
-    (64, 64): Launch(128, 2, 4, (0, 56), 128),
-    (64, 128): Launch(128, 4, 4, (224, 56), None),
-    (128, 64): Launch(64, 2, 4, (0, 56), 128),
-    (128, 128): Launch(128, 2, 8, (208, 40), None),
+    (64, 64): Launch(128, 2, 2, (0, 96, 96), 128),
+    (64, 128): Launch(128, 4, 4, (200, 56, 48), None),
+    (128, 64): Launch(64, 2, 2, (0, 56, 56), 128),
+    (128, 128): Launch(128, 2, 8, (192, 32, 32), None),
 }
 BOX_REGISTERS = (232, 40)
 
@@ -158,14 +161,15 @@ def _consume(
              mask=has_query[:, None])
 
 
-@gluon.jit(do_not_specialize=["stride_queries", *COUNTS])
+@gluon.jit(do_not_specialize=["stride_queries", *STRIDES, *COUNTS])
 def hopper_kernel(
-    q, k, v, k_flat, k_wide, k_deep, v_flat, v_wide, v_deep, out, lists, listed, query_rows, key_rows,
-    tail_out, tail_lse, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
-    stride_vb, stride_vh, stride_vl, stride_ob, stride_oh, stride_ol, stride_queries, stride_rows_b,
-    stride_list, heads, first, queries, tiles, runs, scale,
-    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    GATHERERS: gl.constexpr, REGISTERS: gl.constexpr, HAS_TAIL: gl.constexpr, GATHERS: gl.constexpr,
+    q, k, v, k_flat, k_wide, k_deep, v_flat, v_wide, v_deep, out, lists, bits, valid, listed, query_rows,
+    key_rows, tail_out, tail_lse, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
+    stride_vb, stride_vh, stride_vl, stride_ob, stride_oh, stride_ol, stride_queries, stride_list,
+    stride_bits_b, stride_bits_h, stride_valid, heads, first, queries, keys, tiles, runs, n_bytes, scale,
+    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, GATHERERS: gl.constexpr, REGISTERS: gl.constexpr, HAS_TAIL: gl.constexpr,
+    GATHERS: gl.constexpr,
 ):
     tile = gl.program_id(0)
     listed_at = gl.program_id(1).to(gl.int64) * tiles + tile
@@ -177,11 +181,9 @@ def hopper_kernel(
     v += b * stride_vb + h * stride_vh
     out += b * stride_ob + h * stride_oh
     query_rows += head * stride_queries
-    key_rows += b * stride_rows_b
     if HAS_TAIL:
         tail_out += head * runs * D
         tail_lse += head * runs
-    unit_list = lists + listed_at * stride_list
     n_listed = gl.load(listed + listed_at)
 
     dtype: gl.constexpr = q.dtype.element_ty
@@ -203,19 +205,41 @@ def hopper_kernel(
     task = (q, out, query_rows, (tail_out, tail_lse), stride_ql, stride_ol, tile * (64 * CONSUMERS), queries,
             n_listed, scale, q_tiles)
     # Constexprs go straight into the arguments: a constexpr in an assigned tuple becomes a tensor.
-    rows = (k, v, stride_kl, stride_vl, unit_list, n_listed, key_rows)
-    boxes = ((k_flat, k_wide, k_deep), (v_flat, v_wide, v_deep), h.to(gl.int32), unit_list, n_listed)
+    if GATHERS:
+        slots = gl.allocate_shared_memory(gl.int32, [SLOTS, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        slot_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+        slot_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(SLOTS):
+            mbarrier.init(slot_full.index(i), count=2 * CONSUMERS)
+            mbarrier.init(slot_empty.index(i), count=32 * GATHERERS)
+        slots = (slots, slot_full, slot_empty)
+        rows = (k, v, stride_kl, stride_vl, n_listed)
+        bits += b * stride_bits_b + h * stride_bits_h + tile.to(gl.int64) * n_bytes
+        if valid is not None:
+            valid += b * stride_valid
+        source = (bits, valid, n_bytes, keys)
+        which = (key_rows, n_listed)
+    else:
+        boxes = ((k_flat, k_wide, k_deep), (v_flat, v_wide, v_deep), h.to(gl.int32),
+                 lists + listed_at * stride_list, n_listed)
     if GATHERS and CONSUMERS == 1:
         gl.warp_specialize([
             (_consume, (task, ring, 0, BLOCK_N, D, STAGES, HAS_TAIL, True)),
-            (gather, (rows, ring, BLOCK_N, UNIT, D, STAGES, GATHERERS)),
-        ], [GATHERERS], [REGISTERS[1]])
+            (gather, (rows, slots, ring, BLOCK_N, D, STAGES, GATHERERS)),
+            (enlist, (which, source, slots, 0, 2, BLOCK_N, SPLIT)),
+            (enlist, (which, source, slots, 1, 2, BLOCK_N, SPLIT)),
+        ], [GATHERERS, 1, 1], [REGISTERS[1], REGISTERS[2], REGISTERS[2]])
     elif GATHERS:
         gl.warp_specialize([
             (_consume, (task, ring, 0, BLOCK_N, D, STAGES, HAS_TAIL, True)),
             (_consume, (task, ring, 1, BLOCK_N, D, STAGES, HAS_TAIL, True)),
-            (gather, (rows, ring, BLOCK_N, UNIT, D, STAGES, GATHERERS)),
-        ], [4, GATHERERS], REGISTERS)
+            (gather, (rows, slots, ring, BLOCK_N, D, STAGES, GATHERERS)),
+            (enlist, (which, source, slots, 0, 4, BLOCK_N, SPLIT)),
+            (enlist, (which, source, slots, 1, 4, BLOCK_N, SPLIT)),
+            (enlist, (which, source, slots, 2, 4, BLOCK_N, SPLIT)),
+            (enlist, (which, source, slots, 3, 4, BLOCK_N, SPLIT)),
+        ], [4, GATHERERS, 1, 1, 1, 1],
+            [REGISTERS[0], REGISTERS[1], REGISTERS[2], REGISTERS[2], REGISTERS[2], REGISTERS[2]])
     elif CONSUMERS == 1:
         gl.warp_specialize([
             (_consume, (task, ring, 0, BLOCK_N, D, STAGES, HAS_TAIL, False)),
@@ -237,26 +261,38 @@ def hopper_kernel(
 
 def attend_hopper(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
     """Write softmax over the plan's keys (and `tail` = (out, lse) of tail_triton, or None) to out."""
-    (batch, heads, queries, dim), tiles = q.shape, plan.bits.shape[2]
+    (batch, heads, queries, dim), (*_, tiles, n_bytes) = q.shape, plan.bits.shape
     scale = plan.softmax_scale(dim) * LOG2_E
     if scale < 0:  # the kernel scales the largest score, not every score
         q, scale = -q, -scale
     tail_out, tail_lse = scaled_tail(tail)
+    tokens, stride_queries = query_rows(plan, batch, heads)
     launch = TABLE[dim, plan.tile_rows]
     boxes = None if plan.gathers else plan.geometry.boxes
     if any(n > 1 and stride == 0 for x in (k, v) for n, stride in zip(x.shape, x.stride(), strict=True)):
         boxes = None  # expanded tensors have no boxes
-    registers = launch.registers if boxes is None else BOX_REGISTERS
-    described = (None,) * 6
     with torch.cuda.device(q.device):
-        lists = Lists(plan, batch, heads, boxes)
-        for b, first, group in lists.groups():
-            if boxes is not None:
-                described = (*descriptors(k[b], plan.geometry.grid), *descriptors(v[b], plan.geometry.grid))
+        if boxes is None:
+            counts, key_rows = Counts(plan, batch, heads), plan.geometry.key_tokens.to(torch.int32)
+            bits, strides, registers = (counts.bits, counts.valid), counts.strides, launch.registers
+            launches = [((None,) * 6, None, counts.listed, 0, 0, batch * heads)]
+        else:
+            key_rows, bits, strides, registers = None, (None, None), (0, 0, 0), BOX_REGISTERS
+            launches = _boxed(k, v, plan, boxes)
+        for described, lists, listed, stride_list, first, group in launches:
             hopper_kernel[tiles, group](
-                q, k, v, *described, out, lists.lists, lists.listed, lists.query_rows, lists.key_rows,
-                tail_out, tail_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                lists.stride_queries, lists.stride_rows, lists.stride, heads, b * heads + first, queries,
-                tiles, -(-queries // CELL), scale, CONSUMERS=plan.tile_rows // 64, BLOCK_N=launch.block_keys,
-                UNIT=lists.unit, D=dim, STAGES=launch.stages, GATHERERS=launch.gatherers, REGISTERS=registers,
-                HAS_TAIL=tail is not None, GATHERS=boxes is None, num_warps=4, maxnreg=launch.max_registers)
+                q, k, v, *described, out, lists, *bits, listed, tokens, key_rows, tail_out, tail_lse,
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], stride_queries,
+                stride_list, *strides, heads, first, queries, plan.keys, tiles, -(-queries // CELL), n_bytes,
+                scale, CONSUMERS=plan.tile_rows // 64, BLOCK_N=launch.block_keys,
+                SPLIT=plan.tile_keys if boxes is None else None, D=dim, STAGES=launch.stages,
+                GATHERERS=launch.gatherers, REGISTERS=registers, HAS_TAIL=tail is not None,
+                GATHERS=boxes is None, num_warps=4, maxnreg=launch.max_registers)
+
+
+def _boxed(k, v, plan: SparsePlan, boxes: torch.Tensor):
+    """Of each launch: descriptors, lists of boxes, their lengths and stride, first head, number of heads."""
+    lists, grid = Lists(plan, *k.shape[:2], boxes), plan.geometry.grid
+    for b, first, group in lists.groups():
+        described = (*descriptors(k[b], grid), *descriptors(v[b], grid))
+        yield described, lists.lists, lists.listed, lists.stride, b * k.shape[1] + first, group

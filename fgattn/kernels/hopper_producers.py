@@ -1,8 +1,8 @@
 """Producers of the Hopper kernel: bring the listed rows of k and v into rings of shared tiles, in Gluon.
 
 `fetch` has the copy engine (TMA) bring octets that lie in memory as boxes (order.octet_boxes); four
-warps fetch a quarter of each tile. `gather` looks single rows up and copies them with cp.async.
-The keys that do not fill a step, the last of the list, come first.
+warps fetch a quarter of each tile. `gather` copies single rows with cp.async; hopper_lister says which.
+The keys that do not fill a step, the last ones, come first.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..order import DEEP, OCTET, WIDE
+from .hopper_lister import SLOTS
 
 PRODUCERS = gl.constexpr(4)  # warps that fetch
 HALF = gl.constexpr(64)  # columns of a box: 128 bytes, the widest that the copy engine swizzles
@@ -23,51 +24,34 @@ TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 @gluon.jit
-def _row(entry, lane, key_rows, mask, UNIT: gl.constexpr):
-    """Rows of k and v of list entries."""
-    if UNIT == 1:
-        return entry
-    return gl.load(key_rows + gl.max_contiguous(entry * UNIT + lane % UNIT, UNIT), mask=mask, other=0)
-
-
-@gluon.jit
 def gather(
-    rows, ring, BLOCK_N: gl.constexpr, UNIT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
+    task, lists, ring, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):
-    """Producer: look rows up, copy them with cp.async; the copies of each thread arrive by themselves."""
-    k, v, stride_kl, stride_vl, unit_list, listed, key_rows = rows
+    """Producer: copy the rows of each slot with cp.async; the copies of each thread arrive by themselves."""
+    k, v, stride_kl, stride_vl, listed = task
+    slots, slot_full, slot_empty = lists
     k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = ring
-    # A thread has consecutive rows, whose list entries are wide loads; eight threads copy 64 elements of one.
+    # A thread has consecutive rows, which are wide loads; eight threads copy 64 elements of one.
     layout: gl.constexpr = gl.BlockedLayout([BLOCK_N // (4 * WARPS), 8], [4, 8], [WARPS, 1], [1, 0])
-    lane = gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
+    rows: gl.constexpr = gl.SliceLayout(1, layout)
     dim = gl.arange(0, D, gl.SliceLayout(0, layout))
     steps = gl.cdiv(listed, BLOCK_N)
-    begin = gl.maximum(steps - 1, 0) * BLOCK_N  # of the masked step
-    exists = begin + lane < listed
-    entry = gl.load(unit_list + begin // UNIT + lane // UNIT, mask=exists, other=0)
-    row = _row(entry, lane, key_rows, exists, UNIT)
-    entry = gl.load(unit_list + lane // UNIT, mask=(lane >= 0) & (steps > 1), other=0)
+    exists = (steps - 1) * BLOCK_N + gl.arange(0, BLOCK_N, rows) < listed
     for i in range(steps):
         stage = i % STAGES
         phase = ((i // STAGES) & 1) ^ 1
-        # The look-ups of the steps to come are under way while this one waits for its tiles.
-        if UNIT == 1:
-            row_next = gl.load(unit_list + i * BLOCK_N + lane, mask=(lane >= 0) & (i + 1 < steps), other=0)
-        else:
-            row_next = _row(entry, lane, key_rows, (lane >= 0) & (i + 1 < steps), UNIT)
-            entry = gl.load(unit_list + (i + 1) * (BLOCK_N // UNIT) + lane // UNIT,
-                            mask=(lane >= 0) & (i + 2 < steps), other=0)
+        mbarrier.wait(slot_full.index(i % SLOTS), (i // SLOTS) & 1)
+        row = slots.index(i % SLOTS).load(rows)
         kept = exists | (i > 0)  # rows that are not copied are zeros
         k_at = k + row.to(gl.int64)[:, None] * stride_kl + dim[None, :]
         mbarrier.wait(k_empty.index(stage), phase)
         async_copy.async_copy_global_to_shared(k_tiles.index(stage), k_at, mask=kept[:, None])
         async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
+        async_copy.mbarrier_arrive(slot_empty.index(i % SLOTS), increment_count=False)
         v_at = v + row.to(gl.int64)[:, None] * stride_vl + dim[None, :]
         mbarrier.wait(v_empty.index(stage), phase)
         async_copy.async_copy_global_to_shared(v_tiles.index(stage), v_at, mask=kept[:, None])
         async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
-        row = row_next
     async_copy.wait_group(0)
 
 

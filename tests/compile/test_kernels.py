@@ -15,6 +15,7 @@ attend_fwd = pytest.importorskip("fgattn.kernels.attend_fwd")
 gluon = pytest.importorskip("triton.experimental.gluon._runtime", reason="this Triton has no Gluon")
 gluon_language = pytest.importorskip("triton.experimental.gluon.language")
 attend_hopper = pytest.importorskip("fgattn.kernels.attend_hopper")
+hopper_lister = pytest.importorskip("fgattn.kernels.hopper_lister")
 hopper_producers = pytest.importorskip("fgattn.kernels.hopper_producers")
 pooled = pytest.importorskip("fgattn.kernels.pooled")
 pooled_hopper = pytest.importorskip("fgattn.kernels.pooled_hopper")
@@ -174,29 +175,39 @@ def test_selection_kernels(arch, dim, tmp_path):
         assert stack == 0, f"{kernel} spills: {registers} registers, {stack} bytes of stack"
 
 
-@pytest.mark.parametrize("unit", [1, 16, "box"])
+@pytest.mark.parametrize("split", [1, 4, 16, 128, "box"])
 @pytest.mark.parametrize(("dim", "tile"), attend_hopper.TABLE, ids=str)
-def test_hopper_kernel(dim, tile, unit, tmp_path):
+def test_hopper_kernel(dim, tile, split, tmp_path):
     """Nothing is spilled in a loop (a few words of arguments may be), and the programs fit on the SM."""
-    launch, boxed = attend_hopper.TABLE[dim, tile], unit == "box"
+    launch, boxed = attend_hopper.TABLE[dim, tile], split == "box"
     limit = {} if launch.max_registers is None else {"maxnreg": launch.max_registers}
     constants = {
-        "CONSUMERS": tile // 64, "BLOCK_N": launch.block_keys, "UNIT": 8 if boxed else unit, "D": dim,
+        "CONSUMERS": tile // 64, "BLOCK_N": launch.block_keys, "SPLIT": None if boxed else split, "D": dim,
         "STAGES": launch.stages, "HAS_TAIL": True, "GATHERS": not boxed,
         "REGISTERS": attend_hopper.BOX_REGISTERS if boxed else launch.registers,
         "GATHERERS": launch.gatherers}
-    if not boxed:
-        constants |= dict.fromkeys(BOXES)
+    constants |= dict.fromkeys(("bits", "valid", "key_rows") if boxed else (*BOXES, "lists"))
+    if not boxed and split != 4:  # all keys exist
+        constants["valid"] = None
     maps = dict.fromkeys(BOXES, box_type()) if boxed else {}
     made = compiled(attend_hopper.hopper_kernel, 90, constants, maps, num_warps=4, **limit)
     registers, stack = resources(made, tmp_path)
     programs = 1 if launch.max_registers is None else 2
-    threads = 128 * (tile // 64) + 32 * (4 if boxed else launch.gatherers)
+    threads = 128 * (tile // 64) + 32 * (4 if boxed else -(-(launch.gatherers + tile // 32) // 4) * 4)
     assert programs * (made.metadata.shared + 1024) <= (SHARED_KIB[90] + 1) * 1024
     assert programs * threads * registers <= 65536
     assert stack <= 16, f"{launch} spills: {stack} bytes of stack"
     assert "wgmma" in made.asm["ptx"] and "setmaxnreg" in made.asm["ptx"]
     assert ("cp.async.bulk.tensor" in made.asm["ptx"]) == boxed
+
+
+@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize("split", [1, 2, 16, 128])
+def test_count_kernel(split, checked, tmp_path):
+    """Keys of every tile are counted on the device."""
+    constants = {"SPLIT": split} if checked else {"SPLIT": split, "valid": None}
+    made = compiled(hopper_lister.count_kernel, 90, constants, num_warps=4)
+    assert resources(made, tmp_path)[1] == 0
 
 
 @pytest.mark.parametrize("n", [1, 2, 16, 128])

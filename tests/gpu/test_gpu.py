@@ -229,10 +229,11 @@ def test_more_heads_than_one_launch(monkeypatch, impl):
     from fgattn.kernels import attend_fwd
 
     q, k, v = tensors(2, 5, 600, 64)
-    plan = build_plan(q, k, Settings(tile_keys=1), TokenLayout.flat(600))
-    expected = attend(q, k, v, plan, impl=impl)
-    monkeypatch.setattr(attend_fwd, "LIST_BYTES", 3 * 4 * 5 * 608)
-    assert torch.equal(attend(q, k, v, plan, impl=impl), expected)
+    for n, units in ((1, 608), (8, 80)):
+        plan = build_plan(q, k, Settings(tile_keys=n), TokenLayout.flat(600))
+        expected = attend(q, k, v, plan, impl=impl)
+        monkeypatch.setattr(attend_fwd, "LIST_BYTES", 3 * 4 * 5 * units)
+        assert torch.equal(attend(q, k, v, plan, impl=impl), expected)
 
 
 def test_hopper_list_lengths():
@@ -251,6 +252,36 @@ def test_hopper_list_lengths():
             out = attend(q, k, v, plan, impl="hopper")
             assert_close(out, q, k, v, plan)
             assert torch.equal(out, attend(q, k, v, plan, impl="hopper"))
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["all keys", "some keys"])
+@pytest.mark.parametrize("n", [1, 2, 4, 16])
+@pytest.mark.parametrize(("dim", "m"), [(128, 128), (128, 64), (64, 128), (64, 64)])
+def test_hopper_listers(dim, m, n, checked):
+    """Slices kept anywhere, close together and far apart, of any number around steps, slots and windows."""
+    if reason := runtime.hopper_missing(torch.device("cuda")):
+        pytest.skip(reason)
+    keys, generator = 5000 - n // 2, torch.Generator("cuda").manual_seed(dim + m + n)
+    slices = -(-keys // n)
+    counts = [c // n for c in (0, n, 31, 32, 33, 64, 65, 127, 128, 129, 255, 257, 511, 512, 513, 640, 1023,
+                               1024, 1025, 1536, 2048, 2049, 4096, 4999)]
+    mask = torch.zeros(1, 2, 2 * len(counts), slices, dtype=torch.bool, device="cuda")
+    for i, count in enumerate(counts):
+        for h in range(2):
+            mask[0, h, i, torch.randperm(slices, generator=generator, device="cuda")[:count]] = True
+        mask[0, 0, len(counts) + i, slices - count:] = True
+        mask[0, 1, len(counts) + i, :count] = True
+    valid = torch.rand(1, keys, generator=generator, device="cuda") < 0.7 if checked else None
+    layout = TokenLayout((1, 1, keys), query_start=None, key_valid=valid)
+    q, _, _ = tensors(1, 2, mask.shape[2] * m - 3, dim)
+    _, k, v = tensors(1, 2, keys, dim, seed=1)
+    plan = plan_from_mask(mask, m, n, query_length=q.shape[2], key_length=keys, layout=layout)
+    v = v[:, :1].expand(1, 2, keys, dim)  # stride 0: no boxes
+    out = attend(q, k, v, plan, impl="hopper")
+    assert torch.equal(out, attend(q, k, v, plan, impl="hopper"))
+    expected = attend(q, k, v, plan, impl="torch")
+    error = (out.float() - expected.float()).norm(dim=3)
+    assert (error <= 0.02 * expected.float().norm(dim=3)).all()
 
 
 def stored(r, batch, heads, length, dim, generator):
