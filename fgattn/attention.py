@@ -76,7 +76,8 @@ def sparse_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings, layout: TokenLayout,
     *, scale: float | None = None, impl: str | None = None,
 ) -> torch.Tensor:
-    """build_plan and attend in one call, a part of the heads at a time; arguments, result and errors as there."""
+    """build_plan and attend, for a part of the heads at a time; arguments, result and errors as there."""
+    check_tensors(q, k, v)
     out = empty_like(q)
     for of in head_parts(q.shape[1], parts_for(q, k.shape[2], settings)):
         mine = q[:, of], k[:, of], v[:, of]

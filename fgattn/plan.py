@@ -210,7 +210,7 @@ def parts_for(q: torch.Tensor, keys: int, settings: Settings) -> int:
     words = 0 if n >= CELL or (n == 1 and m >= KERNEL_ROWS) else -(-queries // m) * row_bytes(keys)
     head = (runs + 2 * cells) * dim * 2 + max((runs + cells) * dim * 2, words + bits, bits + runs * dim * 4)
     room = CALL_BYTES - (LIST_BYTES if n >= OCTET else 0)
-    return min(heads, -(-batch * heads * head // room)) if q.is_cuda else 1
+    return max(1, min(heads, -(-batch * heads * head // room))) if q.is_cuda else 1
 
 
 def plan_from_mask(
