@@ -199,7 +199,7 @@ def plan_call(
 
 
 def parts_for(q: torch.Tensor, keys: int, settings: Settings) -> int:
-    """Parts that the heads are taken in, so that a call on a GPU needs CALL_BYTES beside q, k, v and the output.
+    """Parts that heads are taken in, so that a call on a GPU needs CALL_BYTES beside q, k, v and the output.
 
     Counted are bits, summaries and tail of the kernels, and their room for lists.
     """
