@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from fgattn import Settings, attend, build_plan, runtime, scoring
+from fgattn import Settings, build_plan, runtime, scoring, sparse_attention
 from fgattn.kernels.attend_fwd import Lists
 from fgattn.kernels.pooled import tail_triton
 from fgattn.kernels.summarise import position_rows, summarise
@@ -70,28 +70,26 @@ def memory(shape: Shape) -> list[Run]:
     """One planned call with single keys: what it takes beside q, k, v and the output."""
     q, k, v = random_qkv(shape)
     settings = for_density(q, k, Settings(tile_keys=1), shape.layout, DENSITY)
-    plan = out = None
+    out = None
     for _ in range(2):  # the first call compiles and fills caches that stay
-        del plan, out
+        del out
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        plan = build_plan(q, k, settings, shape.layout)
-        out = attend(q, k, v, plan)
+        out = sparse_attention(q, k, v, settings, shape.layout)
         torch.cuda.synchronize()
         extra = torch.cuda.max_memory_allocated() - before - out.nbytes
+    plan = build_plan(q, k, settings, shape.layout)
     coarse = build_plan(q, k, replace(settings, tile_keys=16), shape.layout)
     kept_plans = (coarse.bits.nbytes + coarse.requested.nbytes + coarse.executed.nbytes) * LAYERS * BRANCHES
     del out
-
-    def call():
-        return attend(q, k, v, build_plan(q, k, settings, shape.layout))
 
     def error(out) -> float:
         return sampled_error(q, k, v, out, plan.tile_rows,
                              lambda head, tile: plan.kept_keys(0, slice(head, head + 1))[0, tile],
                              plan.geometry, tail_triton(q, k, v, plan))
 
+    call = functools.partial(sparse_attention, q, k, v, settings, shape.layout)
     return [Run("plan and attend", call, error, peers.TOLERANCE,
                 {"M": 128, "N": 1, "threshold": settings.threshold, "density": float(plan.density),
                  "extra_mb": extra / 1e6, "kept_plans_gb": kept_plans / 1e9})]

@@ -136,7 +136,7 @@ def refine(centroid, k, table, always, limits, order, cells, m: int, n: int, que
         bits = words.new_empty(batch, heads, triton.cdiv(tiles, together), row_bytes(triton.cdiv(keys, n)))
     out = bits.view({1: torch.int32, 2: torch.int16}.get(n, torch.uint8))
     programs = triton.cdiv(tiles, SLICE_TILES)
-    asked, done = torch.empty(2, batch, heads, programs, dtype=torch.float64, device=device)
+    asked, done = (torch.empty(batch, heads, programs, dtype=torch.float64, device=device) for _ in range(2))
     key_slice_kernel[programs, groups](
         words.view(torch.int32), order, always, cells, table.keys.view(torch.int32), out, asked, done,
         batch_stride(table.keys) // 4, heads, queries, runs, tiles, words.shape[3] // 4, cells.shape[3],

@@ -215,7 +215,7 @@ def test_plan_targets_add_stages_up():
     lines = by_figure("plan", rows)
     assert lines[f"score, select and lists, N=16, {shape}"]["value"] == pytest.approx(3.3)
     assert lines[f"summarise and tail, N=16, {shape}"]["value"] == pytest.approx(4.0)
-    assert lines[f"a quarter of planning, lists, tail, N=16, {shape}"]["value"] == pytest.approx(4.3)
+    assert lines[f"all of it, plans kept for 4 steps, N=16, {shape}"]["value"] == pytest.approx(4.3)
     assert lines[f"score, select and lists, N=1, {shape}"]["met"] == "not measured"
 
 
