@@ -55,21 +55,21 @@ class _Panel:
 
     def frame(self, title: str, axis: str, scale: float) -> None:
         """Title, grid and ticks; the labels at the side are values / scale."""
-        self.pen.text((self.left, self.top - 10), title, TEXT, _font(13), anchor="ls")
+        self.pen.text((self.left, self.top - 10), title, TEXT, font(13), anchor="ls")
         step = _nice(self.limit / scale / 4)
         for i in range(math.floor(self.limit / scale / step + 1e-6) + 1):
             y = self.y(i * step * scale)
             self.pen.line((self.left, y, self.right, y), GRID)
-            self.pen.text((self.left - 8, y), f"{i * step:g}", FAINT, _font(12), anchor="rm")
+            self.pen.text((self.left - 8, y), f"{i * step:g}", FAINT, font(12), anchor="rm")
         self.pen.line((self.left, self.bottom, self.right, self.bottom), RULE)
-        self.pen.text((self.right, self.bottom + 30), axis, FAINT, _font(12), anchor="rs")
+        self.pen.text((self.right, self.bottom + 30), axis, FAINT, font(12), anchor="rs")
         free = self.left - TICK_TEXT  # right end of the last number
         every = max(1, round(_nice(len(self.numbers) / 8)))
         for i, number in enumerate(self.numbers):
             label = str(number) if number >= 0 else "?"
-            half = self.pen.textlength(label, _font(12)) / 2
+            half = self.pen.textlength(label, font(12)) / 2
             if (i == 0 or number % every == 0) and self.middle(i) - half > free:
-                self.pen.text((self.middle(i), self.bottom + 5), label, FAINT, _font(12), anchor="ma")
+                self.pen.text((self.middle(i), self.bottom + 5), label, FAINT, font(12), anchor="ma")
                 free = self.middle(i) + half + 8
 
     def middle(self, i: int) -> float:
@@ -93,15 +93,15 @@ class _Panel:
 
 def _draw_run(pen, top: int, name: str, report: RunReport, limit: float) -> None:
     wide = WIDTH - 2 * MARGIN
-    name_font, line_font = _font(20), _font(16)
+    name_font, line_font = font(20), font(16)
     pen.text((MARGIN, top + 34), name, TEXT, name_font, anchor="ls")
     after = MARGIN + pen.textlength(name, name_font) + 14
-    pen.text((after, top + 34), _fit(pen, headline(report), line_font, WIDTH - MARGIN - after),
+    pen.text((after, top + 34), fit(pen, headline(report), line_font, WIDTH - MARGIN - after),
              SPARSE if report.calls.get("sparse") and not report.error else PLANNING, line_font, anchor="ls")
     what = f"{report.device}, {report.tokens} tokens"
     if report.calls.get("sparse"):
         what = f"{report.settings}; {report.implementation} on {what}"
-    pen.text((MARGIN, top + 58), _fit(pen, what, _font(13), wide), FAINT, _font(13), anchor="ls")
+    pen.text((MARGIN, top + 58), fit(pen, what, font(13), wide), FAINT, font(13), anchor="ls")
     left, right = MARGIN + TICK_TEXT, MARGIN + wide * STEPS_SHARE
     _draw_steps(pen, (left, right, top + PANEL_TOP, top + PANEL_BOTTOM), report.steps, limit)
     _draw_blocks(pen, (right + GAP, WIDTH - MARGIN, top + PANEL_TOP, top + PANEL_BOTTOM), report)
@@ -120,10 +120,10 @@ def _draw_steps(pen, box, steps: Sequence[StepReport], limit: float) -> None:
         panel.bar(i, ((step.attention, attention), (step.planning, PLANNING), (rest, REST)))
         if step.total > limit:
             note = f"{step.total / 1e3:.3g} s"
-            half = pen.textlength(note, _font(12)) / 2
+            half = pen.textlength(note, font(12)) / 2
             x = min(max(panel.middle(i), panel.left + half), panel.right - half)
             if x - half >= free:
-                pen.text((x, panel.top + 6), note, TEXT, _font(12), anchor="ma",
+                pen.text((x, panel.top + 6), note, TEXT, font(12), anchor="ma",
                          stroke_width=2, stroke_fill=BACKGROUND)
                 free = x + half + 6
 
@@ -149,8 +149,8 @@ def _draw_legend(pen, top: int) -> None:
     x = MARGIN
     for colour, label in LEGEND:
         pen.rectangle((x, top + 12, x + 11, top + 23), colour)
-        pen.text((x + 18, top + 18), label, FAINT, _font(13), anchor="lm")
-        x += 18 + pen.textlength(label, _font(13)) + 18
+        pen.text((x + 18, top + 18), label, FAINT, font(13), anchor="lm")
+        x += 18 + pen.textlength(label, font(13)) + 18
 
 
 def _time_limit(reports: Sequence[RunReport]) -> float:
@@ -169,7 +169,7 @@ def _nice(step: float) -> float:
     return next(n * power for n in (1, 2, 5, 10) if n * power >= step * (1 - 1e-9))
 
 
-def _fit(pen, text: str, font, width: float) -> str:
+def fit(pen, text: str, font, width: float) -> str:
     """The text on one line, shortened to a width in px."""
     text = " ".join(text.split())
     if pen.textlength(text, font) <= width:
@@ -180,8 +180,9 @@ def _fit(pen, text: str, font, width: float) -> str:
 
 
 def _centred(pen, x: float, y: float, text: str) -> None:
-    pen.text((x, y), text, FAINT, _font(14), anchor="mm")
+    pen.text((x, y), text, FAINT, font(14), anchor="mm")
 
 
-def _font(size: int):
+def font(size: int):
+    """The font of every picture."""
     return ImageFont.load_default(size)

@@ -2,7 +2,8 @@
 
     begin_run -> begin_evaluation -> attention (per call: reason for dense? plan, attend) -> end_run
 
-Plans may serve several steps (Policy.reuse_steps); `plan_store` keeps them until the run ends.
+Plans may serve several steps (Policy.reuse_steps); `plan_store` keeps them until the run ends. `watch` looks
+at the calls, for maps and estimates of the error.
 
 A failure while sampling never ends the render: it is logged once, and the run goes on dense. Out of memory
 first takes fewer heads at a time.
@@ -20,15 +21,16 @@ import torch
 from . import runtime
 from .attention import attend
 from .break_even import TOO_DENSE, TOO_SHORT, Costs, costs, faster
+from .maps import MIDDLE, Maps
 from .order import TokenLayout
 from .plan import SparsePlan, build_plan
 from .plan_store import MADE, REUSED, PlanStore
 from .settings import Policy, Settings
-from .stats import Clock, RunReport, RunStats
+from .stats import UNKNOWN_BLOCK, Clock, RunReport, RunStats
 from .tensors import declined
+from .watch import Watch
 
 log = logging.getLogger("fgattn")
-UNKNOWN_BLOCK = -1
 OTHER_GPU = "on another GPU than the run"
 SHORT_OF_MEMORY = "short of memory: fewer heads at a time, plans are not kept"
 OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
@@ -45,6 +47,7 @@ class _Run:
     device_reason: str | None  # why the device cannot run sparse
     plans: PlanStore
     rule: bool  # of break_even, in force
+    watch: Watch
     step: int = 0
     densities: dict[int, float] = field(default_factory=dict)  # executed, by block, before this step
     parts: int = 1  # that the heads are computed in
@@ -62,6 +65,10 @@ class Engine:
         scope: context manager around everything that may allocate (ComfyUI records allocations).
         passthrough: exceptions that must reach the caller, such as ComfyUI's interrupt.
         notify: called once with the text of an error.
+
+    Attributes:
+        place: of the query tile that the next run's maps are of.
+        last_report, last_maps: of the last run, once it has ended.
     """
 
     def __init__(
@@ -71,7 +78,9 @@ class Engine:
         notify: Callable[[str], None] = lambda text: None,
     ):
         self.settings, self.policy = settings, policy
+        self.place = MIDDLE
         self.last_report: RunReport | None = None
+        self.last_maps: Maps | None = None
         self._scope, self._passthrough, self._notify = scope, passthrough, notify
         self._run: _Run | None = None
 
@@ -90,8 +99,10 @@ class Engine:
         with self._scope():
             stats = RunStats(Clock(device), scheduled=steps, warmup=warmup)
             plans = PlanStore(self.policy.reuse_steps, self.policy.reuse_memory_mb * 10**6)
-            self._run = _Run(
-                sigmas, warmup, final, stats, _device_reason(device), plans, self._has_rule(device))
+            self.last_maps = None
+            watch = Watch(stats, self.place, self.policy.estimate_error, self._passthrough)
+            self._run = _Run(sigmas, warmup, final, stats, _device_reason(device), plans,
+                             self._has_rule(device), watch)
             if self._run.device_reason:
                 log.warning("FG-Attn runs dense: %s", self._run.device_reason)
 
@@ -117,6 +128,7 @@ class Engine:
         run, self._run = self._run, None
         if run:
             self.last_report = run.stats.report(self._describe(run), self._implementation(run))
+            self.last_maps = run.watch.end()
         return self.last_report
 
     def decline(self, reason: str) -> None:
@@ -150,13 +162,15 @@ class Engine:
         run = self._run
         if run is None:
             return dense()
-        if reason := self._unable(run, q, k, v):
-            run.stats.calls[reason] += 1
-            return dense()
         stats = run.stats
+        if reason := self._unable(run, q, k, v):
+            stats.calls[reason] += 1
+            run.watch.dense(run.step, block, reason)
+            return dense()
         stats.tokens = max(stats.tokens, q.shape[2])
         if reason := self._dense_by_policy(run, block) or self._too_dense(run, q, k, block):
             stats.calls[reason] += 1
+            run.watch.dense(run.step, block, reason)
             start = stats.clock.mark()
             out = dense()
             stats.timed(run.step, False, start, start, stats.clock.mark())
@@ -173,6 +187,7 @@ class Engine:
             log.exception("FG-Attn failed; the rest of this run is dense")
             self._notify(f"dense: {stats.error}")
             stats.calls["error"] += 1
+            run.watch.dense(run.step, block, "error")
             return dense()
         stats.calls["sparse"] += 1
         return out
@@ -188,32 +203,34 @@ class Engine:
         clock, heads = run.stats.clock, q.shape[1]
         while True:
             try:
-                start = planned = clock.mark()
+                start, planned, plan = clock.mark(), None, SHORT_OF_MEMORY
                 if run.parts == 1:
-                    out, planned = self._part(run, q, k, v, layout, block, branch, scale)
+                    out, planned, plan = self._part(run, q, k, v, layout, block, branch, scale)
                 else:
                     out = torch.empty_like(q)
                     for some in torch.arange(heads).tensor_split(run.parts):
                         of = slice(int(some[0]), int(some[-1]) + 1)
-                        out[:, of], _ = self._part(
-                            run, q[:, of], k[:, of], v[:, of], layout, block, branch, scale)
+                        out[:, of] = self._part(
+                            run, q[:, of], k[:, of], v[:, of], layout, block, branch, scale)[0]
                 run.stats.timed(run.step, True, start, planned or start, clock.mark())
-                return out
+                break
             except OutOfMemory:
                 if run.parts >= heads:
                     raise
             run.plans.close()
             run.parts = min(heads, 2 * run.parts)
             self.remark(SHORT_OF_MEMORY)
+        run.watch.sparse(run.step, block, q, k, v, out, plan, layout, self.settings.order, scale)
+        return out
 
     def _part(self, run: _Run, q, k, v, layout, block, branch, scale):
-        """The output, and the mark after planning, None if nothing was planned."""
+        """The output, the mark after planning, None if nothing was planned, and the plan."""
         plan, outcome = self._plan(run, q, k, layout, block, branch, scale)
         planned = None if outcome == REUSED else run.stats.clock.mark()
         out = attend(q, k, v, plan)
-        run.stats.add_plan(_number(block), plan)
+        run.stats.add_plan(run.step, _number(block), plan)
         run.stats.plans[outcome] += 1
-        return out, planned
+        return out, planned, plan
 
     def _plan(self, run: _Run, q, k, layout, block, branch, scale) -> tuple[SparsePlan, str]:
         """A kept plan or a new one, and which."""

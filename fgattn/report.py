@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .break_even import TOO_DENSE
 from .plan_store import NOT_KEPT, REUSED
-from .stats import RunReport
+from .stats import BlockReport, RunReport, StepReport
 
 
 def headline(report: RunReport) -> str:
@@ -20,7 +20,7 @@ def headline(report: RunReport) -> str:
     if report.calls.get(TOO_DENSE, 0) > report.calls["sparse"]:
         return f"mostly dense: {TOO_DENSE}"
     share = "" if report.density is None else f"{report.density:.0%} of scores, "
-    return f"sparse: {share}{_gain(report)}"
+    return f"sparse: {share}{_gain(report)}{_estimated(report, ', est. error {}')}"
 
 
 def text(report: RunReport) -> str:
@@ -31,6 +31,9 @@ def text(report: RunReport) -> str:
              f"attention call: {_call_times(report)}"]
     if report.density is not None:
         lines.append(f"density: {report.density:.1%} requested, {report.executed_density:.1%} executed")
+    if report.estimated_error is not None:
+        lines.append(f"estimated error of attention: {percent(report.estimated_error)} against dense, "
+                     "from random query rows of some calls")
     if reused := report.plans.get(REUSED):
         lines.append(f"plans: {sum(report.plans.values()) - reused} made, {reused} reused, which saved about "
                      f"{report.planning_saved:.1f} ms of planning")
@@ -45,12 +48,25 @@ def text(report: RunReport) -> str:
     if report.steps:
         lines += ["", *(
             f"step {s.index + 1}: {s.total:.1f} ms, attention {s.attention:.1f}, planning {s.planning:.1f}; "
-            f"{s.sparse_calls} sparse, {s.dense_calls} dense" for s in report.steps)]
+            f"{s.sparse_calls} sparse, {s.dense_calls} dense"
+            f"{_estimated(s, '; est. error {}')}" for s in report.steps)]
     if report.blocks:
         lines += ["", *(
             f"block {b.block if b.block >= 0 else '?'}: density {b.density:.1%}, "
-            f"executed {b.executed_density:.1%}" for b in report.blocks)]
+            f"executed {b.executed_density:.1%}{_estimated(b, ', est. error {}')}" for b in report.blocks)]
     return "\n".join(lines)
+
+
+def percent(share: float) -> str:
+    """Two digits: "0.43%", "6.1%", "12%"; what is far below any use is "<0.01%"."""
+    if share < 1e-4:
+        return "<0.01%"
+    return f"{float(f'{100 * share:.2g}'):g}%"
+
+
+def _estimated(part: RunReport | StepReport | BlockReport, words: str) -> str:
+    """The estimated error of a run, a step or a block in words, or nothing."""
+    return "" if part.estimated_error is None else words.format(percent(part.estimated_error))
 
 
 def _by_number(calls: dict[str, int]) -> list[tuple[str, int]]:

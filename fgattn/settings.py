@@ -69,6 +69,7 @@ class Policy:
         min_tokens: shortest sequence that runs sparse; 0 chooses by device.
         reuse_steps: steps that a plan serves; 1 makes one for every call.
         reuse_memory_mb: most memory of kept plans, in 10^6 bytes; when it is full, no plan is added.
+        estimate_error: compare a few query rows of some calls with dense attention.
     """
 
     warmup_steps: int = 2
@@ -77,6 +78,7 @@ class Policy:
     min_tokens: int = 0
     reuse_steps: int = 1
     reuse_memory_mb: int = 1200  # 1 118 for Wan 14B at 720p, 81 frames, N = 16, both branches
+    estimate_error: bool = True
 
     def __post_init__(self):
         for name in ("warmup_steps", "final_dense_steps", "min_tokens", "reuse_memory_mb"):
@@ -86,6 +88,7 @@ class Policy:
         if type(self.reuse_steps) is not int or self.reuse_steps < 1:
             raise InvalidArgument("reuse_steps", self.reuse_steps, "a whole number of at least 1",
                                   "Use 1 for a fresh plan in every call.")
+        _boolean("estimate_error", self.estimate_error)
         blocks = self.dense_blocks
         if not isinstance(blocks, frozenset) or any(type(b) is not int for b in blocks):
             raise InvalidArgument("dense_blocks", blocks, "a frozenset of whole numbers",

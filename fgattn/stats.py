@@ -7,13 +7,18 @@ the device. `RunStats.so_far` reads what is finished and leaves out the rest.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, field
 
 import torch
 
 from .plan_store import REUSED
+from .sums import Sums
+
+UNKNOWN_BLOCK = -1  # number of all blocks that have none
 
 
 class Clock:
@@ -51,6 +56,7 @@ class StepReport:
     planning: float
     sparse_calls: int
     dense_calls: int
+    estimated_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,16 @@ class BlockReport:
     block: int
     density: float
     executed_density: float
+    estimated_error: float | None = None
+
+
+@dataclass(frozen=True)
+class CellReport:
+    """The sparse calls of one block in one step."""
+
+    step: int
+    block: int
+    density: float
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,9 @@ class RunReport:
         plans: number of sparse calls by what became of their plan (see `plan_store`).
         planning_saved: calls that reused a plan, times the median time of planning.
         scheduled, warmup: steps of the schedule, and how many of them are dense at its start.
+        cells: by step and block.
+        estimated_error: mean relative error of the calls that were compared with dense attention (see
+            `estimate`), of the run, a step or a block; None where none was.
     """
 
     settings: str
@@ -100,6 +119,8 @@ class RunReport:
     planning_saved: float = 0.0
     scheduled: int = 0
     warmup: int = 0
+    cells: tuple[CellReport, ...] = ()
+    estimated_error: float | None = None
 
     @property
     def planning(self) -> float:
@@ -131,10 +152,10 @@ class RunStats:
     warmup: int = 0
     _steps: dict[int, object] = field(default_factory=dict)  # step -> mark of its first evaluation
     _timed: list = field(default_factory=list)  # (step, sparse, start, planned, end)
-    _scores: dict[int, torch.Tensor] = field(default_factory=dict)  # block -> requested, executed, all
+    _sums: Sums = field(default_factory=lambda: Sums(5))  # (step, block) -> the fields of a _Cell
     _read: int = 0  # number of _timed whose marks are host times by now
-    _copy: tuple | None = None  # of _scores, on its way to the host: blocks, counts, mark
-    _arrived: dict[int, torch.Tensor] = field(default_factory=dict)  # _scores as of the last copy
+    _copy: tuple | None = None  # of _sums, on its way to the host: keys, sums, mark
+    _arrived: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # _sums as of the last copy
 
     def __post_init__(self):
         if self.clock.device.type == "cuda":
@@ -148,15 +169,18 @@ class RunStats:
         """Note a call's marks; `planned` is `start` where nothing was planned."""
         self._timed.append((step, sparse, start, planned, end))
 
-    def add_plan(self, block: int, plan) -> None:
-        """Add a plan's counts to its block, on the device."""
-        rows = plan.requested.numel() * plan.queries * plan.keys
-        if block not in self._scores:
-            self._scores[block] = torch.zeros(3, dtype=torch.float64, device=plan.requested.device)
-        total = self._scores[block]
-        total[0] += plan.requested.sum()
-        total[1] += plan.executed.sum()
-        total[2] += rows
+    def add_plan(self, step: int, block: int, plan) -> None:
+        """Add a plan's counts, on the device."""
+        sums = self._sums.row((step, block), plan.requested.device)
+        sums[0] += plan.requested.sum()
+        sums[1] += plan.executed.sum()
+        sums[2] += plan.requested.numel() * plan.queries * plan.keys
+
+    def add_error(self, step: int, block: int, error: torch.Tensor) -> None:
+        """Add a call's relative error, a 0-d tensor, on the device."""
+        sums = self._sums.row((step, block), error.device)
+        sums[3] += error
+        sums[4] += 1
 
     def densities(self) -> dict[int, float]:
         """Executed density by block, of all calls so far; waits for them.
@@ -171,10 +195,10 @@ class RunStats:
         self._read_calls()
         self._read_scores()
         part = copy.copy(self)
-        part._timed, part._scores = self._timed[:self._read], self._arrived
+        part._timed = self._timed[:self._read]
         passed = [(step, mark) for step, mark in self._steps.items() if self.clock.passed(mark)]
         part._steps = dict(passed[:-1])
-        return part.report(settings, implementation, passed[-1][1] if passed else 0.0)
+        return part._report(settings, implementation, passed[-1][1] if passed else 0.0, self._arrived)
 
     def _read_calls(self) -> None:
         """Replace the marks of finished calls by host times, each once."""
@@ -190,18 +214,21 @@ class RunStats:
     def _read_scores(self) -> None:
         """Take the copy of the counts that has arrived, if any, and send the next one on its way."""
         if self._copy and self.clock.passed(self._copy[2]):
-            self._arrived, self._copy = dict(zip(self._copy[0], self._copy[1], strict=True)), None
-        if self._scores and not self._copy:
-            counts = torch.stack([*self._scores.values()]).to("cpu", non_blocking=True)
-            self._copy = tuple(self._scores), counts, self.clock.mark()
+            keys, sums, _ = self._copy
+            self._arrived, self._copy = dict(zip(keys, sums.tolist(), strict=True)), None
+        if self._sums and not self._copy:
+            self._copy = *self._sums.send(), self.clock.mark()
 
-    def report(self, settings: str, implementation: str, end=None) -> RunReport:
-        """Wait for the device and add everything up.
+    def report(self, settings: str, implementation: str) -> RunReport:
+        """Wait for the device and add everything up."""
+        return self._report(settings, implementation, self.clock.mark(), self._sums.read())
 
-        Args:
-            end: mark of the end; now if None.
-        """
-        end = self.clock.mark() if end is None else end
+    def _report(self, settings: str, implementation: str, end, sums: dict) -> RunReport:
+        """Add up the steps until the mark `end`."""
+        cells = [(key, _Cell(*sums[key])) for key in sorted(sums)]
+        of_step = _totals((step, cell) for (step, _), cell in cells)
+        of_block = _totals((block, cell) for (_, block), cell in cells)
+        whole = _total(cell for _, cell in cells)
         starts = sorted(self._steps.items())
         bounds = [m for _, m in starts] + [end]
         timed = [(step, sparse, self.clock.milliseconds(a, p), self.clock.milliseconds(p, b))
@@ -215,14 +242,13 @@ class RunStats:
             sparse = sum(t[1] for t in mine)
             steps.append(StepReport(
                 step, self.clock.milliseconds(mark, bounds[i + 1]), sum(t[3] for t in mine),
-                sum(t[2] for t in mine), sparse, len(mine) - sparse))
+                sum(t[2] for t in mine), sparse, len(mine) - sparse,
+                estimated_error=of_step.get(step, _Cell()).error))
         sparse_calls = [t[3] for t in timed if t[1]]
         planning = [t[2] for t in timed if t[1] and t[2] > 0]
         plan_time = _median(planning) or 0.0
-        scores = torch.stack([*self._scores.values()]).tolist() if self._scores else []
-        blocks = tuple(BlockReport(b, s[0] / s[2], s[1] / s[2])
-                       for b, s in sorted(zip(self._scores, scores, strict=True)))
-        sums = [sum(s[i] for s in scores) for i in range(3)]
+        blocks = tuple(BlockReport(block, cell.density, cell.executed_density, cell.error)
+                       for block, cell in sorted(of_block.items(), key=lambda item: item[0]))
         cuda = self.clock.device.type == "cuda"
         return RunReport(
             settings=settings, tokens=self.tokens, implementation=implementation,
@@ -232,12 +258,48 @@ class RunStats:
             dense_call=_median([t[3] for t in timed if not t[1]]),
             sparse_call=(_median(sparse_calls) + plan_time * len(planning) / len(sparse_calls)
                          if sparse_calls else None),
-            density=sums[0] / sums[2] if scores else None,
-            executed_density=sums[1] / sums[2] if scores else None,
+            density=whole.density, executed_density=whole.executed_density,
             peak_memory=torch.cuda.max_memory_allocated(self.clock.device) if cuda else None,
             error=self.error, remarks=tuple(self.remarks), plans=dict(self.plans),
             planning_saved=self.plans[REUSED] * plan_time,
-            scheduled=self.scheduled, warmup=self.warmup)
+            scheduled=self.scheduled, warmup=self.warmup,
+            cells=tuple(CellReport(*key, cell.density) for key, cell in cells),
+            estimated_error=whole.error)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Sums over calls: scores asked for, computed, all; relative errors, and how many of them."""
+
+    requested: float = 0.0
+    executed: float = 0.0
+    scores: float = 0.0
+    errors: float = 0.0
+    estimates: float = 0.0
+
+    @property
+    def density(self) -> float | None:
+        return self.requested / self.scores if self.scores else None
+
+    @property
+    def executed_density(self) -> float | None:
+        return self.executed / self.scores if self.scores else None
+
+    @property
+    def error(self) -> float | None:
+        return self.errors / self.estimates if self.estimates and math.isfinite(self.errors) else None
+
+
+def _totals(cells: Iterable[tuple[int, _Cell]]) -> dict[int, _Cell]:
+    """Cells added up by a number."""
+    groups: dict[int, list[_Cell]] = {}
+    for number, cell in cells:
+        groups.setdefault(number, []).append(cell)
+    return {number: _total(group) for number, group in groups.items()}
+
+
+def _total(cells: Iterable[_Cell]) -> _Cell:
+    return _Cell(*map(sum, zip(*map(astuple, cells), strict=True)))
 
 
 def _median(values: list[float]) -> float | None:

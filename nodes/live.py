@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ..fgattn.snapshot import snapshot
 from ..fgattn.stats import RunReport
+from .recent import RECENT
 from .status import prompt_server
 
 log = logging.getLogger("fgattn")
@@ -54,7 +55,9 @@ class Live:
             if self._node_id is None or client is None or self._broken:
                 return
             if report := read():
-                server.send_sync(EVENT, snapshot(report, self._node_id, self._run, state), client)
+                message = snapshot(report, self._node_id, self._run, state)
+                RECENT.note(client, message)
+                server.send_sync(EVENT, message, client)
         except Exception:
             self._broken = True
             log.exception("FG-Attn could not send live statistics; the run goes on without them")

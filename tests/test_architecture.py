@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 COMFYUI = {
     "comfy", "comfy_api", "comfy_api_nodes", "comfy_execution", "comfy_extras", "execution", "folder_paths",
     "latent_preview", "nodes", "server"}
-HOT = ("attend_torch", "grouping", "kernels/attend_fwd", "kernels/attend_hopper", "kernels/group",
-       "kernels/hopper_lister", "kernels/pooled", "kernels/pooled_hopper", "kernels/select",
+HOT = ("attend_torch", "estimate", "grouping", "kernels/attend_fwd", "kernels/attend_hopper", "kernels/group",
+       "kernels/hopper_lister", "kernels/pooled", "kernels/pooled_hopper", "kernels/refine", "kernels/select",
        "kernels/summarise", "methods/__init__", "methods/common", "methods/hierarchical", "methods/radial",
        "methods/sol", "methods/top_k", "plan", "scoring", "selection", "tail", "tensors")
 BANNED_CALLS = {

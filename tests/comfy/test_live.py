@@ -71,6 +71,31 @@ def test_the_end_is_told_however_it_comes(wan, sample, patched, told, monkeypatc
     assert "out of luck" in ends[1]["headline"]
 
 
+def test_a_page_that_was_away_gets_the_last_messages(wan, sample, patched, told):
+    """Over HTTP as the page asks: its own runs, the last message of each, oldest first; no other page's."""
+    import asyncio
+
+    from aiohttp import web
+    from aiohttp.test_utils import TestClient, TestServer
+
+    recent = sys.modules["fgattn_pack.nodes.recent"]
+    recent.RECENT._last.clear()
+    for steps in (4, 8):
+        sample(patched(wan), steps=steps)
+    server = types.SimpleNamespace(routes=web.RouteTableDef())
+    recent.serve(server)
+
+    async def ask(*pages):
+        app = web.Application()
+        app.add_routes(server.routes)
+        async with TestClient(TestServer(app)) as client:
+            return [await (await client.get(recent.ROUTE, params=page)).json() for page in pages]
+
+    mine, other, nobody = asyncio.run(ask({"client": "tab"}, {"client": "another"}, {}))
+    assert mine == json.loads(json.dumps([d for _, d, _ in told if d["state"] == "done"]))
+    assert [m["steps"] for m in mine] == [4, 8] and other == nobody == []
+
+
 def test_a_failure_in_the_statistics_leaves_the_render_alone(wan, sample, patched, told, monkeypatch):
     """The picture is the same, bit by bit."""
     import torch

@@ -27,17 +27,17 @@ def timing(nodes, tmp_path, monkeypatch):
     return clone.execute
 
 
-def test_entrypoint_lists_both_nodes(pack):
+def test_entrypoint_lists_the_nodes(pack):
     """ComfyUI finds the nodes through comfy_entrypoint."""
     extension = asyncio.run(pack.comfy_entrypoint())
     listed = asyncio.run(extension.get_node_list())
-    assert [n.GET_SCHEMA().node_id for n in listed] == ["FGAttnPatch", "FGAttnTiming"]
+    assert [n.GET_SCHEMA().node_id for n in listed] == ["FGAttnPatch", "FGAttnTiming", "FGAttnInspect"]
     assert (ROOT / pack.WEB_DIRECTORY / "docs").is_dir()
 
 
 def test_every_input_and_output_has_a_tooltip(nodes):
     """Tooltips are the documentation on the graph."""
-    for node in (nodes.FGAttnPatch, nodes.FGAttnTiming):
+    for node in (nodes.FGAttnPatch, nodes.FGAttnTiming, nodes.FGAttnInspect):
         schema = node.GET_SCHEMA()
         assert all(i.tooltip for i in [*schema.inputs, *schema.outputs])
         assert (ROOT / "web" / "docs" / f"{schema.node_id}.md").is_file()
@@ -48,8 +48,10 @@ def test_input_order_is_permanent(nodes):
     assert [i.id for i in nodes.FGAttnPatch.GET_SCHEMA().inputs] == [
         "model", "threshold", "tile_queries", "tile_keys", "warmup_steps", "min_tokens", "dense_blocks",
         "final_dense_steps", "tail", "order", "method", "method_parameter", "reuse_steps",
-        "reuse_memory_mb"]
+        "reuse_memory_mb", "estimate_error"]
     assert [i.id for i in nodes.FGAttnTiming.GET_SCHEMA().inputs] == ["model", "latent", "model_2"]
+    assert [i.id for i in nodes.FGAttnInspect.GET_SCHEMA().inputs] == [
+        "model", "latent", "block", "head", "step", "frame", "row", "column"]
 
 
 def test_defaults_are_the_library_defaults(nodes):
@@ -98,7 +100,8 @@ def test_every_method_samples(wan, sample, patched, timing, method):
     model = patched(wan, method=method, order="hilbert" if method == "hierarchical" else "cells")
     sample(model)
     text = timing(model=model, latent={}).args[1]
-    assert text.startswith("sparse: ") and f"settings: {method} " in text and "error" not in text
+    assert text.startswith("sparse: ") and f"settings: {method} " in text
+    assert "\nerror: " not in text and "est. error" in text
 
 
 def test_timing_reports_a_run(wan, sample, patched, timing):

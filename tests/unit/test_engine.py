@@ -11,6 +11,7 @@ import pytest
 import torch
 from fgattn import Settings, TokenLayout, attend, build_plan
 from fgattn.engine import SHORT_OF_MEMORY, Engine, OutOfMemory, step_of
+from fgattn.report import headline
 from fgattn.settings import Policy
 from makers import tensors
 
@@ -604,3 +605,134 @@ def test_out_of_memory_takes_fewer_heads_then_goes_dense(fits, sparse, monkeypat
         assert report.plans == {"not kept": 8}
     if not sparse:
         assert report.error.startswith("OutOfMemoryError")
+
+
+def watched_run(policy, blocks=(0, 1, 2, 3), **options):
+    """An engine after a run of 8 steps over some blocks, and its outputs."""
+    one = engine(policy, **options)
+    one.begin_run(falling(8), True, CPU)
+    outs = []
+    for step, sigma in enumerate(falling(8)[:-1]):
+        one.begin_evaluation(sigma)
+        for block in blocks:
+            q, k, v = inputs(step, block or 0)
+            outs.append(one.attention(q, k, v, layout=LAYOUT, dense=lambda: DENSE, block=block))
+    return one, outs
+
+
+def test_estimated_errors_are_in_the_report():
+    """By step and block, from a quarter of the calls; the run and its random numbers are not touched."""
+    before = torch.get_rng_state()
+    one, outs = watched_run(Policy(warmup_steps=2))
+    report = one.end_run()
+    assert [s.estimated_error is None for s in report.steps] == [True] * 2 + [False] * 6
+    assert [b.estimated_error is None for b in report.blocks] == [False] * 4
+    true = []
+    for step in range(2, 8):
+        q, k, v = inputs(step, -step % 4)  # the block whose turn it is
+        dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        true.append(((outs[4 * step + -step % 4] - dense).norm() / dense.norm()).item())
+    for step, error in zip(report.steps[2:], true, strict=True):
+        assert step.estimated_error == pytest.approx(error, rel=0.3)
+    assert report.estimated_error == pytest.approx(sum(s.estimated_error for s in report.steps[2:]) / 6)
+    assert [(c.step, c.block) for c in report.cells] == [(s, b) for s in range(2, 8) for b in range(4)]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_estimates_can_be_turned_off():
+    """The same output, to the bit, and nothing in the report."""
+    (on, with_estimates), (off, without) = (
+        watched_run(Policy(warmup_steps=2, estimate_error=wanted)) for wanted in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(with_estimates, without, strict=True))
+    report = off.end_run()
+    assert report.estimated_error is None and "est. error" not in headline(report)
+    assert "est. error" in headline(on.end_run())
+    assert len(off.last_maps.kept) == 6 * 4
+
+
+@pytest.mark.parametrize("what", ["estimate.Estimate.error", "maps.Maps.keep"])
+def test_failure_of_the_looking_leaves_the_run_alone(what, monkeypatch, caplog):
+    """Out of memory or a bug there: said once, the rest of the run is sparse."""
+    wanted = watched_run(Policy(warmup_steps=2))[1]
+
+    def fail(*_):
+        raise OutOfMemory("no room")
+
+    monkeypatch.setattr(f"fgattn.{what}", fail)
+    one, outs = watched_run(Policy(warmup_steps=2))
+    assert all(torch.equal(a, b) for a, b in zip(outs, wanted, strict=True))
+    report = one.end_run()
+    assert report.calls == {"warm-up step": 8, "sparse": 24} and report.error is None
+    assert report.remarks == ("no more maps and error estimates: OutOfMemoryError: no room",)
+    assert len(caplog.records) == 1
+
+
+def test_maps_that_do_not_fit_on_the_host_cost_no_report(monkeypatch, caplog):
+    """Bringing them there may fail near the limit of memory; so may looking, half way through."""
+    def fail(*_):
+        raise OutOfMemory("no room")
+
+    monkeypatch.setattr("fgattn.maps.Maps.to_host", fail)
+    one, _ = watched_run(Policy(warmup_steps=2))
+    assert one.end_run().calls["sparse"] == 24 and one.last_maps is None and len(caplog.records) == 1
+    monkeypatch.undo()
+    one, _ = watched_run(Policy(warmup_steps=2))
+    monkeypatch.setattr("fgattn.maps.Maps.keep", fail)
+    one.begin_evaluation(0.01)
+    call(one, block=9)
+    one.end_run()
+    assert len(one.last_maps.kept) == 24 and one.last_maps.find(-1, 0, 0)[1].keys(0).any()
+
+
+def test_interrupts_pass_through_the_looking(monkeypatch):
+    def interrupt(*_):
+        raise Interrupt
+
+    monkeypatch.setattr("fgattn.estimate.Estimate.error", interrupt)
+    with pytest.raises(Interrupt):
+        watched_run(Policy(warmup_steps=0), passthrough=(Interrupt,))
+
+
+def test_maps_are_of_the_last_run():
+    """At the place that was asked for before it began; dropped when the next one begins."""
+    one = engine(Policy(1, 0, frozenset({1})))
+    assert one.last_maps is None
+    one.place = (2, 3, 4)
+    for steps in (4, 8):
+        one.begin_run(falling(steps), True, CPU)
+        assert one.last_maps is None
+        for sigma in falling(steps)[:-1]:
+            one.begin_evaluation(sigma)
+            for block in (0, 1):
+                call(one, block=block)
+        one.end_run()
+        maps = one.last_maps
+        assert maps.place == (2, 3, 4)
+        assert [*maps.kept] == [(step, 0) for step in range(1, steps)]
+        assert maps.skipped[0, 0] == "warm-up step" and maps.skipped[steps - 1, 1] == "dense block"
+
+
+def test_calls_that_failed_or_were_short_of_memory_have_no_map(monkeypatch):
+    """With the reason in its place."""
+    one = engine(Policy(warmup_steps=0))
+    one.begin_run(falling(4), True, CPU)
+    one.begin_evaluation(1.0)
+    call(one)
+    one._run.parts = 2
+    call(one, block=1)
+    call(one, k=K[:, :1], v=V[:, :1], block=2)
+    call(one, layout=TokenLayout((1, 1, 1)), block=3)
+    call(one, block=4)
+    one.end_run()
+    assert [*one.last_maps.kept] == [(0, 0)]
+    assert one.last_maps.skipped == {
+        (0, 1): SHORT_OF_MEMORY, (0, 2): "grouped heads (2 query heads, 1 key heads)", (0, 3): "error",
+        (0, 4): "after an error"}
+
+
+def test_unknown_blocks_share_their_books_but_not_their_maps():
+    """A model that does not number its blocks."""
+    one, _ = watched_run(Policy(warmup_steps=2), blocks=(None,) * 4)
+    report = one.end_run()
+    assert [b.block for b in report.blocks] == [-1] and report.estimated_error is not None
+    assert [*one.last_maps.kept] == [(step, n) for step in range(2, 8) for n in range(4)]

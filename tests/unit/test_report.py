@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from fgattn.report import headline, text
+from fgattn.report import headline, percent, text
 from fgattn.stats import BlockReport, RunReport, StepReport
 
 FULL = RunReport(
@@ -88,3 +88,24 @@ def test_fields_without_a_value_are_left_out(report, has, lacks):
     lines = text(report)
     assert all(line in lines.splitlines() or line in lines for line in has)
     assert not any(part in lines for part in lacks)
+
+
+def test_estimated_errors_are_told_where_there_are_any():
+    """In the headline, for the run, and beside the steps and blocks that have one; two digits."""
+    report = dataclasses.replace(
+        FULL, estimated_error=0.0612,
+        steps=(FULL.steps[0], dataclasses.replace(FULL.steps[1], estimated_error=0.123)),
+        blocks=(FULL.blocks[0], dataclasses.replace(FULL.blocks[1], estimated_error=0.00431)))
+    lines = text(report).splitlines()
+    assert lines[0] == "sparse: 25% of scores, attention 3.00x faster, est. error 6.1%"
+    assert "estimated error of attention: 6.1% against dense, from random query rows of some calls" in lines
+    assert "step 2: 500.0 ms, attention 180.0, planning 20.0; 78 sparse, 2 dense; est. error 12%" in lines
+    assert "block 3: density 25.1%, executed 30.0%, est. error 0.43%" in lines
+    assert sum("est. error" in line for line in lines) == 3 and "estimated" not in text(FULL)
+
+
+@pytest.mark.parametrize(("share", "words"), [
+    (0.0, "<0.01%"), (9e-5, "<0.01%"), (1e-4, "0.01%"), (0.0099, "0.99%"), (0.0999, "10%"), (1.0, "100%"),
+    (2.345, "230%")])
+def test_percent(share, words):
+    assert percent(share) == words

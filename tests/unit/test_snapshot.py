@@ -1,5 +1,6 @@
 """What the page is told: kinds of steps, limits of size, and how often it is sent."""
 
+import base64
 import dataclasses
 import importlib
 import json
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from fgattn import snapshot
-from fgattn.stats import BlockReport, RunReport, StepReport
+from fgattn.stats import BlockReport, CellReport, RunReport, StepReport
 
 ROOT = Path(__file__).parents[2]
 EMPTY = RunReport("threshold 1", 0, "torch", "cpu", 0.0, (), (), {}, None, None, None, None, None, None)
@@ -17,8 +18,11 @@ EMPTY = RunReport("threshold 1", 0, "torch", "cpu", 0.0, (), (), {}, None, None,
 
 def report(steps=4, blocks=3, **changes):
     return dataclasses.replace(
-        EMPTY, steps=tuple(StepReport(i, 3.6e6 + i, 1.2345678e6, 0.1234567, 3, 0) for i in range(steps)),
-        blocks=tuple(BlockReport(i, 1 / 3, 0.5) for i in range(blocks)), calls={"sparse": steps * blocks},
+        EMPTY, steps=tuple(StepReport(i, 3.6e6 + i, 1.2345678e6, 0.1234567, 3, 0, estimated_error=0.0123456)
+                           for i in range(steps)),
+        blocks=tuple(BlockReport(i, 1 / 3, 0.5, 0.0123456) for i in range(blocks)),
+        cells=tuple(CellReport(s, b, b / blocks) for s in range(steps) for b in range(blocks)),
+        estimated_error=0.0123456, calls={"sparse": steps * blocks},
         density=1 / 3, executed_density=0.5, dense_call=2.0, sparse_call=1.0, scheduled=steps,
         total=3.6e6 * steps, **changes)
 
@@ -59,13 +63,49 @@ def test_the_worst_run_fits():
     assert made["timeline"][-1]["index"] == 1999 and made["step"] == 2000
 
 
+def heat(made):
+    """[steps, blocks] of a message's heat map."""
+    cells, rows = base64.b64decode(made["heat"]), len(made["blocks"])
+    return [list(cells[i:i + rows]) for i in range(0, len(cells), rows)]
+
+
+def test_heat_map():
+    """A byte for each block in each step: 0 where nothing was sparse, else 1 to 255."""
+    given = dataclasses.replace(
+        report(3, 2), cells=(CellReport(1, 0, 0.0), CellReport(1, 1, 0.5), CellReport(2, 1, 1.0)))
+    assert heat(make(given)) == [[0, 0], [1, 128], [0, 255]]
+    assert heat(make(given, "interrupted")) == [[0, 0], [1, 128]]
+    assert make(EMPTY)["heat"] == "" and make(report(0, 2))["heat"] == ""
+
+
+@pytest.mark.parametrize(("steps", "blocks", "columns"), [(20, 40, 20), (50, 60, 50), (100, 8, 100)])
+def test_the_heat_map_of_usual_runs_is_whole(steps, blocks, columns):
+    assert len(heat(make(report(steps, blocks)))) == columns
+
+
+def test_the_heat_map_takes_what_is_left():
+    """The last steps of a run that is too large for all of them."""
+    columns = heat(make(report(100, 64)))
+    assert 40 < len(columns) < 100
+    assert columns[-1] == [1 + round(254 * b / 64) for b in range(64)]
+
+
+def test_estimated_errors_have_two_digits():
+    made = make(report())
+    assert made["error"] == made["timeline"][0]["error"] == made["blocks"][0]["error"] == 0.012
+    assert made["headline"] == "sparse: 33% of scores, attention 2.00x faster, est. error 1.2%"
+    assert make(EMPTY)["error"] is None
+
+
 @pytest.mark.parametrize(("given", "state", "shown", "text"), [
     (EMPTY, "running", "running", "waiting for the first step"),
     (EMPTY, "done", "done", "attention never reached FG-Attn"),
     (report(error="OSError: x"), "done", "error", "dense after an error: OSError: x"),
     (report(error="OSError: x"), "running", "running", "dense after an error: OSError: x"),
-    (report(), "interrupted", "interrupted", "sparse: 33% of scores, attention 2.00x faster"),
-    (dataclasses.replace(report(), density=None), "running", "running", "sparse: attention 2.00x faster"),
+    (report(), "interrupted", "interrupted",
+     "sparse: 33% of scores, attention 2.00x faster, est. error 1.2%"),
+    (dataclasses.replace(report(), density=None), "running", "running",
+     "sparse: attention 2.00x faster, est. error 1.2%"),
 ], ids=["start", "nothing", "failed", "failing", "stopped", "densities on their way"])
 def test_state_and_headline(given, state, shown, text):
     made = make(given, state)
@@ -176,3 +216,34 @@ def test_a_failure_never_reaches_the_render(live, server, caplog, where):
     assert [bool(r.exc_info) for r in caplog.records] == [True] and not server.sent
     sample(live, one, 5, 1.0)
     assert len(caplog.records) == 2
+
+
+def test_pages_get_their_own_runs_back(live, server):
+    """Two tabs, nodes of the same id: the last message of each run, for the page that queued it."""
+    recent = sys.modules["bare.nodes.recent"].RECENT
+    one = live.Live("3", report)
+    for client, state in (("tab", "done"), ("other", "interrupted"), ("tab", "error")):
+        server.client_id = client
+        sample(live, one, 5, 1.0, state)
+    assert [m["state"] for m in recent.of("tab")] == ["done", "error"]
+    assert [m["state"] for m in recent.of("other")] == ["interrupted"]
+    assert recent.of("third") == recent.of(None) == []
+
+
+def test_few_runs_are_remembered(live, server):
+    """A server that runs for weeks; the oldest are forgotten."""
+    module = sys.modules["bare.nodes.recent"]
+    for _ in range(10 * module.KEPT):
+        sample(live, live.Live("3", report), 2, 1.0)
+    assert len(module.RECENT.of("tab")) == module.KEPT
+    assert module.RECENT.of("tab")[-1] == server.sent[-1][2]
+
+
+def test_a_message_that_cannot_be_sent_is_remembered(live, server):
+    """The connection is what failed; the page asks when it is back."""
+    def broken(*_):
+        raise ConnectionError
+
+    server.send_sync = broken
+    live.Live("3", report).end(report(), "done")
+    assert len(sys.modules["bare.nodes.recent"].RECENT.of("tab")) == 1

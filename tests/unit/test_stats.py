@@ -4,7 +4,7 @@ import types
 
 import pytest
 import torch
-from fgattn.stats import Clock, RunReport, RunStats, StepReport
+from fgattn.stats import CellReport, Clock, RunReport, RunStats, StepReport
 
 CPU = torch.device("cpu")
 
@@ -86,13 +86,40 @@ def test_no_comparison_without_both(only):
 def test_densities_by_block_and_over_all():
     """Weighted by the scores of each call, not a mean of shares."""
     stats = RunStats(Ticks(0.0))
-    stats.add_plan(5, plan([[50.0, 100.0]], [[100.0, 200.0]]))  # of 2 x 200
-    stats.add_plan(2, plan([[8.0]], [[8.0]], 4, 4))
-    stats.add_plan(5, plan([[0.0]], [[10.0]]))
+    stats.add_plan(0, 5, plan([[50.0, 100.0]], [[100.0, 200.0]]))  # of 2 x 200
+    stats.add_plan(1, 2, plan([[8.0]], [[8.0]], 4, 4))
+    stats.add_plan(1, 5, plan([[0.0]], [[10.0]]))
     report = stats.report("s", "torch")
     assert [(b.block, b.density, b.executed_density) for b in report.blocks] == [
         (2, 0.5, 0.5), (5, 0.25, 310 / 600)]
     assert report.density == 158 / 616 and report.executed_density == 318 / 616
+    assert report.cells == (CellReport(0, 5, 150 / 400), CellReport(1, 2, 0.5), CellReport(1, 5, 0.0))
+
+
+def test_estimated_errors_are_means_of_calls():
+    """By step, by block and over all; none where nothing was compared."""
+    stats = RunStats(Ticks(1.0, 2.0, 3.0, 4.0))
+    for step in range(3):
+        stats.begin_step(step)
+    for step, block, error in ((0, 5, 0.25), (0, 5, 0.75), (0, 2, 0.125), (1, 5, 0.5), (1, 2, None)):
+        stats.add_plan(step, block, plan([[8.0]], [[8.0]], 4, 4))
+        if error is not None:
+            stats.add_error(step, block, torch.tensor(error))
+    report = stats.report("s", "torch")
+    assert [s.estimated_error for s in report.steps] == [1.125 / 3, 0.5, None]
+    assert [(b.block, b.estimated_error) for b in report.blocks] == [(2, 0.125), (5, 0.5)]
+    assert report.estimated_error == 1.625 / 4
+
+
+def test_an_error_that_is_no_number_is_none():
+    """JSON has no NaN; the panel must live."""
+    stats = RunStats(Ticks(1.0, 2.0))
+    stats.begin_step(0)
+    stats.add_plan(0, 0, plan([[8.0]], [[8.0]]))
+    stats.add_error(0, 0, torch.tensor(float("nan")))
+    report = stats.report("s", "torch")
+    for part in (report, report.steps[0], report.blocks[0]):
+        assert part.estimated_error is None
 
 
 def test_clock_measures_time():
@@ -133,7 +160,7 @@ def test_so_far_never_waits():
             start, planned, end = (device.mark() for _ in range(3))
             stats.timed(step, step > 0, start, planned if step else start, end)
             if step > 0:
-                stats.add_plan(0, plan([[20.0 * step]], [[20.0 * step]]))
+                stats.add_plan(step, 0, plan([[20.0 * step]], [[20.0 * step]]))
     seen = []
     for now in range(-1, device.marks):
         device.now = now

@@ -19,7 +19,13 @@ class Element extends EventTarget {
   find(test) { return [...(test(this) ? [this] : []), ...this.children.flatMap((c) => c.find?.(test) ?? [])]; }
 }
 
-const page = globalThis.fgattnPage = { api: new EventTarget(), app: { registerExtension(e) { page.extension = e; } } };
+const served = { messages: [], asked: [], ok: true }; // what /fgattn/runs answers
+const api = Object.assign(new EventTarget(), { clientId: undefined, async fetchApi(route) {
+  served.asked.push(route);
+  if (served.messages instanceof Error) throw served.messages;
+  return { ok: served.ok, json: async () => served.messages };
+} });
+const page = globalThis.fgattnPage = { api, app: { registerExtension(e) { page.extension = e; } } };
 globalThis.document = { head: new Element("head"), createElement: (tag) => new Element(tag),
   createElementNS: (_, tag) => new Element(tag) };
 const frames = [];
@@ -103,4 +109,81 @@ test("a panel that comes later shows the runs so far", () => {
   draw();
   assert.match(text(timing), /sparse: 30% of scores/);
   assert.equal(timing.widgets.at(-1).element.find((e) => e.tag === "tr").length, 1 + 2);
+  timing.onRemoved();
+});
+
+const settled = () => new Promise((resolve) => { setTimeout(resolve); });
+
+/** Say something that the page hears of its connection, and wait until it has acted. */
+async function connection(event) {
+  api.dispatchEvent(new Event(event));
+  await settled();
+}
+
+test("a page that was loaded asks once for its runs, when it knows its id", async () => {
+  assert.deepEqual(served.asked, []);
+  api.clientId = "tab 1";
+  served.messages = [sample({ node: "31", run: "old", state: "done", headline: "of before the reload" })];
+  await connection("status");
+  await connection("status");
+  assert.deepEqual(served.asked, ["/fgattn/runs?client=tab%201"]);
+  const timing = create("FGAttnTiming", 32, [create("FGAttnPatch", 31)]);
+  timing.onAdded();
+  draw();
+  assert.match(text(timing), /of before the reload/);
+  timing.onRemoved();
+});
+
+test("after a lost connection the panel shows the last message, and goes on", async () => {
+  const timing = create("FGAttnTiming", 42, [create("FGAttnPatch", 41)]);
+  timing.onAdded();
+  const run = (changes) => sample({ node: "41", run: "long", ...changes });
+  send(run({ step: 1, headline: "before" }));
+  served.messages = [run({ step: 3, headline: "meanwhile" })];
+  await connection("reconnected");
+  assert.equal(draw(), 1);
+  assert.match(text(timing), /meanwhile/);
+  send(run({ step: 4, headline: "after" }));
+  draw();
+  assert.match(text(timing), /after/);
+  served.messages = [run({ step: 4, state: "done", headline: "its end" })]; // which was missed
+  await connection("reconnected");
+  send(run({ step: 4, headline: "late" }));
+  draw();
+  assert.match(text(timing), /its end/);
+  timing.onRemoved();
+});
+
+test("a server that restarted knows nothing: the run is shown as stopped", async () => {
+  const timing = create("FGAttnTiming", 52, [create("FGAttnPatch", 51)]);
+  timing.onAdded();
+  send(sample({ node: "51", run: "lost" }));
+  served.messages = [];
+  await connection("reconnected");
+  draw();
+  assert.match(text(timing), /stopped, step 3 of 4/);
+  timing.onRemoved();
+});
+
+test("answers that are none change nothing", async () => {
+  const timing = create("FGAttnTiming", 62, [create("FGAttnPatch", 61)]);
+  timing.onAdded();
+  send(sample({ node: "61", run: "kept", headline: "still here" }));
+  for (const [ok, messages] of [[false, null], [true, null], [true, { a: 1 }], [true, [null, 7, {}, sample({ run: "kept",
+    node: "61", heat: 1 })]], [true, new Error("no server")]]) {
+    Object.assign(served, { ok, messages });
+    await connection("reconnected");
+  }
+  draw();
+  assert.match(text(timing), /still here/);
+  timing.onRemoved();
+});
+
+test("10 000 events and odd heat maps: one drawing, nothing breaks", () => {
+  const timing = create("FGAttnTiming", 72, [create("FGAttnPatch", 71)]);
+  timing.onAdded();
+  for (let i = 0; i < 10_000; i += 1) send(sample({ node: "71", run: `r${i % 7}`, heat: ["", "?", "AAA", "AAECAwQF"][i % 4] }));
+  assert.equal(draw(), 1);
+  assert.match(text(timing), /density/);
+  timing.onRemoved();
 });

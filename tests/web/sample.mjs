@@ -2,16 +2,18 @@
 
 export function sample(changes = {}) {
   return {
-    version: 1, node: "3", run: "a", state: "running", headline: "sparse: 30% of scores", settings:
+    version: 2, node: "3", run: "a", state: "running", headline: "sparse: 30% of scores", settings:
       "threshold 1, tiles 128x16, warm-up 1 of 4 steps", tokens: 4992, step: 3, steps: 4, total: 2500,
     dense_call: 9.5, sparse_call: 4.75, speedup: 2, density: 0.3,
+    error: 0.061,
     timeline: [
-      { index: 0, total: 1000, attention: 500, planning: 0, kind: "warm-up" },
-      { index: 1, total: 900, attention: 200, planning: 100, kind: "sparse" },
-      { index: 2, total: 600, attention: 200, planning: 0, kind: "reused" },
+      { index: 0, total: 1000, attention: 500, planning: 0, kind: "warm-up", error: null },
+      { index: 1, total: 900, attention: 200, planning: 100, kind: "sparse", error: 0.07 },
+      { index: 2, total: 600, attention: 200, planning: 0, kind: "reused", error: 0.052 },
     ],
-    blocks: [{ block: -1, density: 0.1 }, { block: 3, density: 0.4 }],
+    blocks: [{ block: -1, density: 0.1, error: null }, { block: 3, density: 0.4, error: 0.061 }],
     calls: [{ outcome: "sparse", number: 8 }, { outcome: "warm-up step", number: 4 }],
+    heat: btoa(String.fromCharCode(0, 0, 26, 128, 27, 77)), // steps 1 to 3, two blocks each
     ...changes,
   };
 }
@@ -19,7 +21,8 @@ export function sample(changes = {}) {
 export const samples = [
   sample(),
   sample({ state: "done", step: 4 }),
-  sample({ timeline: [], blocks: [], calls: [], dense_call: null, sparse_call: null, speedup: null, density: null }),
+  sample({ timeline: [], blocks: [], calls: [], dense_call: null, sparse_call: null, speedup: null, density: null,
+    error: null, heat: "" }),
 ];
 
 if (process.argv[1]?.endsWith("sample.mjs")) console.log(JSON.stringify(samples));

@@ -84,3 +84,19 @@ test("a listener may leave while it is told", () => {
   assert.equal(others, 2);
   assert.equal(store.listening, 1);
 });
+
+test("a restart of the server ends the runs that it does not know", () => {
+  const store = createStore();
+  store.accept(sample({ run: "a", state: "done" }));
+  store.accept(sample({ run: "b" }));
+  store.accept(sample({ run: "c", node: "4" }));
+  let calls = 0;
+  store.subscribe(() => { calls += 1; }, new AbortController().signal);
+  assert.deepEqual(store.open(), ["b", "c"]);
+  store.stop([]);
+  assert.equal(calls, 0);
+  store.stop(["a", "c", "z"]);
+  assert.equal(calls, 1);
+  assert.deepEqual(store.runs(any).map((r) => [r.run, r.state]), [["a", "done"], ["b", "running"], ["c", "interrupted"]]);
+  assert.deepEqual(store.open(), ["b"]);
+});

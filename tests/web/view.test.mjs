@@ -40,7 +40,7 @@ test("timeline: stacks from the bottom, inside the box, at the step's place", ()
   assert.deepEqual(second.map((p) => p.part), ["sparse", "planning", "rest"]);
   close(second[0].y + second[0].height, 1);
   close(second[1].y + second[1].height, second[0].y);
-  assert.match(labels[1].label, /^step 2, sparse: 900 ms, attention 200 ms, planning 100 ms$/);
+  assert.match(labels[1].label, /^step 2, sparse: 900 ms, attention 200 ms, planning 100 ms, est. error 7 %$/);
 });
 
 test("timeline: a step that compiles does not flatten the others", () => {
@@ -58,21 +58,54 @@ test("timeline: the last 100 of 300 steps, and steps of no time", () => {
   assert.ok(labels.every((l) => l.x >= 0 && l.x + l.width <= 1 + 1e-9));
 });
 
-test("heat: strength follows density", () => {
-  const cells = view.heat(sample());
-  assert.deepEqual(cells.map((c) => c.strength), [0.25, 1]);
-  assert.deepEqual(cells.map((c) => c.label), ["unknown block: 10 % of scores", "block 3: 40 % of scores"]);
-  assert.ok(view.heat(sample({ blocks: [{ block: 0, density: 0 }] })).every((c) => c.strength === 0));
-  assert.deepEqual(view.heat(sample({ blocks: [] })), []);
+test("heat: a column for each step, a row for each block, strength relative to the densest cell", () => {
+  const { rows, shades, least, most } = view.heat(sample());
+  assert.deepEqual(rows.map((r) => r.label),
+    ["unknown block: 10 % of scores", "block 3: 40 % of scores, est. error 6.1 %"]);
+  assert.deepEqual(rows.map((r) => [r.y, r.height]), [[0, 0.5], [0.5, 0.5]]);
+  assert.deepEqual(shades.map((s) => s.strength), [0.12, 1, 0.12 + 0.88 * 8 / 16]); // bytes 26 and 27, 128, 77
+  assert.deepEqual([least, most], [25 / 254, 127 / 254]);
+  assert.equal(shades[0].path, "M0.2500 0.0000h0.2500v0.5000h-0.2500zM0.5000 0.0000h0.2500v0.5000h-0.2500z");
+  assert.equal(shades[1].path, "M0.2500 0.5000h0.2500v0.5000h-0.2500z");
+});
+
+test("heat: the last steps, where there are fewer columns; nothing where there is nothing", () => {
+  const last = view.heat(sample({ heat: btoa(String.fromCharCode(0, 128)) }));
+  assert.deepEqual(last.shades, [{ strength: 1, path: "M0.5000 0.5000h0.2500v0.5000h-0.2500z" }]);
+  for (const heat of ["", "not base64", "AAA", "AA==", btoa("\0".repeat(6))]) {
+    assert.deepEqual(view.heat(sample({ heat })).shades, [], heat);
+  }
+  assert.deepEqual(view.heat(sample({ blocks: [], timeline: [] })), { rows: [], shades: [], least: null, most: null });
+  const level = view.heat(sample({ heat: btoa("\x01".repeat(6)) }));
+  assert.deepEqual([level.shades.length, level.shades[0].strength, level.least, level.most], [1, 1, 0, 0]);
+});
+
+test("heat: 60 blocks and 60 steps are at most 17 paths", () => {
+  const blocks = Array.from({ length: 60 }, (_, block) => ({ block, density: 0.3, error: null }));
+  const step = sample().timeline[0];
+  const steps = Array.from({ length: 60 }, (_, index) => ({ ...step, index }));
+  const bytes = Array.from({ length: 3600 }, (_, i) => 1 + i % 255);
+  const { shades } = view.heat(sample({ blocks, timeline: steps, steps: 60, heat: btoa(String.fromCharCode(...bytes)) }));
+  assert.ok(shades.length <= 17);
+  assert.equal(shades.map((s) => s.path.split("M").length - 1).reduce((a, b) => a + b), 3600);
+});
+
+test("estimated errors: a bar under each step that has one, and words with two digits", () => {
+  const { bars, least, most } = view.errors(sample());
+  assert.deepEqual(bars.map((b) => [b.x, b.width]), [[0.25, 0.25], [0.5, 0.25]]);
+  assert.deepEqual([bars[0].height, bars[1].y, least, most], [1, 1 - 0.052 / 0.07, 0.052, 0.07]);
+  assert.equal(bars[1].label, "step 3: est. error 5.2 %");
+  assert.equal(view.errors(sample({ timeline: sample().timeline.slice(0, 1) })), null);
+  assert.deepEqual([0.0612, 0.00431, 0.12345, 0, null].map(view.errorText), ["6.1 %", "0.43 %", "12 %", "<0.01 %", "-"]);
 });
 
 test("runs side by side: what differs in each row, what is shared once", () => {
   const other = sample({ settings: "threshold 2, tiles 128x16, warm-up 1 of 4 steps", density: null, speedup: null,
-    timeline: [], state: "done" });
+    error: null, timeline: [], state: "done" });
   const { rows, shared } = view.runTable([sample(), other]);
   assert.equal(shared, "tiles 128x16, warm-up 1 of 4 steps");
-  assert.deepEqual(rows, [["1", "threshold 1", "750 ms", "2.00x faster", "30 %", "running"],
-    ["2", "threshold 2", "-", "-", "-", "done"]]);
+  assert.deepEqual(rows, [["1", "threshold 1", "750 ms", "2.00x faster", "30 %", "6.1 %", "running"],
+    ["2", "threshold 2", "-", "-", "-", "-", "done"]]);
   assert.ok(rows.every((row) => row.length === view.RUN_COLUMNS.length));
   assert.equal(view.runTable([sample()]).rows[0][1], "-");
 });
@@ -85,7 +118,7 @@ test("what is spoken stays the same from step to step of a kind", () => {
 
 test("text has every step, block and outcome", () => {
   const text = view.asText(sample());
-  for (const part of ["sparse: 30% of scores", "8 calls: sparse", "step 3, reused", "block 3: 40 %"]) {
+  for (const part of ["sparse: 30% of scores", "8 calls: sparse", "step 3, reused", "block 3: 40 %", "est. error 6.1 %"]) {
     assert.ok(text.includes(part), part);
   }
   for (const one of samples) assert.doesNotMatch(view.asText(one), /undefined|NaN|null/);
@@ -94,6 +127,7 @@ test("text has every step, block and outcome", () => {
 test("CSV: one line a step and a block, text with commas quoted", () => {
   const lines = view.asCsv([sample(), sample({ settings: 'a "b"' })]).split("\r\n");
   assert.equal(lines.length, 1 + 2 * 5 + 1);
-  assert.equal(lines[1], '1,"threshold 1, tiles 128x16, warm-up 1 of 4 steps",step,0,warm-up,1000,500,0,');
-  assert.equal(lines.at(-2), '2,"a ""b""",block,3,,,,,0.4');
+  assert.equal(lines[1], '1,"threshold 1, tiles 128x16, warm-up 1 of 4 steps",step,0,warm-up,1000,500,0,,');
+  assert.equal(lines[2], '1,"threshold 1, tiles 128x16, warm-up 1 of 4 steps",step,1,sparse,900,200,100,,0.07');
+  assert.equal(lines.at(-2), '2,"a ""b""",block,3,,,,,0.4,0.061');
 });

@@ -8,6 +8,7 @@ import { createPresets } from "./presets.js";
 import { createStore } from "./store.js";
 
 const EVENT = "fgattn.progress";
+const ROUTE = "/fgattn/runs"; // of the last message of this page's runs
 const PANEL_HEIGHT = 440; // px
 const PRESETS_HEIGHT = 36;
 const store = createStore();
@@ -20,10 +21,10 @@ app.registerExtension({
     style.rel = "stylesheet";
     style.href = new URL("./panel.css", import.meta.url).href;
     document.head.append(style);
-    api.addEventListener(EVENT, ({ detail }) => {
-      const reason = store.accept(detail);
-      if (reason) console.debug("FG-Attn: event ignored:", reason);
-    });
+    api.addEventListener(EVENT, ({ detail }) => take(detail));
+    api.addEventListener("reconnected", catchUp);
+    if (api.clientId) catchUp();
+    else api.addEventListener("status", catchUp, { once: true }); // brings the page its id
   },
 
   nodeCreated(node) {
@@ -31,6 +32,25 @@ app.registerExtension({
     if (node.comfyClass === "FGAttnPatch") addPresets(node);
   },
 });
+
+function take(message) {
+  const reason = store.accept(message);
+  if (reason) console.debug("FG-Attn: message ignored:", reason);
+}
+
+/** Fetch what was sent while nobody listened: after loading, and when a lost connection is back. */
+async function catchUp() {
+  const open = store.open();
+  try {
+    const answer = await api.fetchApi(`${ROUTE}?client=${encodeURIComponent(api.clientId ?? "")}`);
+    if (!answer.ok) return;
+    const messages = await answer.json();
+    messages.forEach(take);
+    store.stop(open.filter((run) => !messages.some((message) => message?.run === run))); // the server restarted
+  } catch (error) {
+    console.debug("FG-Attn: no runs from before:", error);
+  }
+}
 
 function addPanel(node) {
   const panel = createPanel({ copy: (text) => navigator.clipboard.writeText(text), save: download });

@@ -46,7 +46,7 @@ export function createPanel(actions) {
       return;
     }
     say(view.announcement(run));
-    body.replaceChildren(title(run), steps(run), shareBar(run), blocks(run), calls(run), table(runs));
+    body.replaceChildren(title(run), steps(run), shareBar(run), errors(run), blocks(run), calls(run), table(runs));
   }
 
   show([]);
@@ -90,18 +90,32 @@ function shareBar(run) {
   return figure;
 }
 
+function errors(run) {
+  const layout = view.errors(run);
+  if (!layout) return element("div", "");
+  const figure = chart("estimated error", `mean ${view.errorText(run.error)}, steps ${view.errorText(layout.least)} to `
+    + view.errorText(layout.most));
+  const svg = picture(figure, 24);
+  for (const bar of layout.bars) rectangle(svg, spaced(bar), "fgattn-error", bar.label);
+  return figure;
+}
+
 function blocks(run) {
-  const cells = view.heat(run);
-  if (!cells.length) return element("div", "");
-  const density = run.blocks.map((b) => b.density);
-  const range = `${view.percent(Math.min(...density))} to ${view.percent(Math.max(...density))}`;
-  const figure = chart("density per block", range);
-  const svg = picture(figure, 18);
-  for (const cell of cells) {
-    rectangle(svg, spaced({ ...cell, y: 0, height: 1 }), "fgattn-heat", cell.label)
-      .style.setProperty("--strength", cell.strength.toFixed(3));
+  if (!run.blocks.length) return element("div", "");
+  const { rows, shades, least, most } = view.heat(run);
+  const names = `${view.blockName(run.blocks[0].block)} at the top`
+    + (rows.length > 1 ? `, ${run.blocks.at(-1).block} at the bottom` : "");
+  const range = most === null ? "" : `, ${view.percent(least)} to ${view.percent(most)}`;
+  const figure = chart("density", names + range);
+  const svg = picture(figure, Math.min(120, Math.max(24, 6 * rows.length)));
+  for (const { strength, path } of shades) {
+    const cells = document.createElementNS(SVG, "path");
+    cells.setAttribute("d", path);
+    cells.setAttribute("class", "fgattn-heat");
+    cells.style.setProperty("--strength", strength.toFixed(3));
+    svg.append(cells);
   }
-  ends(figure, view.blockName(run.blocks[0].block), `${run.blocks.at(-1).block}`);
+  for (const row of rows) rectangle(svg, { ...row, x: 0, width: 1 }, "fgattn-hover", row.label);
   return figure;
 }
 

@@ -1,6 +1,6 @@
 // The message that the server sends while a run samples. fgattn/snapshot.py defines it; a test compares.
 
-export const VERSION = 1;
+export const VERSION = 2;
 
 // int, number, string; "?" may be null; [..] one of these strings; {list} of objects.
 export const SCHEMA = {
@@ -18,12 +18,14 @@ export const SCHEMA = {
   "sparse_call": "number?",
   "speedup": "number?",
   "density": "number?",
+  "error": "number?",
   "timeline": {"list": {
     "index": "int", "total": "number", "attention": "number", "planning": "number",
-    "kind": ["warm-up", "dense", "sparse", "reused"]
+    "kind": ["warm-up", "dense", "sparse", "reused"], "error": "number?"
   }},
-  "blocks": {"list": {"block": "int", "density": "number"}},
-  "calls": {"list": {"outcome": "string", "number": "int"}}
+  "blocks": {"list": {"block": "int", "density": "number", "error": "number?"}},
+  "calls": {"list": {"outcome": "string", "number": "int"}},
+  "heat": "string"
 };
 
 /** Why a value is not a snapshot, or null. */

@@ -9,6 +9,8 @@ const NODES = 20; // nodes that are remembered
 export function createStore() {
   const byNode = new Map(); // node id -> Map of run id -> snapshot, both oldest first
   const listeners = new Set();
+  const all = (wanted = () => true) => [...byNode].filter(([node]) => wanted(node)).flatMap(([, runs]) => [...runs.values()]);
+  const tell = () => [...listeners].forEach((listener) => listener());
 
   return {
     /** Take in an event; a malformed one or one of a finished run changes nothing. Returns why, or null. */
@@ -23,14 +25,26 @@ export function createStore() {
       byNode.delete(event.node); // the node that was heard of last goes last
       byNode.set(event.node, runs);
       if (byNode.size > NODES) byNode.delete(byNode.keys().next().value);
-      for (const listener of [...listeners]) listener();
+      tell();
       return null;
+    },
+
+    /** Ids of the runs that are going on. */
+    open() {
+      return all().filter((run) => run.state === "running").map((run) => run.run);
+    },
+
+    /** Runs of which nothing more will be heard. */
+    stop(ids) {
+      for (const run of all()) {
+        if (run.state === "running" && ids.includes(run.run)) byNode.get(run.node).set(run.run, { ...run, state: "interrupted" });
+      }
+      if (ids.length) tell();
     },
 
     /** Runs of the nodes that `wanted(id)` takes, oldest first, at most KEPT. */
     runs(wanted) {
-      const all = [...byNode].filter(([node]) => wanted(node)).flatMap(([, runs]) => [...runs.values()]);
-      return all.sort((a, b) => a.order - b.order).slice(-KEPT);
+      return all(wanted).sort((a, b) => a.order - b.order).slice(-KEPT);
     },
 
     /** Call `listener` after every change, until the signal aborts. */

@@ -13,6 +13,12 @@ export function percent(share) {
   return `${(100 * share).toFixed(0)} %`;
 }
 
+/** An estimated error, with two digits, or "-": "<0.01 %", "0.43 %", "6.1 %", "12 %". */
+export function errorText(error) {
+  if (error === null) return "-";
+  return error < 1e-4 ? "<0.01 %" : `${Number((100 * error).toPrecision(2))} %`;
+}
+
 /** "2.90x faster", "1.20x slower" or "-". */
 export function gain(speedup) {
   if (!speedup) return "-";
@@ -76,19 +82,69 @@ export function timeline(run) {
       bottom = top;
     }
     const cut = step.total > limit ? ", bar cut off" : "";
+    const error = step.error === null ? "" : `, est. error ${errorText(step.error)}`;
     labels.push({ x, width, label: `step ${step.index + 1}, ${step.kind}: ${duration(step.total)}, attention `
-      + `${duration(step.attention)}, planning ${duration(step.planning)}${cut}` });
+      + `${duration(step.attention)}, planning ${duration(step.planning)}${error}${cut}` });
   }
   return { parts, labels, limit, first: first + 1, last: first + slots };
 }
 
-/** Cells of the heat strip: {x, width, strength 0..1, label}; strength is relative to the densest block. */
+/**
+ * Bars of the estimated error, one for each step that has one, in a box of 1 x 1 under the timeline, with the least
+ * and the greatest of them; null if there is none.
+ */
+export function errors(run) {
+  const known = run.timeline.map((step, i) => [step, i]).filter(([step]) => step.error !== null);
+  if (!known.length) return null;
+  const { labels } = timeline(run);
+  const values = known.map(([step]) => step.error);
+  const most = Math.max(...values);
+  const bars = known.map(([step, i]) => {
+    const height = most ? Math.max(0, step.error / most) : 0;
+    return { x: labels[i].x, width: labels[i].width, y: 1 - height, height,
+      label: `step ${step.index + 1}: est. error ${errorText(step.error)}` };
+  });
+  return { bars, least: Math.min(...values), most };
+}
+
+const SHADES = 16;
+const FAINTEST = 0.12; // strength of the sparsest cell
+
+/**
+ * Density by step, under the timeline, and block, from the top, in a box of 1 x 1. The densest cell has strength 1;
+ * cells of a strength are one SVG path. `rows` has a label for each block; `least` and `most` are null without cells.
+ */
 export function heat(run) {
-  const densest = Math.max(...run.blocks.map((b) => b.density), 1e-9);
-  return run.blocks.map((b, i) => ({
-    x: i / run.blocks.length, width: 1 / run.blocks.length, strength: Math.max(0, b.density / densest),
-    label: `${blockName(b.block)}: ${percent(b.density)} of scores`,
-  }));
+  const count = run.blocks.length;
+  const height = 1 / Math.max(1, count);
+  const rows = run.blocks.map((b, i) => ({ y: i * height, height, label: `${blockName(b.block)}: `
+    + `${percent(b.density)} of scores${b.error === null ? "" : `, est. error ${errorText(b.error)}`}` }));
+  const bytes = decoded(run.heat);
+  const { labels } = timeline(run);
+  const columns = Math.min(labels.length, count ? Math.floor(bytes.length / count) : 0);
+  const used = bytes.slice(0, columns * count).filter((byte) => byte > 0);
+  const least = used.length ? Math.min(...used) : 1;
+  const most = used.length ? Math.max(...used) : 1;
+  const paths = new Map();
+  labels.slice(labels.length - columns).forEach(({ x, width }, column) => {
+    for (let row = 0; row < count; row += 1) {
+      const byte = bytes[column * count + row];
+      if (!byte) continue;
+      const shade = Math.round(SHADES * (most > least ? (byte - least) / (most - least) : 1));
+      const cell = `M${x.toFixed(4)} ${(row * height).toFixed(4)}h${width.toFixed(4)}v${height.toFixed(4)}`
+        + `h${(-width).toFixed(4)}z`;
+      paths.set(shade, (paths.get(shade) ?? "") + cell);
+    }
+  });
+  const shades = [...paths].map(([shade, path]) => ({ strength: FAINTEST + (1 - FAINTEST) * shade / SHADES, path }));
+  const density = (byte) => (used.length ? (byte - 1) / 254 : null);
+  return { rows, shades, least: density(least), most: density(most) };
+}
+
+/** Bytes of base64, none if it is not. */
+function decoded(text) {
+  if (text.length % 4 || !/^[A-Za-z0-9+/]*={0,2}$/.test(text)) return [];
+  return [...atob(text)].map((letter) => letter.charCodeAt(0));
 }
 
 export function blockName(block) {
@@ -109,7 +165,7 @@ export function announcement(run) {
   return last ? `running, ${last.kind} steps` : "running";
 }
 
-export const RUN_COLUMNS = ["run", "settings", "sparse step", "attention", "density", "state"];
+export const RUN_COLUMNS = ["run", "settings", "sparse step", "attention", "density", "est. error", "state"];
 
 /** The table of runs: rows of cells, with the settings that differ, and the settings that all share. */
 export function runTable(runs) {
@@ -119,7 +175,7 @@ export function runTable(runs) {
     const step = meanStep(run, ["sparse", "reused"]);
     return [`${i + 1}`, settings[i].filter((part) => !shared.includes(part)).join(", ") || "-",
       step === null ? "-" : duration(step), gain(run.speedup),
-      run.density === null ? "-" : percent(run.density), run.state];
+      run.density === null ? "-" : percent(run.density), errorText(run.error), run.state];
   });
   return { rows, shared: shared.join(", ") };
 }
@@ -134,19 +190,20 @@ export function asText(run) {
   }
   lines.push("", ...run.calls.map((c) => `${c.number} calls: ${c.outcome}`));
   lines.push("", ...timeline(run).labels.map((l) => l.label));
-  if (run.blocks.length) lines.push("", ...heat(run).map((cell) => cell.label));
+  if (run.blocks.length) lines.push("", ...heat(run).rows.map((row) => row.label));
   return lines.join("\n");
 }
 
 /** Runs as CSV, one line a step, then one line a block; times in ms. */
 export function asCsv(runs) {
-  const rows = [["run", "settings", "part", "index", "kind", "total_ms", "attention_ms", "planning_ms", "density"]];
+  const rows = [["run", "settings", "part", "index", "kind", "total_ms", "attention_ms", "planning_ms", "density",
+    "est_error"]];
   runs.forEach((run, i) => {
     const start = [i + 1, run.settings];
     for (const s of run.timeline) {
-      rows.push([...start, "step", s.index, s.kind, s.total, s.attention, s.planning, ""]);
+      rows.push([...start, "step", s.index, s.kind, s.total, s.attention, s.planning, "", s.error ?? ""]);
     }
-    for (const b of run.blocks) rows.push([...start, "block", b.block, "", "", "", "", b.density]);
+    for (const b of run.blocks) rows.push([...start, "block", b.block, "", "", "", "", b.density, b.error ?? ""]);
   });
   return rows.map((row) => row.map(csvCell).join(",")).join("\r\n") + "\r\n";
 }

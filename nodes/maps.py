@@ -1,0 +1,117 @@
+"""The node "FG-Attn Map": keys of one tile of queries over the video, and density by block and head."""
+
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+from PIL import Image
+
+from ..fgattn import map_chart, report
+from ..fgattn.errors import InvalidArgument
+from ..fgattn.maps import TileMap
+from .patch import patch_of
+from .status import show
+
+
+class FGAttnInspect(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FGAttnInspect",
+            display_name="FG-Attn Map",
+            category="model/patch",
+            description="Shows which keys one tile of queries computed, frame by frame, and how dense every "
+            "block and head was. Connect the patched model, and the sampler's latent so that it draws "
+            "afterwards; block, head and step may be changed without sampling again.",
+            search_aliases=["fgattn", "attention map", "sparsity map", "inspect attention"],
+            inputs=[
+                io.Model.Input("model", tooltip="The output of FG-Attn Sparse Attention that is sampled."),
+                io.Latent.Input("latent", lazy=True,
+                                tooltip="The sampler's output, so that the map is drawn after it."),
+                io.Int.Input("block", default=0, min=0, max=999,
+                             tooltip="Transformer block, from 0; Wan 1.3B has 30, 14B has 40. In a model "
+                             "that does not number its blocks: the call within a step."),
+                io.Int.Input("head", default=0, min=0, max=999,
+                             tooltip="Attention head, from 0; Wan 1.3B has 12, 14B has 40."),
+                io.Int.Input("step", default=0, min=0, max=10_000,
+                             tooltip="Step of the run, from 1; 0 is the last sparse one. Warm-up steps are "
+                             "dense and have no map."),
+                io.Int.Input("frame", default=0, min=0, max=4096, optional=True, advanced=True,
+                             tooltip="Where the tile is, among the video's tokens: frame, from 1; 0 is the "
+                             "middle. In Wan models one is 4 frames of the video, the first is 1. A change "
+                             "takes effect when the sampler runs again."),
+                io.Int.Input("row", default=0, min=0, max=4096, optional=True, advanced=True,
+                             tooltip="Where the tile is: row of tokens, from 1; 0 is the middle. In Wan 2.1 "
+                             "a row is 16 pixels high."),
+                io.Int.Input("column", default=0, min=0, max=4096, optional=True, advanced=True,
+                             tooltip="Where the tile is: column of tokens, from 1; 0 is the middle. In Wan "
+                             "2.1 a column is 16 pixels wide."),
+            ],
+            outputs=[
+                io.Image.Output("map", display_name="map", tooltip="The video's frames: the tile, the keys "
+                                "that it computed, and those that it skipped."),
+                io.Image.Output("density", display_name="density", tooltip="Share of scores that each block "
+                                "and head asked for in this step."),
+                io.Latent.Output("latent_out", display_name="LATENT", tooltip="The latent, unchanged."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def check_lazy_status(cls, model, block, head, step, latent=None, frame=0, row=0, column=0) -> list[str]:
+        """Runs before the sampler: says which tile its run shall keep, then waits for the latent."""
+        if patch := patch_of(model):
+            patch.engine.place = frame, row, column
+        return ["latent"] if latent is None else []
+
+    @classmethod
+    def execute(cls, model, latent, block: int, head: int, step: int, frame: int = 0, row: int = 0,
+                column: int = 0) -> io.NodeOutput:
+        patch = patch_of(model)
+        text, *images = _draw(patch and patch.engine, block, head, step - 1, (frame, row, column))
+        show(cls.hidden.unique_id, text)
+        shown = ui.PreviewImage(_tensor(_stacked(*images)), cls=cls).as_dict()
+        shown |= ui.PreviewText(text).as_dict()
+        return io.NodeOutput(*map(_tensor, images), latent, ui=shown)
+
+
+def _draw(engine, block: int, head: int, step: int, place):
+    """A line of text, the map and the densities; words instead of what cannot be drawn."""
+    last, maps = (engine.last_report, engine.last_maps) if engine else (None, None)
+    if not last or not maps:
+        text = ("this model does not come through FG-Attn" if not engine else "this model has no run yet"
+                if not last else "the last run left no maps, see the log")
+        return text, *[map_chart.draw_message("no map", text)] * 2
+    try:
+        step, found = maps.find(step, block, head)
+    except InvalidArgument as error:  # the render is done: it must not be lost for a wrong number
+        return str(error), *[map_chart.draw_message("no map", str(error))] * 2
+    at = f"step {step + 1} of {last.scheduled}"
+    density = map_chart.draw_density(maps, step, block, head, f"Density by block and head, {at}")
+    if not isinstance(found, TileMap):
+        text = f"block {block}, {at}: no map. {found}"
+        return text, map_chart.draw_message(f"Block {block}, {at}: no map", found), density
+    error = next((b.estimated_error for b in last.blocks if b.block == block), None)
+    note = last.settings if error is None else f"block's est. error {report.percent(error)}; {last.settings}"
+    if place != maps.place:
+        note = f"tile of the run before the place was changed; {note}"
+    title = f"Block {block}, head {head}, {at}: keys that one tile of queries computes"
+    text = (f"block {block}, head {head}, {at}: the tile computes {found.keys(head).mean():.0%} of the keys, "
+            f"the head asks for {float(found.density[head]):.0%} of its scores")
+    return text, map_chart.draw_map(found, head, title, note), density
+
+
+def _stacked(above: Image.Image, below: Image.Image) -> Image.Image:
+    """Both pictures as one, so that each has the node's whole width; words that stand in both once."""
+    if above is below:
+        return above
+    size = max(above.width, below.width), above.height + below.height
+    both = Image.new("RGB", size, map_chart.BACKGROUND)
+    both.paste(above, (0, 0))
+    both.paste(below, (0, above.height))
+    return both
+
+
+def _tensor(image: Image.Image) -> torch.Tensor:
+    """[1, height, width, 3], as ComfyUI has images."""
+    return torch.from_numpy(np.asarray(image.convert("RGB"), np.float32) / 255)[None]
