@@ -43,7 +43,7 @@ WAN_T2V = {
     "shift": Node("ModelSamplingSD3", (430, 0), (210, 58), {"model": ("unet", 0, "MODEL")}, [8.0],
                   [("MODEL", "MODEL")]),
     "fgattn": Node("FGAttnPatch", (430, 110), (400, 450), {"model": ("shift", 0, "MODEL")},
-                   [1.0, "128", "16", 2, 0, "", 0, True, "cells", "threshold", 0.0, 1, 1200],
+                   [1.0, "128", "16", 2, 0, "", 0, True, "cells", "threshold", 0.0, 1, 1200, False],
                    [("MODEL", "MODEL")]),
     "size": Node("EmptyHunyuanLatentVideo", (0, 420), (390, 130), widgets=[832, 480, 81, 1],
                  outputs=[("LATENT", "LATENT")], title="Size and length"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,17 +38,34 @@ class _Run:
     """State of one sampling run."""
 
     sigmas: tuple[float, ...]
-    warmup: int  # dense steps at the start
+    full_noise: bool  # it begins where the model's noise schedule does
+    settings: Settings
+    policy: Policy
     final: int  # dense steps at the end
     stats: RunStats
     device_reason: str | None  # why the device cannot run sparse
     plans: PlanStore
     step: int = 0
     parts: int = 1  # that the heads are computed in
+    moved: tuple[Settings, Policy] | None = None  # for the steps that have not begun
 
     @property
     def steps(self) -> int:
         return max(1, len(self.sigmas) - 1)
+
+    def warmup(self, policy: Policy) -> int:
+        """Dense steps at the start."""
+        return min(policy.warmup_steps, self.steps // 4) if self.full_noise else 0
+
+    def take_moved(self) -> None:
+        """The sliders were moved: the step that begins has the new values, if they are new."""
+        moved, self.moved = self.moved, None
+        if moved == (self.settings, self.policy):
+            return
+        if moved[0] != self.settings:
+            self.plans.clear()
+        self.settings, self.policy = moved
+        self.stats.sliders.append((self.step, self.settings.threshold, self.policy.warmup_steps))
 
 
 class Engine:
@@ -81,22 +98,38 @@ class Engine:
             device: where attention will run.
         """
         sigmas = tuple(sigmas)
-        steps = max(1, len(sigmas) - 1)
-        warmup = min(self.policy.warmup_steps, steps // 4) if full_noise else 0
         final = self.policy.final_dense_steps if sigmas and sigmas[-1] == 0 else 0
         with self._scope():
-            stats = RunStats(Clock(device), scheduled=steps, warmup=warmup)
+            stats = RunStats(Clock(device), scheduled=max(1, len(sigmas) - 1),
+                             sliders=[(0, self.settings.threshold, self.policy.warmup_steps)])
             plans = PlanStore(self.policy.reuse_steps, self.policy.reuse_memory_mb * 10**6)
-            self._run = _Run(sigmas, warmup, final, stats, _device_reason(device), plans)
+            self._run = _Run(sigmas, full_noise, self.settings, self.policy, final, stats,
+                             _device_reason(device), plans)
             if self._run.device_reason:
                 log.warning("FG-Attn runs dense: %s", self._run.device_reason)
 
     def begin_evaluation(self, sigma: float) -> None:
         """Note that the model is evaluated at this noise level; finds the step it belongs to."""
-        if self._run:
-            self._run.step = step_of(sigma, self._run.sigmas)
-            self._run.stats.begin_step(self._run.step)
-            self._run.plans.begin_evaluation(self._run.step)
+        if run := self._run:
+            run.step = step_of(sigma, run.sigmas)
+            if run.moved and not run.stats.began(run.step):
+                run.take_moved()
+            run.stats.begin_step(run.step, run.step < run.warmup(run.policy))
+            run.plans.begin_evaluation(run.step)
+
+    def move(self, threshold: float, warmup_steps: int) -> bool:
+        """Change a run that is going on, from its next step to its end; False if there is none.
+
+        The next run has the engine's own values again. May be called from another thread.
+
+        Raises:
+            InvalidArgument: for values that the settings do not take.
+        """
+        moved = (replace(self.settings, threshold=threshold), replace(self.policy, warmup_steps=warmup_steps))
+        run = self._run
+        if run:
+            run.moved = moved
+        return run is not None
 
     def so_far(self) -> RunReport | None:
         """The books of the run that is going on, as far as they can be read without waiting."""
@@ -203,7 +236,7 @@ class Engine:
     def _plan(self, run: _Run, q, k, layout, block, branch, scale) -> tuple[SparsePlan, str]:
         """A kept plan or a new one, and which."""
         def build():
-            return build_plan(q, k, self.settings, layout, scale=scale)
+            return build_plan(q, k, run.settings, layout, scale=scale)
 
         if self.policy.reuse_steps == 1:
             return build(), MADE
@@ -232,7 +265,7 @@ class Engine:
         """Why a call that could run sparse shall not."""
         if run.stats.error:
             return "after an error"
-        if run.step < run.warmup:
+        if run.step < run.warmup(run.policy):
             return "warm-up step"
         if run.step >= run.steps - run.final:
             return "final dense step"
@@ -243,8 +276,10 @@ class Engine:
     def _describe(self, run: _Run) -> str:
         s = self.settings
         kept = f", plans serve {self.policy.reuse_steps} steps" if self.policy.reuse_steps > 1 else ""
+        moved = ", sliders moved" if len(run.stats.sliders) > 1 else ""
         return (f"{s.rule}, tiles {s.tile_queries}x{s.tile_keys}, {s.order} order, "
-                f"tail {'on' if s.tail else 'off'}, warm-up {run.warmup} of {run.steps} steps{kept}")
+                f"tail {'on' if s.tail else 'off'}, "
+                f"warm-up {run.warmup(self.policy)} of {run.steps} steps{kept}{moved}")
 
     def _implementation(self, run: _Run) -> str:
         if run.device_reason:

@@ -35,6 +35,9 @@ def text(report: RunReport) -> str:
         lines.append(f"plans not kept: {not_kept}, memory (reuse_memory_mb) is full")
     if report.peak_memory is not None:
         lines.append(f"peak VRAM: {report.peak_memory / 2**30:.2f} GiB")
+    if len(report.sliders) > 1:
+        lines += [f"sliders from step {step + 1}: threshold {threshold:g}, warm-up {warmup}"
+                  for step, threshold, warmup in report.sliders]
     lines += [f"remark: {remark}" for remark in report.remarks]
     if report.error:
         lines.append(f"error: {report.error}")

@@ -12,9 +12,10 @@ from typing import Literal
 from .report import headline
 from .stats import RunReport, StepReport
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_BYTES = 20_000  # of a snapshot as JSON; the limits below keep it
 MAX_STEPS, MAX_BLOCKS, MAX_CALLS = 100, 100, 8  # the last, the first, the most frequent
+MAX_SLIDERS = 16  # the last
 MAX_TEXT, MAX_OUTCOME = 160, 60  # characters
 
 State = Literal["running", "done", "error", "interrupted"]
@@ -30,6 +31,15 @@ class Step:
     attention: float
     planning: float
     kind: Kind
+
+
+@dataclass(frozen=True)
+class Sliders:
+    """Where the sliders stood from a step on; they move during a run with the node's live switch on."""
+
+    step: int
+    threshold: float
+    warmup_steps: int
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,7 @@ class Snapshot:
     timeline: tuple[Step, ...]
     blocks: tuple[Block, ...]
     calls: tuple[Calls, ...]
+    sliders: tuple[Sliders, ...]
 
 
 def snapshot(report: RunReport, node: str, run: str, state: State) -> dict:
@@ -94,15 +105,16 @@ def snapshot(report: RunReport, node: str, run: str, state: State) -> dict:
         sparse_call=_rounded(report.sparse_call), speedup=_rounded(report.speedup),
         density=_rounded(report.density),
         timeline=tuple(Step(s.index, round(s.total, 1), round(s.attention, 1), round(s.planning, 1),
-                            _kind(s, report.warmup)) for s in steps),
+                            _kind(s)) for s in steps),
         blocks=tuple(Block(b.block, round(b.density, 3)) for b in report.blocks[:MAX_BLOCKS]),
-        calls=tuple(Calls(outcome[:MAX_OUTCOME], number) for outcome, number in calls)))
+        calls=tuple(Calls(outcome[:MAX_OUTCOME], number) for outcome, number in calls),
+        sliders=tuple(Sliders(*values) for values in report.sliders[-MAX_SLIDERS:])))
 
 
-def _kind(step: StepReport, warmup: int) -> Kind:
+def _kind(step: StepReport) -> Kind:
     if step.sparse_calls:
         return "sparse" if step.planning else "reused"
-    return "warm-up" if step.index < warmup else "dense"
+    return "warm-up" if step.warmup else "dense"
 
 
 def _rounded(value: float | None) -> float | None:

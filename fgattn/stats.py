@@ -51,6 +51,7 @@ class StepReport:
     planning: float
     sparse_calls: int
     dense_calls: int
+    warmup: bool = False  # dense for being at the start of the run
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ class RunReport:
         error: the exception that turned the run dense, as text.
         plans: number of sparse calls by what became of their plan (see `plan_store`).
         planning_saved: calls that reused a plan, times the median time of planning.
-        scheduled, warmup: steps of the schedule, and how many of them are dense at its start.
+        scheduled: steps of the schedule.
+        sliders: threshold and warm-up steps as the user had set them: (first step, threshold, warm-up), one
+            entry unless they moved during the run. Enough to repeat it.
     """
 
     settings: str
@@ -99,7 +102,7 @@ class RunReport:
     plans: dict[str, int] = field(default_factory=dict)
     planning_saved: float = 0.0
     scheduled: int = 0
-    warmup: int = 0
+    sliders: tuple[tuple[int, float, int], ...] = ()
 
     @property
     def planning(self) -> float:
@@ -118,7 +121,7 @@ class RunStats:
     """Collects one run; `report` reads the device.
 
     Attributes:
-        scheduled, warmup: as in `RunReport`.
+        scheduled, sliders: as in `RunReport`.
     """
 
     clock: Clock
@@ -128,8 +131,9 @@ class RunStats:
     remarks: dict[str, None] = field(default_factory=dict)
     tokens: int = 0
     scheduled: int = 0
-    warmup: int = 0
+    sliders: list[tuple[int, float, int]] = field(default_factory=list)
     _steps: dict[int, object] = field(default_factory=dict)  # step -> mark of its first evaluation
+    _warmup: set[int] = field(default_factory=set)  # steps
     _timed: list = field(default_factory=list)  # (step, sparse, start, planned, end)
     _scores: dict[int, torch.Tensor] = field(default_factory=dict)  # block -> requested, executed, all
     _read: int = 0  # number of _timed whose marks are host times by now
@@ -140,9 +144,14 @@ class RunStats:
         if self.clock.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.clock.device)
 
-    def begin_step(self, step: int) -> None:
-        if step not in self._steps:
+    def began(self, step: int) -> bool:
+        return step in self._steps
+
+    def begin_step(self, step: int, warmup: bool = False) -> None:
+        if not self.began(step):
             self._steps[step] = self.clock.mark()
+            if warmup:
+                self._warmup.add(step)
 
     def timed(self, step: int, sparse: bool, start, planned, end) -> None:
         """Note a call's marks; `planned` is `start` where nothing was planned."""
@@ -207,7 +216,7 @@ class RunStats:
             sparse = sum(t[1] for t in mine)
             steps.append(StepReport(
                 step, self.clock.milliseconds(mark, bounds[i + 1]), sum(t[3] for t in mine),
-                sum(t[2] for t in mine), sparse, len(mine) - sparse))
+                sum(t[2] for t in mine), sparse, len(mine) - sparse, step in self._warmup))
         sparse_calls = [t[3] for t in timed if t[1]]
         planning = [t[2] for t in timed if t[1] and t[2] > 0]
         plan_time = _median(planning) or 0.0
@@ -229,7 +238,7 @@ class RunStats:
             peak_memory=torch.cuda.max_memory_allocated(self.clock.device) if cuda else None,
             error=self.error, remarks=tuple(self.remarks), plans=dict(self.plans),
             planning_saved=self.plans[REUSED] * plan_time,
-            scheduled=self.scheduled, warmup=self.warmup)
+            scheduled=self.scheduled, sliders=tuple(self.sliders))
 
 
 def _median(values: list[float]) -> float | None:

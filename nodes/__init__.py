@@ -2,10 +2,16 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import sliders
 from .sparse_attention import FGAttnPatch
+from .status import prompt_server
 from .timing import FGAttnTiming
 
 
 class FGAttnExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        if server := prompt_server():
+            sliders.serve(server)
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [FGAttnPatch, FGAttnTiming]

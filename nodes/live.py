@@ -1,4 +1,7 @@
-"""Sends what a run is doing to the page that queued it. Nothing depends on it; without a page it is idle."""
+"""Tells the page that queued a run what it is doing: statistics for the panel, a line of text for the node.
+
+Nothing depends on it; without a page it is idle.
+"""
 
 import logging
 import time
@@ -6,7 +9,7 @@ from collections.abc import Callable
 
 from ..fgattn.snapshot import snapshot
 from ..fgattn.stats import RunReport
-from .status import prompt_server
+from .status import prompt_server, tell
 
 log = logging.getLogger("fgattn")
 EVENT = "fgattn.progress"
@@ -54,7 +57,10 @@ class Live:
             if self._node_id is None or client is None or self._broken:
                 return
             if report := read():
-                server.send_sync(EVENT, snapshot(report, self._node_id, self._run, state), client)
+                told = snapshot(report, self._node_id, self._run, state)
+                server.send_sync(EVENT, told, client)
+                if told["step"] and state == "running":
+                    tell(self._node_id, f"{told['headline']}, step {told['step']} of {told['steps']}")
         except Exception:
             self._broken = True
             log.exception("FG-Attn could not send live statistics; the run goes on without them")

@@ -74,6 +74,11 @@ class FGAttnPatch(io.ComfyNode):
                     tooltip="Most GPU memory for what reuse_steps keeps, in MB. When it is full, the other "
                     "calls choose anew. Wan 14B at 720p, 81 frames, needs 1118 with tile_keys 16, "
                     "16 times as much with 1."),
+                io.Boolean.Input(
+                    "live", default=False, optional=True,
+                    tooltip="While the model samples, moving threshold or warmup_steps acts from the next "
+                    "step on, in the run that samples only: queued ones keep their values. The report "
+                    "lists the values step by step."),
             ],
             outputs=[io.Model.Output("patched", display_name="MODEL",
                                      tooltip="The model with sparse attention; the input stays as it was.")],
@@ -101,10 +106,10 @@ class FGAttnPatch(io.ComfyNode):
         cls, model, threshold: float, tile_queries: str, tile_keys: str, warmup_steps: int,
         min_tokens: int = 0, dense_blocks: str = "", final_dense_steps: int = 0, tail: bool = True,
         order: str = "cells", method: str = "threshold", method_parameter: float = 0.0, reuse_steps: int = 1,
-        reuse_memory_mb: int = 1200,
+        reuse_memory_mb: int = 1200, live: bool = False,
     ) -> io.NodeOutput:
         settings = Settings(
             threshold, int(tile_queries), int(tile_keys), tail, order, method, method_parameter)
         policy = Policy(warmup_steps, final_dense_steps, parse_blocks(dense_blocks), min_tokens,
                         reuse_steps, reuse_memory_mb)
-        return io.NodeOutput(Patch(settings, policy, cls.hidden.unique_id).install(model))
+        return io.NodeOutput(Patch(settings, policy, cls.hidden.unique_id, live).install(model))

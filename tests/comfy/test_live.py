@@ -13,7 +13,8 @@ def told(pack, monkeypatch):
     live = sys.modules["fgattn_pack.nodes.live"]
     sent = []
     server = types.SimpleNamespace(
-        client_id="tab", send_sync=lambda event, data, client: sent.append((event, data, client)))
+        client_id="tab", send_sync=lambda event, data, client: sent.append((event, data, client)),
+        send_progress_text=lambda text, node_id, sid: None)
     monkeypatch.setattr(live, "prompt_server", lambda: server)
     monkeypatch.setattr(live, "INTERVAL", 0.0)
     monkeypatch.setattr(live, "COST_SHARE", 1e9)

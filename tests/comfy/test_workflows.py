@@ -80,7 +80,7 @@ def test_prompts_without_later_inputs_are_accepted(classes, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_filename_list", lambda folder: models)
     prompt = as_prompt(graph, classes)
     ours = next(node for node in prompt.values() if node["class_type"] == "FGAttnPatch")
-    for name in ("method", "method_parameter", "reuse_steps", "reuse_memory_mb"):
+    for name in ("method", "method_parameter", "reuse_steps", "reuse_memory_mb", "live"):
         del ours["inputs"][name]
     valid, error, _, errors = asyncio.run(execution.validate_prompt("1", prompt, None))
     assert valid, (error, errors)

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from fgattn import Settings, TokenLayout, attend, build_plan
+from fgattn import InvalidArgument, Settings, TokenLayout, attend, build_plan
 from fgattn.engine import SHORT_OF_MEMORY, Engine, OutOfMemory, step_of
 from fgattn.settings import Policy
 from makers import tensors
@@ -53,6 +53,86 @@ def test_warm_up_is_at_most_a_quarter(steps, wanted, dense):
     report = one.end_run()
     assert report.calls == {k: n for k, n in (("warm-up step", dense), ("sparse", steps - dense)) if n}
     assert f"warm-up {dense} of {steps} steps" in report.settings
+
+
+def test_sliders_moved_act_from_the_next_step():
+    """Not on the step that runs; the report has all values, the next run has the engine's own."""
+    one = engine(Policy(warmup_steps=1))
+    sigmas = falling(8)
+    one.begin_run(sigmas, True, CPU)
+    ran = []
+    for step, sigma in enumerate(sigmas[:-1]):
+        one.begin_evaluation(sigma)
+        ran.append(call(one))
+        if step == 2:
+            assert one.move(2.0, 50)  # a slider passes many values: the last one counts, capped at a quarter
+            assert one.move(0.0, 9)
+        ran.append(call(one))
+    report = one.end_run()
+    assert ran == [False] * 2 + [True] * 14
+    assert report.sliders == ((0, 2.0, 1), (3, 0.0, 9))
+    assert [s.warmup for s in report.steps] == [True] + [False] * 7
+    assert "warm-up 1 of 8 steps, sliders moved" in report.settings
+    assert report.density > 0.6  # 0 keeps everything, in five of seven sparse steps
+    assert not one.move(1.0, 1)
+    ran_sparse(one, sigmas)
+    assert one.end_run().sliders == ((0, 2.0, 1),)
+
+
+def test_a_longer_warm_up_makes_coming_steps_dense():
+    """And a shorter one ends it."""
+    one = engine(Policy(warmup_steps=1))
+    sigmas = falling(16)
+    one.begin_run(sigmas, True, CPU)
+    ran = []
+    for step, sigma in enumerate(sigmas[:-1]):
+        one.begin_evaluation(sigma)
+        ran.append(call(one))
+        one.move(2.0, {1: 4, 2: 0}.get(step, 1 if step < 1 else 4 if step < 2 else 0))
+    assert ran == [False, True, False] + [True] * 13
+    assert [s.warmup for s in one.end_run().steps][:4] == [True, False, True, False]
+
+
+def test_a_moved_run_can_be_repeated():
+    """The values of the report, set at its steps, give the same output bit by bit."""
+    def run(moves):
+        one, outputs, sigmas = engine(), [], falling(6)
+        one.begin_run(sigmas, True, CPU)
+        for step, sigma in enumerate(sigmas[:-1]):
+            if step in moves:
+                one.move(*moves[step])
+            one.begin_evaluation(sigma)
+            outputs.append(one.attention(Q, K, V, layout=LAYOUT, dense=lambda: DENSE, block=0))
+        return torch.stack(outputs), one.end_run()
+
+    wanted, report = run({2: (0.5, 0), 4: (4.0, 3)})
+    again, _ = run({step: values for step, *values in report.sliders})
+    assert torch.equal(wanted, again) and len({float(o.sum()) for o in wanted}) == 3
+
+
+def test_a_moved_threshold_drops_kept_plans():
+    """They were made with the old one; a moved warm-up leaves them."""
+    one = engine(Policy(warmup_steps=0, reuse_steps=8))
+    sigmas = falling(4)
+    one.begin_run(sigmas, True, CPU)
+    for sigma, move in zip(sigmas[:-1], ((2.0, 5), (0.5, 5), (0.5, 5), (0.5, 5)), strict=True):
+        one.begin_evaluation(sigma)
+        call(one)
+        one.move(*move)
+    assert one.end_run().plans == {"made": 2, "reused": 2}
+
+
+@pytest.mark.parametrize("values", [
+    (-1.0, 2), (float("nan"), 2), (float("inf"), 2), ("1", 2), (None, 2), (True, 2),
+    (1.0, -1), (1.0, 1.5), (1.0, True), (1.0, None)], ids=str)
+def test_wrong_moves_are_refused(values):
+    """By the rules of the settings; the run goes on as it was."""
+    one = engine()
+    one.begin_run(falling(4), True, CPU)
+    with pytest.raises(InvalidArgument):
+        one.move(*values)
+    one.begin_evaluation(1.0)
+    assert call(one) and len(one.end_run().sliders) == 1
 
 
 def test_no_warm_up_below_full_noise():

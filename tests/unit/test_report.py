@@ -88,3 +88,11 @@ def test_fields_without_a_value_are_left_out(report, has, lacks):
     lines = text(report)
     assert all(line in lines.splitlines() or line in lines for line in has)
     assert not any(part in lines for part in lacks)
+
+
+def test_moved_sliders_are_listed():
+    """Enough to repeat the run; nothing where they stood still."""
+    moved = dataclasses.replace(FULL, sliders=((0, 1.0, 2), (4, 1.4, 3)))
+    assert ("sliders from step 1: threshold 1, warm-up 2\n"
+            "sliders from step 5: threshold 1.4, warm-up 3") in text(moved)
+    assert "sliders" not in text(dataclasses.replace(FULL, sliders=moved.sliders[:1]))

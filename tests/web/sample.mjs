@@ -2,7 +2,7 @@
 
 export function sample(changes = {}) {
   return {
-    version: 1, node: "3", run: "a", state: "running", headline: "sparse: 30% of scores", settings:
+    version: 2, node: "3", run: "a", state: "running", headline: "sparse: 30% of scores", settings:
       "threshold 1, tiles 128x16, warm-up 1 of 4 steps", tokens: 4992, step: 3, steps: 4, total: 2500,
     dense_call: 9.5, sparse_call: 4.75, speedup: 2, density: 0.3,
     timeline: [
@@ -12,13 +12,15 @@ export function sample(changes = {}) {
     ],
     blocks: [{ block: -1, density: 0.1 }, { block: 3, density: 0.4 }],
     calls: [{ outcome: "sparse", number: 8 }, { outcome: "warm-up step", number: 4 }],
+    sliders: [{ step: 0, threshold: 1, warmup_steps: 1 }],
     ...changes,
   };
 }
 
 export const samples = [
   sample(),
-  sample({ state: "done", step: 4 }),
+  sample({ state: "done", step: 4, sliders: [{ step: 0, threshold: 1, warmup_steps: 1 },
+    { step: 2, threshold: 1.4, warmup_steps: 0 }] }),
   sample({ timeline: [], blocks: [], calls: [], dense_call: null, sparse_call: null, speedup: null, density: null }),
 ];
 

@@ -84,3 +84,15 @@ test("a listener may leave while it is told", () => {
   assert.equal(others, 2);
   assert.equal(store.listening, 1);
 });
+
+test("a node is running while its last run is", () => {
+  const store = createStore();
+  assert.equal(store.running("3"), false);
+  store.accept(sample());
+  assert.equal(store.running("3"), true);
+  assert.equal(store.running("12:3"), false);
+  store.accept(sample({ state: "done" }));
+  assert.equal(store.running("3"), false);
+  store.accept(sample({ run: "b" }));
+  assert.equal(store.running("3"), true);
+});

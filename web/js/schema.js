@@ -1,6 +1,6 @@
 // The message that the server sends while a run samples. fgattn/snapshot.py defines it; a test compares.
 
-export const VERSION = 1;
+export const VERSION = 2;
 
 // int, number, string; "?" may be null; [..] one of these strings; {list} of objects.
 export const SCHEMA = {
@@ -23,7 +23,8 @@ export const SCHEMA = {
     "kind": ["warm-up", "dense", "sparse", "reused"]
   }},
   "blocks": {"list": {"block": "int", "density": "number"}},
-  "calls": {"list": {"outcome": "string", "number": "int"}}
+  "calls": {"list": {"outcome": "string", "number": "int"}},
+  "sliders": {"list": {"step": "int", "threshold": "number", "warmup_steps": "int"}}
 };
 
 /** Why a value is not a snapshot, or null. */
