@@ -26,6 +26,7 @@ def pack(pack_root):
     from comfy.cli_args import args
 
     args.cpu = True
+    importlib.import_module("utils.install_util")  # first, as in main.py: `nodes` would find comfy/utils.py
     importlib.import_module("fgattn_pack.nodes")
     return pack_root
 
