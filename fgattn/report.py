@@ -22,6 +22,20 @@ def headline(report: RunReport) -> str:
 
 def text(report: RunReport) -> str:
     """The whole report."""
+    lines = [summary(report)]
+    if report.steps:
+        lines += ["", *(
+            f"step {s.index + 1}: {s.total:.1f} ms, attention {s.attention:.1f}, planning {s.planning:.1f}; "
+            f"{s.sparse_calls} sparse, {s.dense_calls} dense" for s in report.steps)]
+    if report.blocks:
+        lines += ["", *(
+            f"block {b.block if b.block >= 0 else '?'}: density {b.density:.1%}, "
+            f"executed {b.executed_density:.1%}" for b in report.blocks)]
+    return "\n".join(lines)
+
+
+def summary(report: RunReport) -> str:
+    """The report without its steps and blocks."""
     lines = [headline(report), "", f"settings: {report.settings}",
              f"implementation: {report.implementation} on {report.device}, {report.tokens} tokens",
              f"run: {report.total / 1e3:.2f} s, {len(report.steps)} steps, planning {report.planning:.1f} ms",
@@ -42,14 +56,6 @@ def text(report: RunReport) -> str:
     if report.error:
         lines.append(f"error: {report.error}")
     lines += ["", *(f"{number} calls: {outcome}" for outcome, number in _by_number(report.calls))]
-    if report.steps:
-        lines += ["", *(
-            f"step {s.index + 1}: {s.total:.1f} ms, attention {s.attention:.1f}, planning {s.planning:.1f}; "
-            f"{s.sparse_calls} sparse, {s.dense_calls} dense" for s in report.steps)]
-    if report.blocks:
-        lines += ["", *(
-            f"block {b.block if b.block >= 0 else '?'}: density {b.density:.1%}, "
-            f"executed {b.executed_density:.1%}" for b in report.blocks)]
     return "\n".join(lines)
 
 

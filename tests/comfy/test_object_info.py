@@ -1,5 +1,6 @@
-"""tests/web/object_info.json, from which the browser tests' small server knows the nodes, is what ComfyUI says."""
+"""tests/web/object_info.json, what the browser tests' server says of the nodes, is what ComfyUI says."""
 
+import asyncio
 import json
 import sys
 from pathlib import Path
@@ -25,8 +26,8 @@ def info(kind, node):
             "input": inputs, "input_order": {part: list(given) for part, given in inputs.items()},
             "output": node.RETURN_TYPES, "output_is_list": [False] * len(node.RETURN_TYPES),
             "output_name": getattr(node, "RETURN_NAMES", node.RETURN_TYPES), "name": kind,
-            "display_name": kind, "category": node.CATEGORY, "output_node": getattr(node, "OUTPUT_NODE", False),
-            "python_module": "nodes"}
+            "display_name": kind, "category": node.CATEGORY, "python_module": "nodes",
+            "output_node": getattr(node, "OUTPUT_NODE", False)}
     if kind.startswith("FGAttn"):
         return {**said, "python_module": "custom_nodes.fg-attn"}
     return without_texts(said)
@@ -34,20 +35,20 @@ def info(kind, node):
 
 def test_the_record_is_up_to_date(pack, monkeypatch):
     """It is written anew if it is not: look at the difference and commit it."""
-    import asyncio
-
     import folder_paths
+
     import nodes
 
     asyncio.run(nodes.init_builtin_extra_nodes())
     listed = asyncio.run(sys.modules["fgattn_pack.nodes"].FGAttnExtension().get_node_list())
-    classes = {**nodes.NODE_CLASS_MAPPINGS, **{n.GET_SCHEMA().node_id: n for n in listed}}
-    graphs = [json.loads(f.read_text(encoding="utf-8")) for f in (ROOT / "example_workflows").glob("*.json")]
-    drawn = [n for graph in graphs for n in graph["nodes"]]
+    ours = {n.GET_SCHEMA().node_id: n for n in listed}
+    drawn = [n for file in (ROOT / "example_workflows").glob("*.json")
+             for n in json.loads(file.read_text(encoding="utf-8"))["nodes"]]
     models = sorted({m["name"] for n in drawn for m in n["properties"].get("models", [])})
     monkeypatch.setattr(folder_paths, "get_filename_list", lambda folder: models)
-    kinds = sorted({n["type"] for n in drawn} | {n.GET_SCHEMA().node_id for n in listed})
-    text = json.dumps({kind: info(kind, classes[kind]) for kind in kinds}, indent=1, ensure_ascii=False) + "\n"
+    classes, kinds = {**nodes.NODE_CLASS_MAPPINGS, **ours}, sorted({n["type"] for n in drawn} | set(ours))
+    said = {kind: info(kind, classes[kind]) for kind in kinds}
+    text = json.dumps(said, indent=1, ensure_ascii=False) + "\n"
     before = RECORD.read_text(encoding="utf-8") if RECORD.exists() else ""
     RECORD.write_text(text, encoding="utf-8")
     assert text == before, "was out of date and is written anew"

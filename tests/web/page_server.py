@@ -1,4 +1,4 @@
-"""As much of ComfyUI's server as its page needs, for one pack and one page: loads, saves, queues, and plays a run."""
+"""As much of ComfyUI's server as its page needs for this pack; what it sends, a test says."""
 
 import asyncio
 import json
@@ -10,11 +10,12 @@ from aiohttp import WSMsgType, web
 
 WEB = Path(__file__).parents[2] / "web"
 NODES = json.loads((Path(__file__).parent / "object_info.json").read_text(encoding="utf-8"))
+LOCALES = WEB.parent / "locales"
 TEXT = 3  # type of a binary message that holds text for a node
 # What the page asks for and does not need here; anything else is an error that a test shows.
 EMPTY = {
     "/embeddings": [], "/models": [], "/experiment/models": [], "/workflow_templates": {}, "/users": {},
-    "/history": {}, "/queue": {"queue_running": [], "queue_pending": []}, "/i18n": {}, "/global_subgraphs": {},
+    "/history": {}, "/queue": {"queue_running": [], "queue_pending": []}, "/global_subgraphs": {},
     "/node_replacements": {}, "/features": {}, "/userdata": [], "/v2/userdata": [], "/assets": {"assets": []},
     "/jobs": {"jobs": [], "pagination": {"total": 0, "offset": 0, "limit": 0, "has_more": False}},
     "/internal/logs": "", "/internal/logs/raw": {"entries": [], "size": {"cols": 80, "rows": 24}},
@@ -90,6 +91,9 @@ class Server:
             return await self._socket(request)
         if path == "/object_info":
             return web.json_response(NODES)
+        if path == "/i18n":
+            return web.json_response({folder.name: {"nodeDefs": json.loads(
+                (folder / "nodeDefs.json").read_text(encoding="utf-8"))} for folder in LOCALES.iterdir()})
         if path == "/extensions":
             return web.json_response(
                 [f"/extensions/fg-attn/{p.relative_to(WEB).as_posix()}" for p in sorted(WEB.rglob("*.js"))])
