@@ -276,7 +276,10 @@ class Engine:
     def _describe(self, run: _Run) -> str:
         s = self.settings
         kept = f", plans serve {self.policy.reuse_steps} steps" if self.policy.reuse_steps > 1 else ""
-        moved = ", sliders moved" if len(run.stats.sliders) > 1 else ""
+        moved = ""
+        if len(run.stats.sliders) > 1:
+            _, threshold, warmup_steps = run.stats.sliders[-1]
+            moved = f", moved to threshold {threshold:g} and warm-up {warmup_steps}"
         return (f"{s.rule}, tiles {s.tile_queries}x{s.tile_keys}, {s.order} order, "
                 f"tail {'on' if s.tail else 'off'}, "
                 f"warm-up {run.warmup(self.policy)} of {run.steps} steps{kept}{moved}")

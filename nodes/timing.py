@@ -53,5 +53,5 @@ class FGAttnTiming(io.ComfyNode):
         text = "\n\n".join(texts)
         picture = torch.from_numpy(np.asarray(chart.draw(reports).convert("RGB"), np.float32) / 255)[None]
         show(cls.hidden.unique_id, "\n\n".join(shown))  # the page folds single line breaks
-        shown = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
-        return io.NodeOutput(latent, text, picture, ui=shown)
+        both = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
+        return io.NodeOutput(latent, text, picture, ui=both)

@@ -72,7 +72,7 @@ def test_sliders_moved_act_from_the_next_step():
     assert ran == [False] * 2 + [True] * 14
     assert report.sliders == ((0, 2.0, 1), (3, 0.0, 9))
     assert [s.warmup for s in report.steps] == [True] + [False] * 7
-    assert "warm-up 1 of 8 steps, sliders moved" in report.settings
+    assert "warm-up 1 of 8 steps, moved to threshold 0 and warm-up 9" in report.settings
     assert report.density > 0.6  # 0 keeps everything, in five of seven sparse steps
     assert not one.move(1.0, 1)
     ran_sparse(one, sigmas)
