@@ -46,14 +46,14 @@ class FGAttnPatch(io.ComfyNode):
                     tooltip='Transformer blocks that stay dense, such as "0, 1, 38-39". Empty: none.'),
                 io.Int.Input(
                     "final_dense_steps", default=0, min=0, max=50, advanced=True,
-                    tooltip="Dense steps at the end of a run that ends without noise."),
+                    tooltip="Dense steps at the end of a run that ends without noise; 0 for none."),
                 io.Boolean.Input(
                     "tail", default=True, advanced=True,
                     tooltip="Adds a pooled estimate of what is skipped: two to three times less error."),
                 io.Combo.Input(
                     "order", options=list(ORDERS), default="cells", advanced=True,
-                    tooltip="Token order for tiles and slices: cells are compact in time, height and width; "
-                    "raster is the model's own order; hilbert follows a 3-D Hilbert curve."),
+                    tooltip="Token order for tiles and slices: cells are 16 tokens, compact in time, height "
+                    "and width; raster is the model's own order; hilbert follows a 3-D Hilbert curve."),
                 io.Combo.Input(
                     "method", options=list(METHOD_NAMES), default="threshold", optional=True, advanced=True,
                     tooltip="How keys are selected. The other ones are published methods to compare with: "

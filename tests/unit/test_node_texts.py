@@ -1,4 +1,4 @@
-"""Texts of the nodes in English and Chinese, as ComfyUI merges them: locales/<language>/nodeDefs.json."""
+"""Texts of the nodes: locales/<language>/nodeDefs.json, which ComfyUI merges, and the help pages."""
 
 import ast
 import json
@@ -70,3 +70,18 @@ def test_nothing_that_the_page_would_read_as_code():
     """vue-i18n takes these signs for links, values and plurals."""
     for path, text in [*leaves(EN), *leaves(ZH)]:
         assert not set(text) & set("@{}|"), path
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_help_page(name):
+    """It explains every widget; its pictures are there."""
+    page = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"!\[.+?\]\((.+?)\)", page)
+    assert pictures and all((ROOT / "web" / "docs" / p).stat().st_size < 300_000 for p in pictures)
+    assert [i for i in EN[name]["inputs"] if not re.search(rf"\b{i}\b", page)] == []
+
+
+def test_pictures_of_the_readme():
+    """Small, and all there."""
+    pictures = re.findall(r"!\[.+?\]\((\S+?)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(pictures) > 2 and all((ROOT / p).stat().st_size < 300_000 for p in pictures)
