@@ -279,7 +279,9 @@ class Engine:
         moved = ""
         if len(run.stats.sliders) > 1:
             _, threshold, warmup_steps = run.stats.sliders[-1]
-            moved = f", moved to threshold {threshold:g} and warm-up {warmup_steps}"
+            now = [f"threshold {threshold:g}"] * (threshold != s.threshold)
+            now += [f"warm-up {warmup_steps}"] * (warmup_steps != self.policy.warmup_steps)
+            moved = f", moved to {' and '.join(now) or 'and fro'}"
         return (f"{s.rule}, tiles {s.tile_queries}x{s.tile_keys}, {s.order} order, "
                 f"tail {'on' if s.tail else 'off'}, "
                 f"warm-up {run.warmup(self.policy)} of {run.steps} steps{kept}{moved}")

@@ -79,6 +79,20 @@ def test_sliders_moved_act_from_the_next_step():
     assert one.end_run().sliders == ((0, 2.0, 1),)
 
 
+@pytest.mark.parametrize(("moves", "words"), [
+    ([(1.5, 0)], ", moved to threshold 1.5"), ([(2.0, 3)], ", moved to warm-up 3"),
+    ([(1.5, 3)], ", moved to threshold 1.5 and warm-up 3"), ([(1.5, 0), (2.0, 0)], ", moved to and fro"),
+    ([(2.0, 0)], "of 4 steps")])
+def test_moves_in_words(moves, words):
+    """The last position of what moved."""
+    one = engine()
+    one.begin_run(falling(4), True, CPU)
+    for move, sigma in zip([*moves, *moves[-1:] * 4], falling(4)[:-1], strict=False):
+        one.begin_evaluation(sigma)
+        one.move(*move)
+    assert one.end_run().settings.endswith(words)
+
+
 def test_a_longer_warm_up_makes_coming_steps_dense():
     """And a shorter one ends it."""
     one = engine(Policy(warmup_steps=1))
