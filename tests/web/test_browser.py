@@ -139,6 +139,11 @@ def patch_id(page):
     return page.evaluate("String(app.graph._nodes.find(n => n.comfyClass === 'FGAttnPatch').id)")
 
 
+def old(page):
+    """The first of the two releases: before ComfyUI 0.19.3, the oldest that the pack is for."""
+    return "1.30." in str(page.server.frontend)
+
+
 def text(page, selector=".fgattn-panel"):
     return page.locator(selector).first.inner_text()
 
@@ -173,7 +178,7 @@ def test_status_line_of_the_server(page):
     play(page, patch_id(page), steps=3, last=None)
     line = "sparse: 26% of scores, attention 2.50x faster, step 3 of 8"
     assert value(page, "$$node-text-preview") == line
-    if not (page.vue and "1.30." in str(page.server.frontend)):
+    if not (page.vue and old(page)):
         shown = page.locator(f"text={line}")
         assert shown.count() == 1 and shown.first.is_visible()
 
@@ -245,6 +250,8 @@ def test_a_thousand_events(page):
 
 def test_chinese(page):
     """The page shows the pack's texts in the language that it is set to."""
+    if old(page):
+        pytest.skip("this frontend does not show the Chinese texts of packs")
     page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'zh')")
     page.wait_for_timeout(500)
     page.reload()
