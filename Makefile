@@ -1,6 +1,7 @@
 # make demo   one video, dense and with FG-Attn, without ComfyUI; options: make demo ARGS="--threshold 0.7"
 # make test   all tests that can run here
 # make lint   ruff
+# make browser   the pack on ComfyUI's real page; needs Chromium, downloads 90 MB of Playwright and frontends
 # make sanitize   NVIDIA's compute-sanitizer on the kernels: memory of all, races of the portable ones
 # Everything runs in .venv, which is made on first use from PYTHON. A torch that PYTHON already has is used, not replaced.
 
@@ -9,7 +10,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo test lint sanitize clean
+.PHONY: demo test lint browser sanitize clean
 
 # Passive: on a busy CPU, threads that spin while they wait slow the demo down.
 demo: $(READY)
@@ -24,6 +25,17 @@ test: $(READY)
 
 lint: $(READY)
 	$(RUN) -m ruff check .
+
+# Both frontends have one package name, so that each has a folder of its own.
+FRONTENDS := 1.30.6 1.58.1
+browser: $(READY)
+	$(RUN) -m pip install --disable-pip-version-check --quiet playwright==1.65.2 aiohttp==3.14.5
+	@for version in $(FRONTENDS); do \
+		test -d $(VENV)/frontends/$$version || \
+		$(RUN) -m pip install --disable-pip-version-check --quiet --no-deps \
+			--target $(VENV)/frontends/$$version comfyui-frontend-package==$$version || exit 1; \
+	done
+	$(RUN) -m pytest tests/web/test_browser.py
 
 # Memory: without PyTorch's pool every tensor is an allocation, with padding none touches the next one.
 # Races: our kernels alone, whose names are not mangled; not the Hopper one, see benchmarks/NOTES.md.

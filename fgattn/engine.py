@@ -14,47 +14,28 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import torch
 
 from . import runtime
-from .attention import attend
+from .attention import attend, empty_like
 from .break_even import TOO_DENSE, TOO_SHORT, Costs, costs, faster
 from .maps import MIDDLE, Maps
 from .order import TokenLayout
-from .plan import SparsePlan, build_plan
+from .plan import SparsePlan, parts_for, plan_call
 from .plan_store import MADE, REUSED, PlanStore
+from .run import Run, step_of
 from .settings import Policy, Settings
 from .stats import UNKNOWN_BLOCK, Clock, RunReport, RunStats
-from .tensors import declined
+from .tensors import declined, head_parts
 from .watch import Watch
 
 log = logging.getLogger("fgattn")
 OTHER_GPU = "on another GPU than the run"
+IN_PARTS = "heads were taken in parts, to save memory"
 SHORT_OF_MEMORY = "short of memory: fewer heads at a time, plans are not kept"
 OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
-
-
-@dataclass
-class _Run:
-    """State of one sampling run."""
-
-    sigmas: tuple[float, ...]
-    warmup: int  # dense steps at the start
-    final: int  # dense steps at the end
-    stats: RunStats
-    device_reason: str | None  # why the device cannot run sparse
-    plans: PlanStore
-    rule: bool  # of break_even, in force
-    watch: Watch
-    step: int = 0
-    densities: dict[int, float] = field(default_factory=dict)  # executed, by block, before this step
-    parts: int = 1  # that the heads are computed in
-
-    @property
-    def steps(self) -> int:
-        return max(1, len(self.sigmas) - 1)
 
 
 class Engine:
@@ -82,7 +63,7 @@ class Engine:
         self.last_report: RunReport | None = None
         self.last_maps: Maps | None = None
         self._scope, self._passthrough, self._notify = scope, passthrough, notify
-        self._run: _Run | None = None
+        self._run: Run | None = None
 
     def begin_run(self, sigmas: Sequence[float], full_noise: bool, device: torch.device) -> None:
         """Start a run over a schedule.
@@ -93,16 +74,15 @@ class Engine:
             device: where attention will run.
         """
         sigmas = tuple(sigmas)
-        steps = max(1, len(sigmas) - 1)
-        warmup = min(self.policy.warmup_steps, steps // 4) if full_noise else 0
         final = self.policy.final_dense_steps if sigmas and sigmas[-1] == 0 else 0
         with self._scope():
-            stats = RunStats(Clock(device), scheduled=steps, warmup=warmup)
+            stats = RunStats(Clock(device), scheduled=max(1, len(sigmas) - 1),
+                             sliders=[(0, self.settings.threshold, self.policy.warmup_steps)])
             plans = PlanStore(self.policy.reuse_steps, self.policy.reuse_memory_mb * 10**6)
             self.last_maps = None
             watch = Watch(stats, self.place, self.policy.estimate_error, self._passthrough)
-            self._run = _Run(sigmas, warmup, final, stats, _device_reason(device), plans,
-                             self._has_rule(device), watch)
+            self._run = Run(sigmas, full_noise, self.settings, self.policy, final, stats,
+                             _device_reason(device), plans, self._has_rule(device), watch)
             if self._run.device_reason:
                 log.warning("FG-Attn runs dense: %s", self._run.device_reason)
 
@@ -110,11 +90,27 @@ class Engine:
         """Note that the model is evaluated at this noise level; finds the step it belongs to."""
         if run := self._run:
             step = step_of(sigma, run.sigmas)
-            if run.rule and step != run.step:
-                run.densities = run.stats.densities()
+            if run.rule and step != run.step:  # sliders that moved end what was learnt
+                run.densities = run.stats.densities() if len(run.stats.sliders) == 1 else {}
             run.step = step
-            run.stats.begin_step(step)
+            if run.moved and not run.stats.began(step):
+                run.take_moved()
+            run.stats.begin_step(step, step < run.warmup(run.policy))
             run.plans.begin_evaluation(step)
+
+    def move(self, threshold: float, warmup_steps: int) -> bool:
+        """Change a run that is going on, from its next step to its end; False if there is none.
+
+        The next run has the engine's own values again. May be called from another thread.
+
+        Raises:
+            InvalidArgument: for values that the settings do not take.
+        """
+        moved = (replace(self.settings, threshold=threshold), replace(self.policy, warmup_steps=warmup_steps))
+        run = self._run
+        if run:
+            run.moved = moved
+        return run is not None
 
     def so_far(self) -> RunReport | None:
         """The books of the run that is going on, as far as they can be read without waiting."""
@@ -173,7 +169,7 @@ class Engine:
             run.watch.dense(run.step, block, reason)
             start = stats.clock.mark()
             out = dense()
-            stats.timed(run.step, False, start, start, stats.clock.mark())
+            stats.timed(run.step, False, [(start, start, stats.clock.mark())])
             return out
         try:
             with self._scope():
@@ -192,51 +188,53 @@ class Engine:
         stats.calls["sparse"] += 1
         return out
 
-    def _unpadded(self, run: _Run, q, k, v, kept, *call) -> torch.Tensor:
+    def _unpadded(self, run: Run, q, k, v, kept, *call) -> torch.Tensor:
         if kept is None:
             return self._sparse(run, q, k, v, *call)
         return torch.zeros_like(q).index_copy_(
             2, kept, self._sparse(run, *(x.index_select(2, kept) for x in (q, k, v)), *call))
 
-    def _sparse(self, run: _Run, q, k, v, layout, block, branch, scale) -> torch.Tensor:
+    def _sparse(self, run: Run, q, k, v, layout, block, branch, scale) -> torch.Tensor:
         """Plan and attend. Out of memory drops the kept plans and halves the heads at a time, for good."""
-        clock, heads = run.stats.clock, q.shape[1]
+        heads = q.shape[1]
         while True:
+            parts = max(run.parts, parts_for(q, k.shape[2], run.settings))
             try:
-                start, planned, plan = clock.mark(), None, SHORT_OF_MEMORY
-                if run.parts == 1:
-                    out, planned, plan = self._part(run, q, k, v, layout, block, branch, scale)
-                else:
-                    out = torch.empty_like(q)
-                    for some in torch.arange(heads).tensor_split(run.parts):
-                        of = slice(int(some[0]), int(some[-1]) + 1)
-                        out[:, of] = self._part(
-                            run, q[:, of], k[:, of], v[:, of], layout, block, branch, scale)[0]
-                run.stats.timed(run.step, True, start, planned or start, clock.mark())
+                out, spans = empty_like(q), []
+                for of in head_parts(heads, parts):
+                    plan, span = self._part(
+                        run, q[:, of], k[:, of], v[:, of], out[:, of], layout, block, branch, scale)
+                    spans.append(span)
+                run.stats.timed(run.step, True, spans)
                 break
             except OutOfMemory:
-                if run.parts >= heads:
+                if parts >= heads:
                     raise
             run.plans.close()
-            run.parts = min(heads, 2 * run.parts)
+            run.parts = min(heads, 2 * parts)
             self.remark(SHORT_OF_MEMORY)
-        run.watch.sparse(run.step, block, q, k, v, out, plan, layout, self.settings.order, scale)
+        look_at = plan if parts == 1 else IN_PARTS
+        run.watch.sparse(run.step, block, q, k, v, out, look_at, layout, self.settings.order, scale)
         return out
 
-    def _part(self, run: _Run, q, k, v, layout, block, branch, scale):
-        """The output, the mark after planning, None if nothing was planned, and the plan."""
-        plan, outcome = self._plan(run, q, k, layout, block, branch, scale)
-        planned = None if outcome == REUSED else run.stats.clock.mark()
-        out = attend(q, k, v, plan)
+    def _part(self, run: Run, q, k, v, out, layout, block, branch, scale):
+        """Write the output of some heads; their plan, and marks before and after planning and at the end."""
+        start, summaries = run.stats.clock.mark(), None
+
+        def build() -> SparsePlan:
+            nonlocal summaries
+            plan, summaries = plan_call(q, k, v, run.settings, layout, scale=scale)
+            return plan
+
+        plan, outcome = self._plan(run, build, q, k, layout, block, branch, scale)
+        planned = start if outcome == REUSED else run.stats.clock.mark()
+        attend(q, k, v, plan, summaries=summaries, out=out)
         run.stats.add_plan(run.step, _number(block), plan)
         run.stats.plans[outcome] += 1
-        return out, planned, plan
+        return plan, (start, planned, run.stats.clock.mark())
 
-    def _plan(self, run: _Run, q, k, layout, block, branch, scale) -> tuple[SparsePlan, str]:
+    def _plan(self, run: Run, build, q, k, layout, block, branch, scale) -> tuple[SparsePlan, str]:
         """A kept plan or a new one, and which."""
-        def build():
-            return build_plan(q, k, self.settings, layout, scale=scale)
-
         if self.policy.reuse_steps == 1:
             return build(), MADE
         missing = ("an unknown block" if block is None else "an unknown conditioning branch" if branch is None
@@ -247,7 +245,7 @@ class Engine:
         place = layout.grid, layout.front, layout.back, layout.query_start
         return run.plans.plan((block, branch, place, q.shape, k.shape[2], scale, str(q.device)), build)
 
-    def _unable(self, run: _Run, q, k, v) -> str | None:
+    def _unable(self, run: Run, q, k, v) -> str | None:
         """Why this call cannot run sparse, whatever the step."""
         if run.device_reason:
             return run.device_reason
@@ -263,11 +261,11 @@ class Engine:
             run.stats.remarks["fp32 tensors are computed in bf16"] = None
         return declined(q, k, v)
 
-    def _dense_by_policy(self, run: _Run, block: int | None) -> str | None:
+    def _dense_by_policy(self, run: Run, block: int | None) -> str | None:
         """Why a call that could run sparse shall not."""
         if run.stats.error:
             return "after an error"
-        if run.step < run.warmup:
+        if run.step < run.warmup(run.policy):
             return "warm-up step"
         if run.step >= run.steps - run.final:
             return "final dense step"
@@ -282,32 +280,29 @@ class Engine:
     def _costs(self, q) -> Costs:
         return costs(self.settings, q.shape[3], runtime.gpu_kernel(q.device))
 
-    def _too_dense(self, run: _Run, q, k, block: int | None) -> str | None:
+    def _too_dense(self, run: Run, q, k, block: int | None) -> str | None:
         """Whether the block has kept so much in the steps before that dense attention is faster."""
         density = run.densities.get(_number(block))
         return None if density is None or faster(self._costs(q), q, k.shape[2], density) else TOO_DENSE
 
-    def _describe(self, run: _Run) -> str:
+    def _describe(self, run: Run) -> str:
         s = self.settings
         kept = f", plans serve {self.policy.reuse_steps} steps" if self.policy.reuse_steps > 1 else ""
+        moved = ""
+        if len(run.stats.sliders) > 1:
+            _, threshold, warmup_steps = run.stats.sliders[-1]
+            now = [f"threshold {threshold:g}"] * (threshold != s.threshold)
+            now += [f"warm-up {warmup_steps}"] * (warmup_steps != self.policy.warmup_steps)
+            moved = f", moved to {' and '.join(now) or 'and fro'}"
         return (f"{s.rule}, tiles {s.tile_queries}x{s.tile_keys}, {s.order} order, "
-                f"tail {'on' if s.tail else 'off'}, warm-up {run.warmup} of {run.steps} steps{kept}")
+                f"tail {'on' if s.tail else 'off'}, "
+                f"warm-up {run.warmup(self.policy)} of {run.steps} steps{kept}{moved}")
 
-    def _implementation(self, run: _Run) -> str:
+    def _implementation(self, run: Run) -> str:
         if run.device_reason:
             return f"dense ({run.device_reason})"
         device = run.stats.clock.device
         return runtime.gpu_kernel(device) if device.type == "cuda" else "torch"
-
-
-def step_of(sigma: float, sigmas: Sequence[float]) -> int:
-    """Step i of a falling schedule with sigmas[i] >= sigma > sigmas[i + 1], to rounding.
-
-    Samplers that evaluate between scheduled levels stay in the step they started from; above the
-    first level it is step 0, at the end the last step.
-    """
-    at_or_above = sum(level >= sigma * (1 - 1e-4) for level in sigmas[:-1])
-    return max(0, at_or_above - 1)
 
 
 def _number(block: int | None) -> int:

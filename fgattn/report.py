@@ -25,6 +25,21 @@ def headline(report: RunReport) -> str:
 
 def text(report: RunReport) -> str:
     """The whole report."""
+    lines = [summary(report)]
+    if report.steps:
+        lines += ["", *(
+            f"step {s.index + 1}: {s.total:.1f} ms, attention {s.attention:.1f}, planning {s.planning:.1f}; "
+            f"{s.sparse_calls} sparse, {s.dense_calls} dense"
+            f"{_estimated(s, '; est. error {}')}" for s in report.steps)]
+    if report.blocks:
+        lines += ["", *(
+            f"block {b.block if b.block >= 0 else '?'}: density {b.density:.1%}, "
+            f"executed {b.executed_density:.1%}{_estimated(b, ', est. error {}')}" for b in report.blocks)]
+    return "\n".join(lines)
+
+
+def summary(report: RunReport) -> str:
+    """The report without its steps and blocks."""
     lines = [headline(report), "", f"settings: {report.settings}",
              f"implementation: {report.implementation} on {report.device}, {report.tokens} tokens",
              f"run: {report.total / 1e3:.2f} s, {len(report.steps)} steps, planning {report.planning:.1f} ms",
@@ -41,19 +56,13 @@ def text(report: RunReport) -> str:
         lines.append(f"plans not kept: {not_kept}, memory (reuse_memory_mb) is full")
     if report.peak_memory is not None:
         lines.append(f"peak VRAM: {report.peak_memory / 2**30:.2f} GiB")
+    if len(report.sliders) > 1:
+        lines += [f"sliders from step {step + 1}: threshold {threshold:g}, warm-up {warmup}"
+                  for step, threshold, warmup in report.sliders]
     lines += [f"remark: {remark}" for remark in report.remarks]
     if report.error:
         lines.append(f"error: {report.error}")
     lines += ["", *(f"{number} calls: {outcome}" for outcome, number in _by_number(report.calls))]
-    if report.steps:
-        lines += ["", *(
-            f"step {s.index + 1}: {s.total:.1f} ms, attention {s.attention:.1f}, planning {s.planning:.1f}; "
-            f"{s.sparse_calls} sparse, {s.dense_calls} dense"
-            f"{_estimated(s, '; est. error {}')}" for s in report.steps)]
-    if report.blocks:
-        lines += ["", *(
-            f"block {b.block if b.block >= 0 else '?'}: density {b.density:.1%}, "
-            f"executed {b.executed_density:.1%}{_estimated(b, ', est. error {}')}" for b in report.blocks)]
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ from .stats import RunReport, StepReport
 SCHEMA_VERSION = 2
 MAX_BYTES = 20_000  # of a snapshot as JSON; the limits below keep it, the heat map takes what they leave
 MAX_STEPS, MAX_BLOCKS, MAX_CALLS = 100, 64, 6  # the last, the first, the most frequent
+MAX_SLIDERS = 16  # the last
 MAX_TEXT, MAX_OUTCOME = 160, 60  # characters
 
 State = Literal["running", "done", "error", "interrupted"]
@@ -33,6 +34,15 @@ class Step:
     planning: float
     kind: Kind
     error: float | None
+
+
+@dataclass(frozen=True)
+class Sliders:
+    """Where the sliders stood from a step on; they move during a run with the node's live switch on."""
+
+    step: int
+    threshold: float
+    warmup_steps: int
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,7 @@ class Snapshot:
     blocks: tuple[Block, ...]
     calls: tuple[Calls, ...]
     heat: str
+    sliders: tuple[Sliders, ...]
 
 
 def snapshot(report: RunReport, node: str, run: str, state: State) -> dict:
@@ -103,11 +114,11 @@ def snapshot(report: RunReport, node: str, run: str, state: State) -> dict:
         sparse_call=_rounded(report.sparse_call), speedup=_rounded(report.speedup),
         density=_rounded(report.density), error=_two_digits(report.estimated_error),
         timeline=tuple(Step(s.index, round(s.total, 1), round(s.attention, 1), round(s.planning, 1),
-                            _kind(s, report.warmup), _two_digits(s.estimated_error)) for s in steps),
+                            _kind(s), _two_digits(s.estimated_error)) for s in steps),
         blocks=tuple(Block(b.block, round(b.density, 3), _two_digits(b.estimated_error))
                      for b in report.blocks[:MAX_BLOCKS]),
         calls=tuple(Calls(outcome[:MAX_OUTCOME], number) for outcome, number in calls),
-        heat="")
+        heat="", sliders=tuple(Sliders(*values) for values in report.sliders[-MAX_SLIDERS:]))
     room = MAX_BYTES - len(json.dumps(asdict(made))) - 4  # base64 has four letters for three bytes
     return asdict(replace(made, heat=_heat(report, [s.index for s in steps], room * 3 // 4)))
 
@@ -122,10 +133,10 @@ def _heat(report: RunReport, steps: list[int], room: int) -> str:
     return base64.b64encode(b"".join(rows.values())).decode()
 
 
-def _kind(step: StepReport, warmup: int) -> Kind:
+def _kind(step: StepReport) -> Kind:
     if step.sparse_calls:
         return "sparse" if step.planning else "reused"
-    return "warm-up" if step.index < warmup else "dense"
+    return "warm-up" if step.warmup else "dense"
 
 
 def _rounded(value: float | None) -> float | None:

@@ -56,6 +56,7 @@ class StepReport:
     planning: float
     sparse_calls: int
     dense_calls: int
+    warmup: bool = False  # dense for being at the start of the run
     estimated_error: float | None = None
 
 
@@ -94,7 +95,9 @@ class RunReport:
         error: the exception that turned the run dense, as text.
         plans: number of sparse calls by what became of their plan (see `plan_store`).
         planning_saved: calls that reused a plan, times the median time of planning.
-        scheduled, warmup: steps of the schedule, and how many of them are dense at its start.
+        scheduled: steps of the schedule.
+        sliders: threshold and warm-up steps as the user had set them: (first step, threshold, warm-up), one
+            entry unless they moved during the run. Enough to repeat it.
         cells: by step and block.
         estimated_error: mean relative error of the calls that were compared with dense attention (see
             `estimate`), of the run, a step or a block; None where none was.
@@ -118,7 +121,7 @@ class RunReport:
     plans: dict[str, int] = field(default_factory=dict)
     planning_saved: float = 0.0
     scheduled: int = 0
-    warmup: int = 0
+    sliders: tuple[tuple[int, float, int], ...] = ()
     cells: tuple[CellReport, ...] = ()
     estimated_error: float | None = None
 
@@ -139,7 +142,7 @@ class RunStats:
     """Collects one run; `report` reads the device.
 
     Attributes:
-        scheduled, warmup: as in `RunReport`.
+        scheduled, sliders: as in `RunReport`.
     """
 
     clock: Clock
@@ -149,9 +152,10 @@ class RunStats:
     remarks: dict[str, None] = field(default_factory=dict)
     tokens: int = 0
     scheduled: int = 0
-    warmup: int = 0
+    sliders: list[tuple[int, float, int]] = field(default_factory=list)
     _steps: dict[int, object] = field(default_factory=dict)  # step -> mark of its first evaluation
-    _timed: list = field(default_factory=list)  # (step, sparse, start, planned, end)
+    _warmup: set[int] = field(default_factory=set)  # steps
+    _timed: list = field(default_factory=list)  # (step, sparse, spans), see `timed`
     _sums: Sums = field(default_factory=lambda: Sums(5))  # (step, block) -> the fields of a _Cell
     _read: int = 0  # number of _timed whose marks are host times by now
     _copy: tuple | None = None  # of _sums, on its way to the host: keys, sums, mark
@@ -161,13 +165,18 @@ class RunStats:
         if self.clock.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.clock.device)
 
-    def begin_step(self, step: int) -> None:
-        if step not in self._steps:
-            self._steps[step] = self.clock.mark()
+    def began(self, step: int) -> bool:
+        return step in self._steps
 
-    def timed(self, step: int, sparse: bool, start, planned, end) -> None:
-        """Note a call's marks; `planned` is `start` where nothing was planned."""
-        self._timed.append((step, sparse, start, planned, end))
+    def begin_step(self, step: int, warmup: bool = False) -> None:
+        if not self.began(step):
+            self._steps[step] = self.clock.mark()
+            if warmup:
+                self._warmup.add(step)
+
+    def timed(self, step: int, sparse: bool, spans: list[tuple]) -> None:
+        """Note a call's marks (start, planned, end), by part; `planned` is `start` where nothing was."""
+        self._timed.append((step, sparse, spans))
 
     def add_plan(self, step: int, block: int, plan) -> None:
         """Add a plan's counts, on the device."""
@@ -187,8 +196,8 @@ class RunStats:
 
         Asked at the start of a step, when samplers have waited anyway, so that runs repeat exactly.
         """
-        scores = torch.stack([*self._scores.values()]).tolist() if self._scores else []
-        return {block: s[1] / s[2] for block, s in zip(self._scores, scores, strict=True)}
+        blocks = _totals((block, _Cell(*sums)) for (_, block), sums in self._sums.read().items())
+        return {block: cell.executed_density for block, cell in blocks.items() if cell.scores}
 
     def so_far(self, settings: str, implementation: str) -> RunReport:
         """Report of the steps that are finished; never waits, so densities may be those of a while ago."""
@@ -203,13 +212,17 @@ class RunStats:
     def _read_calls(self) -> None:
         """Replace the marks of finished calls by host times, each once."""
         for i in range(self._read, len(self._timed)):
-            step, sparse, start, planned, end = self._timed[i]
-            if not self.clock.passed(end):
+            step, sparse, spans = self._timed[i]
+            if not self.clock.passed(spans[-1][2]):
                 return
-            planning = self.clock.milliseconds(start, planned) / 1e3
-            self._timed[i] = (
-                step, sparse, 0.0, planning, planning + self.clock.milliseconds(planned, end) / 1e3)
+            planning, rest = (x / 1e3 for x in self._times(spans))
+            self._timed[i] = step, sparse, [(0.0, planning, planning + rest)]
             self._read = i + 1
+
+    def _times(self, spans: list[tuple]) -> tuple[float, float]:
+        """Planning and the rest of a call, ms."""
+        return (sum(self.clock.milliseconds(start, planned) for start, planned, _ in spans),
+                sum(self.clock.milliseconds(planned, end) for _, planned, end in spans))
 
     def _read_scores(self) -> None:
         """Take the copy of the counts that has arrived, if any, and send the next one on its way."""
@@ -231,8 +244,7 @@ class RunStats:
         whole = _total(cell for _, cell in cells)
         starts = sorted(self._steps.items())
         bounds = [m for _, m in starts] + [end]
-        timed = [(step, sparse, self.clock.milliseconds(a, p), self.clock.milliseconds(p, b))
-                 for step, sparse, a, p, b in self._timed]
+        timed = [(step, sparse, *self._times(spans)) for step, sparse, spans in self._timed]
         by_step: dict[int, list] = {}
         for call in timed:
             by_step.setdefault(call[0], []).append(call)
@@ -242,8 +254,8 @@ class RunStats:
             sparse = sum(t[1] for t in mine)
             steps.append(StepReport(
                 step, self.clock.milliseconds(mark, bounds[i + 1]), sum(t[3] for t in mine),
-                sum(t[2] for t in mine), sparse, len(mine) - sparse,
-                estimated_error=of_step.get(step, _Cell()).error))
+                sum(t[2] for t in mine), sparse, len(mine) - sparse, step in self._warmup,
+                of_step.get(step, _Cell()).error))
         sparse_calls = [t[3] for t in timed if t[1]]
         planning = [t[2] for t in timed if t[1] and t[2] > 0]
         plan_time = _median(planning) or 0.0
@@ -262,7 +274,7 @@ class RunStats:
             peak_memory=torch.cuda.max_memory_allocated(self.clock.device) if cuda else None,
             error=self.error, remarks=tuple(self.remarks), plans=dict(self.plans),
             planning_saved=self.plans[REUSED] * plan_time,
-            scheduled=self.scheduled, warmup=self.warmup,
+            scheduled=self.scheduled, sliders=tuple(self.sliders),
             cells=tuple(CellReport(*key, cell.density) for key, cell in cells),
             estimated_error=whole.error)
 

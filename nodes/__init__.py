@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import recent
+from . import recent, sliders
 from .maps import FGAttnInspect
 from .sparse_attention import FGAttnPatch
 from .status import prompt_server
@@ -13,6 +13,7 @@ class FGAttnExtension(ComfyExtension):
     async def on_load(self) -> None:
         if server := prompt_server():
             recent.serve(server)
+            sliders.serve(server)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [FGAttnPatch, FGAttnTiming, FGAttnInspect]

@@ -1,4 +1,7 @@
-"""Sends what a run is doing to the page that queued it. Nothing depends on it; without a page it is idle."""
+"""Tells the page that queued a run what it is doing: statistics for the panel, a line of text for the node.
+
+Nothing depends on it; without a page it is idle.
+"""
 
 import logging
 import time
@@ -7,7 +10,7 @@ from collections.abc import Callable
 from ..fgattn.snapshot import snapshot
 from ..fgattn.stats import RunReport
 from .recent import RECENT
-from .status import prompt_server
+from .status import prompt_server, tell
 
 log = logging.getLogger("fgattn")
 EVENT = "fgattn.progress"
@@ -58,6 +61,9 @@ class Live:
                 message = snapshot(report, self._node_id, self._run, state)
                 RECENT.note(client, message)
                 server.send_sync(EVENT, message, client)
+                if message["step"] and state == "running":
+                    tell(self._node_id,
+                         f"{message['headline']}, step {message['step']} of {message['steps']}")
         except Exception:
             self._broken = True
             log.exception("FG-Attn could not send live statistics; the run goes on without them")

@@ -21,6 +21,7 @@ from ..fgattn.report import headline
 from ..fgattn.settings import Policy, Settings
 from .live import Live
 from .models import NO_GRID, call_block, call_branch, call_layout, valid_keys, video_of, without_padding
+from .sliders import SLIDERS
 from .status import show
 
 KEY = "fgattn"
@@ -33,10 +34,16 @@ log = logging.getLogger("fgattn")
 
 
 class Patch:
-    """One FG-Attn node's hold on a model; its clones share it."""
+    """One FG-Attn node's hold on a model; its clones share it.
 
-    def __init__(self, settings: Settings, policy: Policy, node_id: str | None = None):
-        self.node_id = node_id
+    Args:
+        live_sliders: the page may change threshold and warm-up of a run that is going on.
+    """
+
+    def __init__(
+        self, settings: Settings, policy: Policy, node_id: str | None = None, live_sliders: bool = False,
+    ):
+        self.node_id, self.live_sliders = node_id, live_sliders
         self.engine = Engine(
             settings, policy, scope=_allocation_scope(),
             passthrough=(comfy.model_management.InterruptProcessingException,),
@@ -73,7 +80,8 @@ class Patch:
         self.live.begin()
         state = "done"
         try:
-            return executor(*args, **kwargs)
+            with SLIDERS.during(self.node_id if self.live_sliders else None, self.engine):
+                return executor(*args, **kwargs)
         except BaseException as error:
             stopped = isinstance(error, comfy.model_management.InterruptProcessingException)
             state = "interrupted" if stopped else "error"

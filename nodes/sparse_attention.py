@@ -47,14 +47,14 @@ class FGAttnPatch(io.ComfyNode):
                     tooltip='Transformer blocks that stay dense, such as "0, 1, 38-39". Empty: none.'),
                 io.Int.Input(
                     "final_dense_steps", default=0, min=0, max=50, advanced=True,
-                    tooltip="Dense steps at the end of a run that ends without noise."),
+                    tooltip="Dense steps at the end of a run that ends without noise; 0 for none."),
                 io.Boolean.Input(
                     "tail", default=True, advanced=True,
                     tooltip="Adds a pooled estimate of what is skipped: two to three times less error."),
                 io.Combo.Input(
                     "order", options=list(ORDERS), default="cells", advanced=True,
-                    tooltip="Token order for tiles and slices: cells are compact in time, height and width; "
-                    "raster is the model's own order; hilbert follows a 3-D Hilbert curve."),
+                    tooltip="Token order for tiles and slices: cells are 16 tokens, compact in time, height "
+                    "and width; raster is the model's own order; hilbert follows a 3-D Hilbert curve."),
                 io.Combo.Input(
                     "method", options=list(METHOD_NAMES), default="threshold", optional=True, advanced=True,
                     tooltip="How keys are selected. The other ones are published methods to compare with: "
@@ -80,6 +80,11 @@ class FGAttnPatch(io.ComfyNode):
                     tooltip="Computes 64 random query rows of one block in four densely and compares: the "
                     "estimated error on the node. Costs at most 0.5 % of dense attention; the picture is "
                     "the same with and without."),
+                io.Boolean.Input(
+                    "live", default=False, optional=True,
+                    tooltip="While the model samples, moving threshold or warmup_steps acts from the next "
+                    "step on, in the run that samples only: queued ones keep their values. The report "
+                    "lists the values step by step."),
             ],
             outputs=[io.Model.Output("patched", display_name="MODEL",
                                      tooltip="The model with sparse attention; the input stays as it was.")],
@@ -107,10 +112,10 @@ class FGAttnPatch(io.ComfyNode):
         cls, model, threshold: float, tile_queries: str, tile_keys: str, warmup_steps: int,
         min_tokens: int = 0, dense_blocks: str = "", final_dense_steps: int = 0, tail: bool = True,
         order: str = "cells", method: str = "threshold", method_parameter: float = 0.0, reuse_steps: int = 1,
-        reuse_memory_mb: int = 1200, estimate_error: bool = True,
+        reuse_memory_mb: int = 1200, estimate_error: bool = True, live: bool = False,
     ) -> io.NodeOutput:
         settings = Settings(
             threshold, int(tile_queries), int(tile_keys), tail, order, method, method_parameter)
         policy = Policy(warmup_steps, final_dense_steps, parse_blocks(dense_blocks), min_tokens,
                         reuse_steps, reuse_memory_mb, estimate_error)
-        return io.NodeOutput(Patch(settings, policy, cls.hidden.unique_id).install(model))
+        return io.NodeOutput(Patch(settings, policy, cls.hidden.unique_id, live).install(model))

@@ -8,9 +8,14 @@ log = logging.getLogger("fgattn")
 def show(node_id: str | None, text: str) -> None:
     """Show text on the node, and log it; there may be no server (tests, scripts)."""
     log.info("FG-Attn: %s", text)
-    server = prompt_server()
-    if node_id is not None and server is not None:
-        server.send_progress_text(text, node_id)
+    tell(node_id, text)
+
+
+def tell(node_id: str | None, text: str) -> None:
+    """Show text on the node, in the page that queued the prompt; others have other nodes with its id."""
+    client = getattr(prompt_server(), "client_id", None)
+    if node_id is not None and client is not None:
+        prompt_server().send_progress_text(text, node_id, sid=client)
 
 
 def prompt_server():

@@ -36,7 +36,7 @@ class FGAttnTiming(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent, model_2=None) -> io.NodeOutput:
-        reports, texts = [], []
+        reports, texts, shown = [], [], []
         models = [m for m in (model, model_2) if m is not None]
         for number, patched in enumerate(models, 1):
             name = f"model {number}" if len(models) > 1 else "FG-Attn"
@@ -44,12 +44,14 @@ class FGAttnTiming(io.ComfyNode):
             last = patch.engine.last_report if patch else None
             if last:
                 reports.append((name, last))
-                body = report.text(last)
+                body, short = report.text(last), report.summary(last)
             else:
-                body = "no run yet" if patch else "no FG-Attn here"
-            texts.append(f"{name}: {body}" if len(models) > 1 else body)
+                body = short = "no run yet" if patch else "no FG-Attn here"
+            before = f"{name}: " if len(models) > 1 else ""
+            texts.append(before + body)
+            shown += filter(None, (before + short).splitlines())
         text = "\n\n".join(texts)
         picture = torch.from_numpy(np.asarray(chart.draw(reports).convert("RGB"), np.float32) / 255)[None]
-        show(cls.hidden.unique_id, text)
-        shown = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
-        return io.NodeOutput(latent, text, picture, ui=shown)
+        show(cls.hidden.unique_id, "\n\n".join(shown))  # the page folds single line breaks
+        both = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
+        return io.NodeOutput(latent, text, picture, ui=both)

@@ -37,6 +37,7 @@ def pack(pack_root):
         import comfy_aimdo.control
 
         comfy_aimdo.control.init()
+    importlib.import_module("utils.install_util")  # first, as in main.py: `nodes` would find comfy/utils.py
     importlib.import_module("fgattn_pack.nodes")
     return pack_root
 

@@ -13,7 +13,8 @@ def told(pack, monkeypatch):
     live = sys.modules["fgattn_pack.nodes.live"]
     sent = []
     server = types.SimpleNamespace(
-        client_id="tab", send_sync=lambda event, data, client: sent.append((event, data, client)))
+        client_id="tab", send_sync=lambda event, data, client: sent.append((event, data, client)),
+        send_progress_text=lambda text, node_id, sid: None)
     monkeypatch.setattr(live, "prompt_server", lambda: server)
     monkeypatch.setattr(live, "INTERVAL", 0.0)
     monkeypatch.setattr(live, "COST_SHARE", 1e9)
@@ -57,10 +58,10 @@ def test_the_end_is_told_however_it_comes(wan, sample, patched, told, monkeypatc
             raise error
         return broken
 
-    monkeypatch.setattr(engine, "build_plan", raising(InterruptProcessingException()))
+    monkeypatch.setattr(engine, "plan_call", raising(InterruptProcessingException()))
     with pytest.raises(InterruptProcessingException):
         sample(patched(wan))
-    monkeypatch.setattr(engine, "build_plan", raising(RuntimeError("out of luck")))
+    monkeypatch.setattr(engine, "plan_call", raising(RuntimeError("out of luck")))
     sample(patched(wan), steps=4)
     model = wan.clone()
     model.model_options["transformer_options"]["optimized_attention_override"] = raising(ZeroDivisionError())

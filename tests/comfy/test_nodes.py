@@ -48,7 +48,7 @@ def test_input_order_is_permanent(nodes):
     assert [i.id for i in nodes.FGAttnPatch.GET_SCHEMA().inputs] == [
         "model", "threshold", "tile_queries", "tile_keys", "warmup_steps", "min_tokens", "dense_blocks",
         "final_dense_steps", "tail", "order", "method", "method_parameter", "reuse_steps",
-        "reuse_memory_mb", "estimate_error"]
+        "reuse_memory_mb", "estimate_error", "live"]
     assert [i.id for i in nodes.FGAttnTiming.GET_SCHEMA().inputs] == ["model", "latent", "model_2"]
     assert [i.id for i in nodes.FGAttnInspect.GET_SCHEMA().inputs] == [
         "model", "latent", "block", "head", "step", "frame", "row", "column"]
@@ -57,11 +57,12 @@ def test_input_order_is_permanent(nodes):
 def test_defaults_are_the_library_defaults(nodes):
     """What the node starts with is what Settings and Policy start with."""
     settings = sys.modules["fgattn_pack.fgattn.settings"]
-    for given in nodes.FGAttnPatch.GET_SCHEMA().inputs[1:]:
+    for given in nodes.FGAttnPatch.GET_SCHEMA().inputs[1:-1]:
         holder = settings.Settings() if hasattr(settings.Settings(), given.id) else settings.Policy()
         expected = getattr(holder, given.id)
         default = settings.parse_blocks(given.default) if given.id == "dense_blocks" else given.default
         assert str(default) == str(expected), given.id
+    assert nodes.FGAttnPatch.GET_SCHEMA().inputs[-1].default is False
 
 
 @pytest.mark.parametrize("text", ["x", "1,,2", "3-1", "1 2", "-4", "1.5"])

@@ -119,16 +119,16 @@ def test_interrupt_passes_through_and_leaves_a_clean_state(wan, sample, patched,
     from comfy.model_management import InterruptProcessingException
 
     engine = sys.modules["fgattn_pack.fgattn.engine"]
-    model, build = patched(wan), engine.build_plan
+    model, build = patched(wan), engine.plan_call
 
     def interrupted(*args, **kwargs):
         raise InterruptProcessingException
 
-    monkeypatch.setattr(engine, "build_plan", interrupted)
+    monkeypatch.setattr(engine, "plan_call", interrupted)
     with pytest.raises(InterruptProcessingException):
         sample(model)
     assert report(model).error is None
-    monkeypatch.setattr(engine, "build_plan", build)
+    monkeypatch.setattr(engine, "plan_call", build)
     sample(model, steps=4)
     assert report(model).calls["sparse"] == 4 * BLOCKS
 
@@ -144,7 +144,7 @@ def test_an_exception_goes_dense_and_says_so(wan, sample, patched, report, monke
     def broken(*args, **kwargs):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(engine, "build_plan", broken)
+    monkeypatch.setattr(engine, "plan_call", broken)
     with caplog.at_level(logging.ERROR, "fgattn"):
         out = sample(model, steps=4)
     assert torch.equal(out, sample(wan, steps=4))

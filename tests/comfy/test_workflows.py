@@ -54,12 +54,29 @@ def test_comfyui_accepts_the_workflow(file, classes, monkeypatch):
     assert valid, (error, errors)
 
 
+def test_the_comparison_shows_the_difference(classes):
+    """Its blends give |dense - sparse|, then make dark differences brighter."""
+    import torch
+
+    graph = json.loads((FILES[0].parent / "wan2.1_dense_and_sparse.json").read_text(encoding="utf-8"))
+    prompt = as_prompt(graph, classes)
+    names = {str(n["id"]): n.get("title") for n in graph["nodes"]}
+    frames = {"Dense frames": torch.rand(2, 4, 4, 3), "Sparse frames": torch.rand(2, 4, 4, 3)}
+    for number in sorted((n for n in prompt if prompt[n]["class_type"] == "ImageBlend"), key=int):
+        given = {name: frames[names[value[0]]] if isinstance(value, list) else value
+                 for name, value in prompt[number]["inputs"].items()}
+        frames[names[number]] = classes["ImageBlend"].execute(**given).args[0]
+    apart = (frames["Dense frames"] - frames["Sparse frames"]).abs()
+    torch.testing.assert_close(frames["Difference"], apart)
+    torch.testing.assert_close(frames["Difference x 4"], 1 - (1 - apart) ** 4)
+
+
 def test_wrong_values_are_refused_when_queued(classes, monkeypatch):
     """A tile size that is none, and blocks that are none, never reach the sampler."""
     import execution
     import folder_paths
 
-    graph = json.loads(FILES[0].read_text(encoding="utf-8"))
+    graph = json.loads((FILES[0].parent / "wan2.1_t2v.json").read_text(encoding="utf-8"))
     models = [m["name"] for n in graph["nodes"] for m in n["properties"].get("models", [])]
     monkeypatch.setattr(folder_paths, "get_filename_list", lambda folder: models)
     for name, value in (("tile_keys", "24"), ("dense_blocks", "one"), ("threshold", -1.0), ("order", "up")):
@@ -75,12 +92,12 @@ def test_prompts_without_later_inputs_are_accepted(classes, monkeypatch):
     import execution
     import folder_paths
 
-    graph = json.loads(FILES[0].read_text(encoding="utf-8"))
+    graph = json.loads((FILES[0].parent / "wan2.1_t2v.json").read_text(encoding="utf-8"))
     models = [m["name"] for n in graph["nodes"] for m in n["properties"].get("models", [])]
     monkeypatch.setattr(folder_paths, "get_filename_list", lambda folder: models)
     prompt = as_prompt(graph, classes)
     ours = next(node for node in prompt.values() if node["class_type"] == "FGAttnPatch")
-    for name in ("method", "method_parameter", "reuse_steps", "reuse_memory_mb", "estimate_error"):
+    for name in ("method", "method_parameter", "reuse_steps", "reuse_memory_mb", "estimate_error", "live"):
         del ours["inputs"][name]
     valid, error, _, errors = asyncio.run(execution.validate_prompt("1", prompt, None))
     assert valid, (error, errors)

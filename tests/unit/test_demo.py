@@ -198,7 +198,7 @@ def test_a_run_that_went_dense_fails(small, tmp_path, monkeypatch, capsys):
     def broken(*args, **kwargs):
         raise RuntimeError("no plan today")
 
-    monkeypatch.setattr(engine_module, "build_plan", broken)
+    monkeypatch.setattr(engine_module, "plan_call", broken)
     assert command.main(["--steps", "1", "--out", str(tmp_path)]) == 1
     assert "no plan today" in capsys.readouterr().out
 

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fgattn import Settings, TokenLayout, attend, build_plan
-from fgattn.engine import SHORT_OF_MEMORY, Engine, OutOfMemory, step_of
+from fgattn import InvalidArgument, Settings, TokenLayout, attend, build_plan
+from fgattn.engine import IN_PARTS, SHORT_OF_MEMORY, Engine, OutOfMemory, step_of
+from fgattn.plan import plan_call
 from fgattn.report import headline
 from fgattn.settings import Policy
 from makers import tensors
@@ -56,6 +57,100 @@ def test_warm_up_is_at_most_a_quarter(steps, wanted, dense):
     report = one.end_run()
     assert report.calls == {k: n for k, n in (("warm-up step", dense), ("sparse", steps - dense)) if n}
     assert f"warm-up {dense} of {steps} steps" in report.settings
+
+
+def test_sliders_moved_act_from_the_next_step():
+    """Not on the step that runs; the report has all values, the next run has the engine's own."""
+    one = engine(Policy(warmup_steps=1))
+    sigmas = falling(8)
+    one.begin_run(sigmas, True, CPU)
+    ran = []
+    for step, sigma in enumerate(sigmas[:-1]):
+        one.begin_evaluation(sigma)
+        ran.append(call(one))
+        if step == 2:
+            assert one.move(2.0, 50)  # a slider passes many values: the last one counts, capped at a quarter
+            assert one.move(0.0, 9)
+        ran.append(call(one))
+    report = one.end_run()
+    assert ran == [False] * 2 + [True] * 14
+    assert report.sliders == ((0, 2.0, 1), (3, 0.0, 9))
+    assert [s.warmup for s in report.steps] == [True] + [False] * 7
+    assert "warm-up 1 of 8 steps, moved to threshold 0 and warm-up 9" in report.settings
+    assert report.density > 0.6  # 0 keeps everything, in five of seven sparse steps
+    assert not one.move(1.0, 1)
+    ran_sparse(one, sigmas)
+    assert one.end_run().sliders == ((0, 2.0, 1),)
+
+
+@pytest.mark.parametrize(("moves", "words"), [
+    ([(1.5, 0)], ", moved to threshold 1.5"), ([(2.0, 3)], ", moved to warm-up 3"),
+    ([(1.5, 3)], ", moved to threshold 1.5 and warm-up 3"), ([(1.5, 0), (2.0, 0)], ", moved to and fro"),
+    ([(2.0, 0)], "of 4 steps")])
+def test_moves_in_words(moves, words):
+    """The last position of what moved."""
+    one = engine()
+    one.begin_run(falling(4), True, CPU)
+    for move, sigma in zip([*moves, *moves[-1:] * 4], falling(4)[:-1], strict=False):
+        one.begin_evaluation(sigma)
+        one.move(*move)
+    assert one.end_run().settings.endswith(words)
+
+
+def test_a_longer_warm_up_makes_coming_steps_dense():
+    """And a shorter one ends it."""
+    one = engine(Policy(warmup_steps=1))
+    sigmas = falling(16)
+    one.begin_run(sigmas, True, CPU)
+    ran = []
+    for step, sigma in enumerate(sigmas[:-1]):
+        one.begin_evaluation(sigma)
+        ran.append(call(one))
+        one.move(2.0, {1: 4, 2: 0}.get(step, 1 if step < 1 else 4 if step < 2 else 0))
+    assert ran == [False, True, False] + [True] * 13
+    assert [s.warmup for s in one.end_run().steps][:4] == [True, False, True, False]
+
+
+def test_a_moved_run_can_be_repeated():
+    """The values of the report, set at its steps, give the same output bit by bit."""
+    def run(moves):
+        one, outputs, sigmas = engine(), [], falling(6)
+        one.begin_run(sigmas, True, CPU)
+        for step, sigma in enumerate(sigmas[:-1]):
+            if step in moves:
+                one.move(*moves[step])
+            one.begin_evaluation(sigma)
+            outputs.append(one.attention(Q, K, V, layout=LAYOUT, dense=lambda: DENSE, block=0))
+        return torch.stack(outputs), one.end_run()
+
+    wanted, report = run({2: (0.5, 0), 4: (4.0, 3)})
+    again, _ = run({step: values for step, *values in report.sliders})
+    assert torch.equal(wanted, again) and len({float(o.sum()) for o in wanted}) == 3
+
+
+def test_a_moved_threshold_drops_kept_plans():
+    """They were made with the old one; a moved warm-up leaves them."""
+    one = engine(Policy(warmup_steps=0, reuse_steps=8))
+    sigmas = falling(4)
+    one.begin_run(sigmas, True, CPU)
+    for sigma, move in zip(sigmas[:-1], ((2.0, 5), (0.5, 5), (0.5, 5), (0.5, 5)), strict=True):
+        one.begin_evaluation(sigma)
+        call(one)
+        one.move(*move)
+    assert one.end_run().plans == {"made": 2, "reused": 2}
+
+
+@pytest.mark.parametrize("values", [
+    (-1.0, 2), (float("nan"), 2), (float("inf"), 2), ("1", 2), (None, 2), (True, 2),
+    (1.0, -1), (1.0, 1.5), (1.0, True), (1.0, None)], ids=str)
+def test_wrong_moves_are_refused(values):
+    """By the rules of the settings; the run goes on as it was."""
+    one = engine()
+    one.begin_run(falling(4), True, CPU)
+    with pytest.raises(InvalidArgument):
+        one.move(*values)
+    one.begin_evaluation(1.0)
+    assert call(one) and len(one.end_run().sliders) == 1
 
 
 def test_no_warm_up_below_full_noise():
@@ -151,7 +246,7 @@ class Interrupt(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["build_plan", "attend"])
+@pytest.mark.parametrize("stage", ["plan_call", "attend"])
 def test_failure_turns_the_run_dense(stage, monkeypatch, caplog):
     """A failure while sampling: said once, dense for the rest of the run, sparse again in the next."""
     notes = []
@@ -227,14 +322,14 @@ def test_everything_that_allocates_is_in_scope():
     one = engine(scope=scope)
     one.begin_run(falling(4), True, CPU)
     one.begin_evaluation(1.0)
-    build = build_plan
+    build = plan_call
 
     def watched(*args, **options):
         seen.append(depth)
         return build(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fgattn.engine.build_plan", watched)
+        patch.setattr("fgattn.engine.plan_call", watched)
         assert call(one)
         one.attention(Q, K[:, :1], V[:, :1], layout=LAYOUT, dense=lambda: seen.append(depth))
     assert seen == [1, 0] and depth == 0
@@ -385,14 +480,14 @@ class Watched:
     def __init__(self, monkeypatch, steps, sigmas=None, **policy):
         self.engine, self.made, self.step, self.plans = engine(
             Policy(0, reuse_steps=steps, **policy)), [], 0, weakref.WeakSet()
-        monkeypatch.setattr("fgattn.engine.build_plan", self.build)
+        monkeypatch.setattr("fgattn.engine.plan_call", self.build)
         self.engine.begin_run(sigmas or falling(6), True, CPU)
 
     def build(self, *args, **options):
-        plan = build_plan(*args, **options)
+        plan, summaries = plan_call(*args, **options)
         self.plans.add(plan)
         self.made.append(self.step)
-        return plan
+        return plan, summaries
 
     def at(self, step, sigma=None):
         self.step = step
@@ -544,7 +639,7 @@ def test_plans_are_dropped(end, monkeypatch):
     elif end == "begin_run":
         one.engine.begin_run(falling(6), True, CPU)
     else:
-        def fail(*_):
+        def fail(*_, **__):
             raise Interrupt if end == "interrupt" else RuntimeError
 
         monkeypatch.setattr("fgattn.engine.attend", fail)
@@ -584,11 +679,11 @@ def test_out_of_memory_takes_fewer_heads_then_goes_dense(fits, sparse, monkeypat
     q, k, v = tensors(4, 128)
     sizes, whole = [], attend(q, k, v, build_plan(q, k, SETTINGS, LAYOUT))
 
-    def short(q, k, v, plan):
+    def short(q, k, v, plan, **options):
         sizes.append(q.shape[1])
         if q.shape[1] > fits:
             raise OutOfMemory("no room")
-        return attend(q, k, v, plan)
+        return attend(q, k, v, plan, **options)
 
     monkeypatch.setattr("fgattn.engine.attend", short)
     one = engine(Policy(warmup_steps=0, reuse_steps=4))
@@ -712,7 +807,7 @@ def test_maps_are_of_the_last_run():
         assert maps.skipped[0, 0] == "warm-up step" and maps.skipped[steps - 1, 1] == "dense block"
 
 
-def test_calls_that_failed_or_were_short_of_memory_have_no_map(monkeypatch):
+def test_calls_that_failed_or_were_taken_in_parts_have_no_map(monkeypatch):
     """With the reason in its place."""
     one = engine(Policy(warmup_steps=0))
     one.begin_run(falling(4), True, CPU)
@@ -726,7 +821,7 @@ def test_calls_that_failed_or_were_short_of_memory_have_no_map(monkeypatch):
     one.end_run()
     assert [*one.last_maps.kept] == [(0, 0)]
     assert one.last_maps.skipped == {
-        (0, 1): SHORT_OF_MEMORY, (0, 2): "grouped heads (2 query heads, 1 key heads)", (0, 3): "error",
+        (0, 1): IN_PARTS, (0, 2): "grouped heads (2 query heads, 1 key heads)", (0, 3): "error",
         (0, 4): "after an error"}
 
 

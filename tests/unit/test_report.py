@@ -109,3 +109,10 @@ def test_estimated_errors_are_told_where_there_are_any():
     (2.345, "230%")])
 def test_percent(share, words):
     assert percent(share) == words
+
+def test_moved_sliders_are_listed():
+    """Enough to repeat the run; nothing where they stood still."""
+    moved = dataclasses.replace(FULL, sliders=((0, 1.0, 2), (4, 1.4, 3)))
+    assert ("sliders from step 1: threshold 1, warm-up 2\n"
+            "sliders from step 5: threshold 1.4, warm-up 3") in text(moved)
+    assert "sliders" not in text(dataclasses.replace(FULL, sliders=moved.sliders[:1]))

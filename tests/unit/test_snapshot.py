@@ -33,9 +33,9 @@ def make(given, state="running"):
 
 def test_kinds_of_steps():
     """Warm-up and other dense steps, sparse ones, and sparse ones that planned nothing."""
-    steps = (StepReport(0, 1, 1, 0, 0, 4), StepReport(1, 1, 1, 0, 0, 4), StepReport(2, 1, 1, 0.5, 3, 1),
+    steps = (StepReport(0, 1, 1, 0, 0, 4, True), StepReport(1, 1, 1, 0, 0, 4), StepReport(2, 1, 1, 0.5, 3, 1),
              StepReport(3, 1, 1, 0.0, 4, 0))
-    made = make(dataclasses.replace(EMPTY, steps=steps, warmup=1, scheduled=9, calls={"sparse": 1}))
+    made = make(dataclasses.replace(EMPTY, steps=steps, scheduled=9, calls={"sparse": 1}))
     assert [s["kind"] for s in made["timeline"]] == ["warm-up", "dense", "sparse", "reused"]
     assert (made["step"], made["steps"]) == (4, 9)
 
@@ -56,7 +56,8 @@ def test_the_worst_run_fits():
     long = "\u6c49" * 1000
     worst = report(1000, 1000, error=long)
     worst = dataclasses.replace(
-        worst, settings=long, calls={f"{i}{long}": 10**9 for i in range(50)}, warmup=1000, tokens=10**7,
+        worst, settings=long, calls={f"{i}{long}": 10**9 for i in range(50)}, tokens=10**7,
+        sliders=tuple((1000 + i, 1.234567890123, 50) for i in range(500)),
         steps=tuple(dataclasses.replace(s, sparse_calls=0, index=s.index + 1000) for s in worst.steps))
     made = make(worst)
     assert len(json.dumps(made).encode()) < snapshot.MAX_BYTES
@@ -134,7 +135,9 @@ def server(monkeypatch, live):
     """A server with one client; `sent` has (time, event, data, client)."""
     sent = []
     instance = types.SimpleNamespace(
-        client_id="tab", sent=sent, send_sync=lambda *message: sent.append((live.clock.now, *message)))
+        client_id="tab", sent=sent, texts=[],
+        send_sync=lambda *message: sent.append((live.clock.now, *message)),
+        send_progress_text=lambda *message, sid: instance.texts.append((*message, sid)))
     module = types.ModuleType("server")
     module.PromptServer = types.SimpleNamespace(instance=instance)
     monkeypatch.setitem(sys.modules, "server", module)
@@ -167,6 +170,12 @@ def test_slow_steps_are_all_told(live, server):
     assert [(e, d["node"], d["state"], c) for _, e, d, c in server.sent] == [
         ("fgattn.progress", "3", "running", "tab")] * 5 + [("fgattn.progress", "3", "interrupted", "tab")]
     json.dumps(server.sent)
+
+
+def test_the_node_says_what_it_does_without_javascript(live, server):
+    """The server's own text, to the same client; the last word comes from the patch."""
+    sample(live, live.Live("3", report), 2, 1.0)
+    assert server.texts == [("sparse: 33% of scores, attention 2.00x faster, est. error 1.2%, step 4 of 4", "3", "tab")] * 3
 
 
 def test_updates_cost_little(live, server):

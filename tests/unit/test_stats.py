@@ -42,10 +42,10 @@ def test_times_add_up():
     stats = RunStats(Ticks(1.0, 3.0, 7.5))
     stats.begin_step(0)
     stats.begin_step(0)  # the second half of a cfg pair begins no step
-    stats.timed(0, False, 1.0, 1.0, 1.5)
-    stats.timed(0, False, 1.5, 1.5, 1.75)
+    stats.timed(0, False, [(1.0, 1.0, 1.5)])
+    stats.timed(0, False, [(1.5, 1.5, 1.75)])
     stats.begin_step(1)
-    stats.timed(1, True, 3.0, 3.125, 3.25)
+    stats.timed(1, True, [(3.0, 3.125, 3.25)])
     report = stats.report("s", "torch")
     assert report.steps == (
         StepReport(index=0, total=2000.0, attention=750.0, planning=0.0, sparse_calls=0, dense_calls=2),
@@ -59,16 +59,16 @@ def test_call_times_are_medians(calls, median):
     """The first call compiles: a mean would report that."""
     stats = RunStats(Ticks(0.0))
     for length in calls:
-        stats.timed(0, True, 0.0, 0.0, length / 1000)
+        stats.timed(0, True, [(0.0, 0.0, length / 1000)])
     assert stats.report("s", "torch").sparse_call == pytest.approx(median)
 
 
 def test_planning_counts_by_the_share_of_calls_that_planned():
     """Four calls of 10 ms, one of which planned for 8: a call takes 12 ms, and 3 times 8 were saved."""
     stats = RunStats(Ticks(0.0))
-    stats.timed(0, True, 0.0, 0.008, 0.018)
+    stats.timed(0, True, [(0.0, 0.008, 0.018)])
     for _ in range(3):
-        stats.timed(1, True, 0.0, 0.0, 0.010)
+        stats.timed(1, True, [(0.0, 0.0, 0.010)])
     stats.plans.update({"made": 1, "reused": 3})
     report = stats.report("s", "torch")
     assert report.sparse_call == pytest.approx(12.0) and report.planning_saved == pytest.approx(24.0)
@@ -79,7 +79,7 @@ def test_planning_counts_by_the_share_of_calls_that_planned():
 def test_no_comparison_without_both(only):
     """A gain that was not measured is not claimed."""
     stats = RunStats(Ticks(0.0))
-    stats.timed(0, only, 0.0, 0.0, 1.0)
+    stats.timed(0, only, [(0.0, 0.0, 1.0)])
     assert stats.report("s", "torch").speedup is None
 
 
@@ -153,12 +153,12 @@ class Device(Clock):
 def test_so_far_never_waits():
     """After every single mark: only what the device has passed is read, and each later report has it too."""
     device = Device()
-    stats = RunStats(device, scheduled=4, warmup=1)
+    stats = RunStats(device, scheduled=4)
     for step in range(4):
         stats.begin_step(step)
         for _ in range(2):
             start, planned, end = (device.mark() for _ in range(3))
-            stats.timed(step, step > 0, start, planned if step else start, end)
+            stats.timed(step, step > 0, [(start, planned if step else start, end)])
             if step > 0:
                 stats.add_plan(step, 0, plan([[20.0 * step]], [[20.0 * step]]))
     seen = []
@@ -167,7 +167,7 @@ def test_so_far_never_waits():
         seen.append(stats.so_far("s", "torch"))
     assert [len(r.steps) for r in seen] == [0] * 8 + [1] * 7 + [2] * 7 + [3] * 7
     assert seen[-1].steps[1] == StepReport(1, 70.0, pytest.approx(20.0), pytest.approx(20.0), 2, 0)
-    assert (seen[-1].scheduled, seen[-1].warmup, seen[-1].total) == (4, 1, 210.0)
+    assert (seen[-1].scheduled, seen[-1].total) == (4, 210.0)
     assert seen[5].dense_call == pytest.approx(20.0) and seen[5].sparse_call is None
     assert seen[-1].density is None  # its copy is on the way
     device.now = device.marks
@@ -184,7 +184,7 @@ def test_so_far_changes_nothing():
     for stats in (watched, alone):
         for step, start in ((0, 1.0), (1, 3.0)):
             stats.begin_step(step)
-            stats.timed(step, bool(step), start, start + 0.125, start + 0.25)
+            stats.timed(step, bool(step), [(start, start + 0.125, start + 0.25)])
             if stats is watched:
                 stats.so_far("s", "torch")
     assert watched.report("s", "torch") == alone.report("s", "torch")

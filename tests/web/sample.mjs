@@ -14,13 +14,15 @@ export function sample(changes = {}) {
     blocks: [{ block: -1, density: 0.1, error: null }, { block: 3, density: 0.4, error: 0.061 }],
     calls: [{ outcome: "sparse", number: 8 }, { outcome: "warm-up step", number: 4 }],
     heat: btoa(String.fromCharCode(0, 0, 26, 128, 27, 77)), // steps 1 to 3, two blocks each
+    sliders: [{ step: 0, threshold: 1, warmup_steps: 1 }],
     ...changes,
   };
 }
 
 export const samples = [
   sample(),
-  sample({ state: "done", step: 4 }),
+  sample({ state: "done", step: 4, sliders: [{ step: 0, threshold: 1, warmup_steps: 1 },
+    { step: 2, threshold: 1.4, warmup_steps: 0 }] }),
   sample({ timeline: [], blocks: [], calls: [], dense_call: null, sparse_call: null, speedup: null, density: null,
     error: null, heat: "" }),
 ];

@@ -100,3 +100,15 @@ test("a restart of the server ends the runs that it does not know", () => {
   assert.deepEqual(store.runs(any).map((r) => [r.run, r.state]), [["a", "done"], ["b", "running"], ["c", "interrupted"]]);
   assert.deepEqual(store.open(), ["b"]);
 });
+
+test("a node is running while its last run is", () => {
+  const store = createStore();
+  assert.equal(store.running("3"), false);
+  store.accept(sample());
+  assert.equal(store.running("3"), true);
+  assert.equal(store.running("12:3"), false);
+  store.accept(sample({ state: "done" }));
+  assert.equal(store.running("3"), false);
+  store.accept(sample({ run: "b" }));
+  assert.equal(store.running("3"), true);
+});

@@ -53,12 +53,12 @@ def reports():
     empty = RunReport("s", 0, "torch", "cpu", 0.0, (), (), {}, None, None, None, None, None, None)
     full = dataclasses.replace(
         empty, tokens=9, total=12.34,
-        steps=(StepReport(0, 9.0, 5.0, 0.0, 0, 4),
+        steps=(StepReport(0, 9.0, 5.0, 0.0, 0, 4, True),
                StepReport(1, 8.0, 3.0, 1.0, 4, 0, estimated_error=0.0123)),
         blocks=(BlockReport(-1, 0.5, 0.6), BlockReport(2, 1 / 3, 0.6, 0.0123)),
         cells=(CellReport(1, -1, 0.5), CellReport(1, 2, 1 / 3)), estimated_error=0.0123,
         calls={"sparse": 4, "warm-up step": 4}, dense_call=1.25, sparse_call=1.0, density=0.4,
-        executed_density=0.6, scheduled=4, warmup=1)
+        executed_density=0.6, scheduled=4, sliders=((0, 1.0, 2), (1, 0.7, 0)))
     return [empty, full, dataclasses.replace(full, error="RuntimeError: \u00e9 \u6c49 \n \"quoted\"")]
 
 

@@ -127,7 +127,18 @@ test("text has every step, block and outcome", () => {
 test("CSV: one line a step and a block, text with commas quoted", () => {
   const lines = view.asCsv([sample(), sample({ settings: 'a "b"' })]).split("\r\n");
   assert.equal(lines.length, 1 + 2 * 5 + 1);
-  assert.equal(lines[1], '1,"threshold 1, tiles 128x16, warm-up 1 of 4 steps",step,0,warm-up,1000,500,0,,');
-  assert.equal(lines[2], '1,"threshold 1, tiles 128x16, warm-up 1 of 4 steps",step,1,sparse,900,200,100,,0.07');
-  assert.equal(lines.at(-2), '2,"a ""b""",block,3,,,,,0.4,0.061');
+  assert.equal(lines[1], '1,"threshold 1, tiles 128x16, warm-up 1 of 4 steps",step,0,warm-up,1000,500,0,,,1,1');
+  assert.equal(lines[2], '1,"threshold 1, tiles 128x16, warm-up 1 of 4 steps",step,1,sparse,900,200,100,,0.07,1,1');
+  assert.equal(lines.at(-2), '2,"a ""b""",block,3,,,,,0.4,0.061,,');
+});
+
+test("sliders that moved during the run: a mark, a line of text, and every step's values in the CSV", () => {
+  const run = sample({ sliders: [{ step: 0, threshold: 1, warmup_steps: 1 }, { step: 2, threshold: 1.4, warmup_steps: 0 }] });
+  assert.deepEqual(view.moves(run), [{ x: 0.5, label: "from step 3: threshold 1.4, warm-up 0" }]);
+  assert.deepEqual(view.moves(sample()), []);
+  assert.match(view.asText(run), /from step 3: threshold 1.4, warm-up 0/);
+  const cells = view.asCsv([run]).split("\r\n").slice(1, 4).map((line) => line.split(",").slice(-2));
+  assert.deepEqual(cells, [["1", "1"], ["1", "1"], ["1.4", "0"]]);
+  const late = sample({ timeline: run.timeline, sliders: run.sliders.slice(1) }); // more moves than are told
+  assert.match(view.asCsv([late]), /,step,0,.*,,,\r\n/);
 });

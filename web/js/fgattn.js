@@ -3,6 +3,7 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { hears, patchesOf, whileInGraph } from "./graph.js";
+import { followSliders } from "./live.js";
 import { createPanel } from "./panel.js";
 import { createPresets } from "./presets.js";
 import { createStore } from "./store.js";
@@ -29,7 +30,10 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (node.comfyClass === "FGAttnTiming") addPanel(node);
-    if (node.comfyClass === "FGAttnPatch") addPresets(node);
+    if (node.comfyClass === "FGAttnPatch") {
+      addPresets(node);
+      followSliders(node, { running: (id) => store.running(id), send: sendSliders });
+    }
   },
 });
 
@@ -69,6 +73,12 @@ function addPanel(node) {
     signal.addEventListener("abort", () => cancelAnimationFrame(frame), { once: true });
     schedule();
   });
+}
+
+async function sendSliders(values) {
+  const body = JSON.stringify({ client: api.clientId, ...values });
+  const answer = await api.fetchApi("/fgattn/sliders", { method: "POST", body });
+  if (!answer.ok) console.debug("FG-Attn: slider not taken:", await answer.text());
 }
 
 function addPresets(node) {

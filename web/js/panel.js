@@ -68,6 +68,9 @@ function steps(run) {
   const svg = picture(figure, 72);
   for (const p of layout.parts) rectangle(svg, spaced(p), `fgattn-${p.part}`);
   for (const l of layout.labels) rectangle(svg, { ...l, y: 0, height: 1 }, "fgattn-hover", l.label);
+  for (const move of view.moves(run)) {
+    rectangle(svg, { x: move.x - 0.002, width: 0.004, y: 0, height: 1 }, "fgattn-move", move.label);
+  }
   ends(figure, `step ${layout.first}`, `${layout.last}`);
   const kinds = new Set(layout.parts.map((p) => p.part));
   const legend = element("div", "fgattn-legend", figure);
@@ -75,6 +78,8 @@ function steps(run) {
     element("i", `fgattn-key fgattn-${kind}`, legend);
     element("span", "", legend, text);
   }
+  const moved = view.moves(run).at(-1);
+  if (moved) element("div", "fgattn-faint", figure, `sliders moved, ${moved.label}`);
   return figure;
 }
 

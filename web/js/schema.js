@@ -25,7 +25,8 @@ export const SCHEMA = {
   }},
   "blocks": {"list": {"block": "int", "density": "number", "error": "number?"}},
   "calls": {"list": {"outcome": "string", "number": "int"}},
-  "heat": "string"
+  "heat": "string",
+  "sliders": {"list": {"step": "int", "threshold": "number", "warmup_steps": "int"}}
 };
 
 /** Why a value is not a snapshot, or null. */

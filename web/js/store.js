@@ -47,6 +47,11 @@ export function createStore() {
       return all(wanted).sort((a, b) => a.order - b.order).slice(-KEPT);
     },
 
+    /** Whether a node's last run is going on, as far as is known. */
+    running(node) {
+      return [...(byNode.get(node)?.values() ?? [])].at(-1)?.state === "running";
+    },
+
     /** Call `listener` after every change, until the signal aborts. */
     subscribe(listener, signal) {
       if (signal.aborted) return;

@@ -147,6 +147,22 @@ function decoded(text) {
   return [...atob(text)].map((letter) => letter.charCodeAt(0));
 }
 
+/** Moves of the sliders during the run: {x, label}, in the timeline's box. */
+export function moves(run) {
+  const { first, last } = timeline(run);
+  return run.sliders.slice(1).filter((s) => s.step + 1 >= first).map((s) => ({
+    x: (s.step + 1 - first) / (last + 1 - first), label: `from step ${s.step + 1}: ${sliderText(s)}` }));
+}
+
+function sliderText({ threshold, warmup_steps }) {
+  return `threshold ${threshold}, warm-up ${warmup_steps}`;
+}
+
+/** Where the sliders stood in a step, or undefined. */
+function slidersAt(run, step) {
+  return run.sliders.findLast((s) => s.step <= step);
+}
+
 export function blockName(block) {
   return block < 0 ? "unknown block" : `block ${block}`;
 }
@@ -188,6 +204,7 @@ export function asText(run) {
     lines.push(`time: attention ${percent(part.attention)}, planning ${percent(part.planning)}, `
       + `rest ${percent(part.rest)}`);
   }
+  lines.push(...moves(run).map((move) => move.label));
   lines.push("", ...run.calls.map((c) => `${c.number} calls: ${c.outcome}`));
   lines.push("", ...timeline(run).labels.map((l) => l.label));
   if (run.blocks.length) lines.push("", ...heat(run).rows.map((row) => row.label));
@@ -197,13 +214,15 @@ export function asText(run) {
 /** Runs as CSV, one line a step, then one line a block; times in ms. */
 export function asCsv(runs) {
   const rows = [["run", "settings", "part", "index", "kind", "total_ms", "attention_ms", "planning_ms", "density",
-    "est_error"]];
+    "est_error", "threshold", "warmup_steps"]];
   runs.forEach((run, i) => {
     const start = [i + 1, run.settings];
     for (const s of run.timeline) {
-      rows.push([...start, "step", s.index, s.kind, s.total, s.attention, s.planning, "", s.error ?? ""]);
+      const at = slidersAt(run, s.index);
+      rows.push([...start, "step", s.index, s.kind, s.total, s.attention, s.planning, "", s.error ?? "",
+        at?.threshold ?? "", at?.warmup_steps ?? ""]);
     }
-    for (const b of run.blocks) rows.push([...start, "block", b.block, "", "", "", "", b.density, b.error ?? ""]);
+    for (const b of run.blocks) rows.push([...start, "block", b.block, "", "", "", "", b.density, b.error ?? "", "", ""]);
   });
   return rows.map((row) => row.map(csvCell).join(",")).join("\r\n") + "\r\n";
 }

@@ -1,0 +1,63 @@
+"""Live sliders: the page posts values of a node that is sampling, its engine takes them at the next step."""
+
+import contextlib
+
+from ..fgattn.engine import Engine
+from ..fgattn.errors import InvalidArgument
+from .status import prompt_server
+
+ROUTE = "/fgattn/sliders"
+FIELDS = {"client", "node", "threshold", "warmup_steps"}
+NOT_RUNNING = "no such node of this page is sampling with live sliders"
+
+
+class Sliders:
+    """The nodes that sample with their live switch on, each for the page that queued it."""
+
+    def __init__(self):
+        self._running: dict[tuple[str, str], Engine] = {}
+
+    @contextlib.contextmanager
+    def during(self, node_id: str | None, engine: Engine):
+        """While a node samples; without a page nobody can move its sliders."""
+        key = getattr(prompt_server(), "client_id", None), node_id
+        if None not in key:
+            self._running[key] = engine
+        try:
+            yield
+        finally:
+            self._running.pop(key, None)
+
+    def move(self, message: object) -> tuple[int, str]:
+        """Take a message of a page.
+
+        Returns:
+            HTTP status and why it was refused, or "".
+        """
+        if not isinstance(message, dict) or message.keys() != FIELDS:
+            return 400, f"the fields must be {', '.join(sorted(FIELDS))}"
+        engine = self._running.get((str(message["client"]), str(message["node"])))
+        if engine is None:
+            return 404, NOT_RUNNING
+        try:
+            taken = engine.move(message["threshold"], message["warmup_steps"])
+        except InvalidArgument as error:
+            return 400, str(error)
+        return (200, "") if taken else (404, NOT_RUNNING)
+
+
+SLIDERS = Sliders()
+
+
+def serve(server, sliders: Sliders = SLIDERS) -> None:
+    """Add the route to ComfyUI's server."""
+    from aiohttp import web
+
+    @server.routes.post(ROUTE)
+    async def move(request):
+        try:
+            message = await request.json()
+        except ValueError:
+            message = None
+        status, reason = sliders.move(message)
+        return web.json_response({"error": reason} if reason else {}, status=status)
