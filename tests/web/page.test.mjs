@@ -104,3 +104,21 @@ test("a panel that comes later shows the runs so far", () => {
   assert.match(text(timing), /sparse: 30% of scores/);
   assert.equal(timing.widgets.at(-1).element.find((e) => e.tag === "tr").length, 1 + 2);
 });
+
+test("the patch node says what its last run did, unless ComfyUI's own line still does", async () => {
+  const node = create("FGAttnPatch", 30);
+  node.onAdded();
+  const [line] = node.widgets.at(-1).element.find((e) => e.className === "fgattn-status");
+  send(sample({ node: "30", run: "s1" }));
+  assert.equal(line.textContent, "");
+  node.widgets.push({ name: "$$node-text-preview" });
+  send(sample({ node: "30", run: "s1", state: "done" }));
+  assert.equal(line.textContent, "");
+  node.widgets.pop();
+  page.api.dispatchEvent(new Event("execution_success"));
+  await new Promise((done) => setTimeout(done, 400));
+  assert.equal(line.textContent, "sparse: 30% of scores");
+  node.onRemoved();
+  send(sample({ node: "30", run: "s2" }));
+  assert.equal(line.textContent, "sparse: 30% of scores");
+});
