@@ -187,3 +187,21 @@ test("10 000 events and odd heat maps: one drawing, nothing breaks", () => {
   assert.match(text(timing), /density/);
   timing.onRemoved();
 });
+
+test("the patch node says what its last run did, unless ComfyUI's own line still does", async () => {
+  const node = create("FGAttnPatch", 30);
+  node.onAdded();
+  const [line] = node.widgets.at(-1).element.find((e) => e.className === "fgattn-status");
+  send(sample({ node: "30", run: "s1" }));
+  assert.equal(line.textContent, "");
+  node.widgets.push({ name: "$$node-text-preview" });
+  send(sample({ node: "30", run: "s1", state: "done" }));
+  assert.equal(line.textContent, "");
+  node.widgets.pop();
+  page.api.dispatchEvent(new Event("execution_success"));
+  await new Promise((done) => setTimeout(done, 400));
+  assert.equal(line.textContent, "sparse: 30% of scores");
+  node.onRemoved();
+  send(sample({ node: "30", run: "s2" }));
+  assert.equal(line.textContent, "sparse: 30% of scores");
+});

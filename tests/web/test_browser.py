@@ -183,6 +183,16 @@ def test_status_line_of_the_server(page):
         assert shown.count() == 1 and shown.first.is_visible()
 
 
+def test_status_line_after_the_run(page):
+    """Newer frontends take the server's text away when the prompt ends; then our line says it, never both."""
+    play(page, patch_id(page))
+    page.wait_for_timeout(500)
+    kept = page.evaluate("""app.graph._nodes.find(n => n.comfyClass === 'FGAttnPatch')
+                            .widgets.some(w => w.name === '$$node-text-preview')""")
+    line = page.locator(".fgattn-status").inner_text()
+    assert line == ("" if kept else "sparse: 26% of scores, attention 2.50x faster")
+
+
 def test_live_slider(page):
     """With the switch on, and only while the node samples, moves go to the server; the last one counts."""
     page.evaluate("""() => { app.graph._nodes.find(n => n.comfyClass === 'FGAttnPatch')

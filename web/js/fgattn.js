@@ -11,7 +11,10 @@ import { createStore } from "./store.js";
 const EVENT = "fgattn.progress";
 const ROUTE = "/fgattn/runs"; // of the last message of this page's runs
 const PANEL_HEIGHT = 440; // px
-const PRESETS_HEIGHT = 36;
+const PRESETS_HEIGHT = 54;
+const SERVER_TEXT = "$$node-text-preview"; // ComfyUI's own line; newer frontends drop it when the prompt ends
+const ENDS = ["execution_success", "execution_error", "execution_interrupted"];
+const AFTER = 300; // ms until the page has done so
 const store = createStore();
 
 app.registerExtension({
@@ -82,7 +85,21 @@ async function sendSliders(values) {
 }
 
 function addPresets(node) {
-  addWidget(node, "fgattn_presets", createPresets(node), PRESETS_HEIGHT, PRESETS_HEIGHT);
+  const row = document.createElement("div");
+  const line = document.createElement("div");
+  line.className = "fgattn-status";
+  row.append(createPresets(node), line);
+  addWidget(node, "fgattn_presets", row, PRESETS_HEIGHT, PRESETS_HEIGHT);
+  whileInGraph(node, (signal) => {
+    const own = new Set([String(node.id)]);
+    const draw = () => {
+      const last = store.runs((id) => hears(own, id)).at(-1);
+      const free = last && last.state !== "running" && !node.widgets.some((w) => w.name === SERVER_TEXT);
+      line.textContent = free ? last.headline : "";
+    };
+    store.subscribe(draw, signal);
+    for (const name of ENDS) api.addEventListener(name, () => setTimeout(draw, AFTER), { signal });
+  });
 }
 
 /** A widget that is neither saved with the workflow nor sent with the prompt. */
