@@ -13,6 +13,7 @@ import torch
 from calls import INFINITE_BOUND, plan_calls
 from fgattn import Settings, TokenLayout, attend, build_plan, plan_from_mask, reference, runtime
 from fgattn.engine import Engine
+from fgattn.estimate import exact
 from fgattn.methods import METHODS
 from fgattn.plan import of_heads
 from fgattn.settings import TILE_KEYS, TILE_QUERIES, Policy
@@ -551,3 +552,42 @@ def test_live_statistics_do_not_wait():
     assert [s.index for s in last.steps] == list(range(7)) and last.steps[0].sparse_calls == 0
     assert last.density == pytest.approx(report.density, rel=0.2)
     assert all(a.total == b.total for a, b in zip(last.steps, report.steps, strict=False))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_few_dense_rows(dtype, masked):
+    """The yardstick of the estimate: within rounding of float64, in little memory, in every kernel."""
+    q, k, v = tensors(1, 8, 20_000, 128, dtype)
+    valid = torch.ones(1, 20_000, dtype=torch.bool, device="cuda")
+    valid[:, -700:] = False
+    rows = q[:, :, ::313].contiguous()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = exact(rows, k, v, valid if masked else None, None)
+    assert torch.cuda.max_memory_allocated() - before < 64 << 20
+    keys = int(valid.sum()) if masked else 20_000
+    scores = rows.double() @ k[:, :, :keys].double().mT * 128**-0.5
+    expected = scores.softmax(-1) @ v[:, :, :keys].double()
+    assert ((out.double() - expected).norm() / expected.norm()).item() < (5e-3 if dtype == BF16 else 1e-4)
+
+
+def test_estimates_and_maps_do_not_wait():
+    """Nor do they use the sampler's random numbers; the estimate is near the error of all rows."""
+    q, k, v = tensors(1, 2, 8192, 128)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    one, layout = Engine(Settings(2.0), Policy(warmup_steps=0)), TokenLayout((8, 32, 32))
+    before = torch.cuda.get_rng_state()
+    one.begin_run([1.0, 0.5, 0.0], True, q.device)
+    for strict in (False, True):  # compilation and the first use of a geometry may wait
+        one.begin_evaluation(0.5 if strict else 1.0)
+        torch.cuda.set_sync_debug_mode("error" if strict else "default")
+        try:
+            outs = [one.attention(q, k, v, layout=layout, dense=lambda: q, block=b) for b in range(130)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    report = one.end_run()
+    assert torch.equal(torch.cuda.get_rng_state(), before) and not report.remarks
+    true = ((outs[0].double() - dense.double()).norm() / dense.double().norm()).item()
+    assert report.estimated_error == pytest.approx(true, rel=0.5)
+    assert len(one.last_maps.kept) == 260 and one.last_maps.find(-1, 0, 0)[1].keys(0).any()
