@@ -90,11 +90,11 @@ class Engine:
         """Note that the model is evaluated at this noise level; finds the step it belongs to."""
         if run := self._run:
             step = step_of(sigma, run.sigmas)
-            if run.rule and step != run.step:  # sliders that moved end what was learnt
-                run.densities = run.stats.densities() if len(run.stats.sliders) == 1 else {}
-            run.step = step
+            is_new, run.step = step != run.step, step
             if run.moved and not run.stats.began(step):
                 run.take_moved()
+            if run.rule and is_new:  # sliders that moved end what was learnt
+                run.densities = run.stats.densities() if len(run.stats.sliders) == 1 else {}
             run.stats.begin_step(step, step < run.warmup(run.policy))
             run.plans.begin_evaluation(step)
 

@@ -274,8 +274,8 @@ def plan_uses(pack, monkeypatch):
     engine = sys.modules["fgattn_pack.fgattn.engine"]
     run, uses, made = engine.Engine._plan, [], {}
 
-    def plan(self, state, q, k, layout, block, branch, scale):
-        found, outcome = run(self, state, q, k, layout, block, branch, scale)
+    def plan(self, state, build, q, k, layout, block, branch, scale):
+        found, outcome = run(self, state, build, q, k, layout, block, branch, scale)
         made.setdefault(id(found), (found, state.step, block, branch))
         uses.append((state.step, block, branch, *made[id(found)][1:], found))
         return found, outcome

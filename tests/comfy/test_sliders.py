@@ -110,13 +110,14 @@ def test_the_route(sliders, pack):
     assert all(body["error"] for _, body in answers[1:])
 
 
-def test_the_extension_serves_it(pack, monkeypatch):
+def test_the_extension_serves_its_routes(pack, monkeypatch):
     """ComfyUI calls on_load once; a script has no server."""
     nodes = sys.modules["fgattn_pack.nodes"]
     served = []
     monkeypatch.setattr(nodes.sliders, "serve", served.append)
+    monkeypatch.setattr(nodes.recent, "serve", served.append)
     monkeypatch.setattr(nodes, "prompt_server", lambda: "server")
     asyncio.run(nodes.FGAttnExtension().on_load())
     monkeypatch.setattr(nodes, "prompt_server", lambda: None)
     asyncio.run(nodes.FGAttnExtension().on_load())
-    assert served == ["server"]
+    assert served == ["server"] * 2

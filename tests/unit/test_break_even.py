@@ -98,6 +98,19 @@ def test_blocks_that_keep_too_much_go_dense():
     assert [(s.sparse_calls, s.dense_calls) for s in report.steps] == [(2, 0), (1, 1), (1, 1)]
 
 
+def test_a_moved_slider_ends_what_was_learnt():
+    """What a threshold kept says nothing of the next one."""
+    engine = Ruled(Settings(0.0, 16, 16), Policy(0))
+    engine.begin_run([1.0, 0.6, 0.3, 0.0], False, CPU)
+    q, k, v = torch.randn(3, 1, 1, LAYOUT.length, 64, generator=torch.Generator().manual_seed(0))
+    for sigma in (1.0, 0.6, 0.3):
+        engine.begin_evaluation(sigma)
+        engine.attention(q, k, v, layout=LAYOUT, dense=lambda: v, block=0)
+        if sigma == 0.6:
+            engine.move(2.0, 0)
+    assert [(s.sparse_calls, s.dense_calls) for s in engine.end_run().steps] == [(1, 0), (0, 1), (1, 0)]
+
+
 def test_a_run_that_keeps_too_much_says_so():
     report = run(Ruled(Settings(0.0), Policy(0)))
     assert report.calls == {"sparse": 1, TOO_DENSE: 2}

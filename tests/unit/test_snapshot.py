@@ -175,7 +175,8 @@ def test_slow_steps_are_all_told(live, server):
 def test_the_node_says_what_it_does_without_javascript(live, server):
     """The server's own text, to the same client; the last word comes from the patch."""
     sample(live, live.Live("3", report), 2, 1.0)
-    assert server.texts == [("sparse: 33% of scores, attention 2.00x faster, est. error 1.2%, step 4 of 4", "3", "tab")] * 3
+    line = "sparse: 33% of scores, attention 2.00x faster, est. error 1.2%, step 4 of 4"
+    assert server.texts == [(line, "3", "tab")] * 3
 
 
 def test_updates_cost_little(live, server):

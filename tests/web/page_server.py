@@ -37,6 +37,7 @@ class Server:
     def __init__(self, frontend: Path, settings: dict):
         self.frontend, self.settings = frontend, dict(settings)
         self.queued, self.moved, self.userdata = [], [], {}
+        self._runs = {}  # last message of each run
         self._sockets = {}
         self._loop = asyncio.new_event_loop()
 
@@ -54,6 +55,8 @@ class Server:
 
     def send(self, event: str, data: dict) -> None:
         """A message to the page, as `send_sync` of ComfyUI's server."""
+        if isinstance(data, dict) and "run" in data:
+            self._runs[data["run"]] = data
         self._send(lambda socket: socket.send_json({"type": event, "data": data}))
 
     def send_text(self, text: str, node: str) -> None:
@@ -101,6 +104,8 @@ class Server:
             return web.FileResponse(WEB / path.removeprefix("/extensions/fg-attn/"))
         if path.startswith("/settings"):
             return await self._settings(request, path.removeprefix("/settings").removeprefix("/"))
+        if path == "/fgattn/runs":
+            return web.json_response(list(self._runs.values()))
         if request.method == "POST" and path == "/fgattn/sliders":
             self.moved.append(await request.json())
             return web.json_response({})
