@@ -201,16 +201,27 @@ def plan_call(
 def parts_for(q: torch.Tensor, keys: int, settings: Settings) -> int:
     """Parts that heads are taken in, so that a call on a GPU needs CALL_BYTES beside q, k, v and the output.
 
-    Counted are bits, summaries and tail of the kernels. Bits of whole cells are small enough for one part.
+    Bits of whole cells are small enough for one part.
     """
-    batch, heads, queries, dim = q.shape
+    if not q.is_cuda or settings.tile_keys >= CELL:
+        return 1
+    room = CALL_BYTES - (LIST_BYTES if settings.tile_keys >= OCTET else 0)
+    return max(1, min(q.shape[1], -(-call_bytes(q.shape, keys, settings) // room)))
+
+
+def call_bytes(shape: torch.Size, keys: int, settings: Settings) -> int:
+    """Most that the kernels of planning and tail hold at a time: summaries, bits, pooled outputs.
+
+    Args:
+        shape: of q, [B, H, L_q, D].
+    """
+    batch, heads, queries, dim = shape
     m, n = settings.tile_queries, settings.tile_keys
     runs, cells = -(-queries // CELL), -(-keys // CELL)
     bits = -(-queries // max(m, KERNEL_ROWS)) * row_bytes(-(-keys // n))
-    words = 0 if n == 1 and m >= KERNEL_ROWS else -(-queries // m) * row_bytes(keys)
-    head = (runs + 2 * cells) * dim * 2 + max((runs + cells) * dim * 2, words + bits, bits + runs * dim * 4)
-    room = CALL_BYTES - (LIST_BYTES if n >= OCTET else 0)
-    return max(1, min(heads, -(-batch * heads * head // room))) if q.is_cuda and n < CELL else 1
+    words = 0 if n >= CELL or n == 1 and m >= KERNEL_ROWS else -(-queries // m) * row_bytes(keys)
+    summaries = (runs + 2 * cells) * dim * 2
+    return batch * heads * (summaries + max((runs + cells) * dim * 2, words + bits, bits + runs * dim * 4))
 
 
 def plan_from_mask(
