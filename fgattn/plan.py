@@ -219,7 +219,7 @@ def call_bytes(shape: torch.Size, keys: int, settings: Settings) -> int:
     m, n = settings.tile_queries, settings.tile_keys
     runs, cells = -(-queries // CELL), -(-keys // CELL)
     bits = -(-queries // max(m, KERNEL_ROWS)) * row_bytes(-(-keys // n))
-    words = 0 if n >= CELL or n == 1 and m >= KERNEL_ROWS else -(-queries // m) * row_bytes(keys)
+    words = 0 if n >= CELL or (n == 1 and m >= KERNEL_ROWS) else -(-queries // m) * row_bytes(keys)
     summaries = (runs + 2 * cells) * dim * 2
     return batch * heads * (summaries + max((runs + cells) * dim * 2, words + bits, bits + runs * dim * 4))
 

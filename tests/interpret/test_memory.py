@@ -1,4 +1,4 @@
-"""What planning and tail hold at a time, against what `call_bytes` expects; it decides how many heads run together."""
+"""What planning and tail hold at a time, against `call_bytes`, which decides how many heads run together."""
 
 import weakref
 

@@ -19,6 +19,7 @@ from fgattn import (
     sparse_attention,
     tail,
 )
+from fgattn.plan import parts_for
 from fgattn.settings import TILE_KEYS, TILE_QUERIES
 from makers import (
     CASES,
@@ -460,6 +461,29 @@ def test_sparse_attention_is_plan_and_attend():
     settings = Settings(2.0, 32, 4)
     expected = attend(q, k, v, build_plan(q, k, settings, LAYOUT, scale=0.2), impl="reference")
     assert torch.equal(sparse_attention(q, k, v, settings, LAYOUT, scale=0.2, impl="reference"), expected)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_heads_in_parts(parts, by_token, monkeypatch):
+    """A call that would need much memory takes its heads in parts: the same result, stored as q is."""
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) if by_token else x for x in make(5, LENGTH))
+    whole = sparse_attention(q, k, v, Settings(1.5, 32, 4), LAYOUT)
+    monkeypatch.setattr("fgattn.attention.parts_for", lambda *_: parts)
+    out = sparse_attention(q, k, v, Settings(1.5, 32, 4), LAYOUT)
+    torch.testing.assert_close(out, whole)
+    assert out.stride() == q.stride()
+
+
+def test_parts_of_a_large_call():
+    """Wan 14B at 720p: single keys in two parts, slices of whole cells in one; no parts without a GPU."""
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    q = torch.empty(1, 40, 75600, 128, device="meta").as_subclass(OnGPU)
+    assert [parts_for(q, 75600, Settings(1.0, 128, n)) for n in (1, 4, 8, 16)] == [2, 2, 3, 1]
+    assert parts_for(q[:, :1], 75600, Settings(1.0, 128, 1)) == 1
+    assert parts_for(torch.empty(q.shape, device="meta"), 75600, Settings(1.0, 128, 1)) == 1
 
 
 def test_reference_needs_no_other_stage(monkeypatch):

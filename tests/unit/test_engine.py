@@ -663,6 +663,23 @@ def test_a_full_store_is_counted(monkeypatch):
     assert one.engine.end_run().plans == {"made": 2, "reused": 4, "not kept": 3}
 
 
+def test_heads_in_parts_for_memory(monkeypatch):
+    """What a large call does: the same numbers, one call in the books, and plans kept for each part."""
+    q, k, v = tensors(4, 128)
+    whole = attend(q, k, v, build_plan(q, k, SETTINGS, LAYOUT))
+    monkeypatch.setattr("fgattn.engine.parts_for", lambda *_: 3)
+    one = engine(Policy(warmup_steps=0, reuse_steps=2))
+    one.begin_run(falling(4), True, CPU)
+    for sigma in falling(4)[:2]:
+        one.begin_evaluation(sigma)
+        out = one.attention(q, k, v, layout=LAYOUT, dense=lambda: DENSE, block=0)
+        torch.testing.assert_close(out, whole)
+    report = one.end_run()
+    assert report.calls == {"sparse": 2} and report.plans == {"made": 3, "reused": 3} and not report.remarks
+    assert report.steps[0].planning > 0 and report.steps[1].planning == 0
+    assert [*one.last_maps.skipped.values()] == [IN_PARTS] * 2
+
+
 def test_memory_limit_is_in_megabytes(monkeypatch):
     """0 keeps nothing, 1 is enough for small plans."""
     for limit, made in ((0, [0, 1, 2]), (1, [0])):
