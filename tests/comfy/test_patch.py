@@ -88,6 +88,30 @@ def test_other_overrides_get_the_dense_calls(wan, sample, patched, report, after
     assert other.calls == BLOCKS + 4 * BLOCKS
 
 
+def test_a_replaced_attention_is_not_reached_and_said(wan, sample, patched, report, monkeypatch):
+    """Another node put its own function in the model's place: nothing of ours runs, and the node says so."""
+    from comfy.ldm.wan import model as code
+
+    def plain(q, k, v, heads, mask=None, **_):
+        q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+
+    dense, model = sample(wan), patched(wan)
+    monkeypatch.setattr(code, "optimized_attention", plain)
+    torch.testing.assert_close(sample(model), dense)
+    headline = sys.modules["fgattn_pack.fgattn.report"].headline
+    assert headline(report(model)) == "attention never reached FG-Attn"
+
+
+def test_an_unknown_model_runs_by_shape_alone(pack, wan, patched, sample, report, monkeypatch):
+    """Raster order, with a remark that says what is lost."""
+    monkeypatch.setattr(sys.modules["fgattn_pack.nodes.patch"], "video_of", lambda *_: None)
+    model = patched(wan)
+    sample(model)
+    last = report(model)
+    assert last.calls["sparse"] and last.remarks == (sys.modules["fgattn_pack.nodes.models"].NO_GRID,)
+
+
 def test_patching_twice_replaces(wan, sample, patched, report):
     """The second node wins; the first one's override is not left in the chain."""
     model = patched(patched(wan, threshold=8.0), threshold=0.0)
