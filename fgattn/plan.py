@@ -15,8 +15,7 @@ from .selection import merge_runs, select
 from .settings import Settings
 from .tensors import CHUNK_ELEMENTS, check_tensors, head_chunks, ordered
 
-CALL_BYTES = 250 * 10**6  # that a call shall need beside its tensors
-LIST_BYTES = 96 << 20  # of them for lists; the heads that fit are listed and computed together
+CALL_BYTES = 250 * 10**6  # that a call with single keys shall need beside its tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,12 +200,11 @@ def plan_call(
 def parts_for(q: torch.Tensor, keys: int, settings: Settings) -> int:
     """Parts that heads are taken in, so that a call on a GPU needs CALL_BYTES beside q, k, v and the output.
 
-    Bits of whole cells are small enough for one part.
+    Bits of whole cells are small enough for one part. Kernels that need lists have room for them besides.
     """
     if not q.is_cuda or settings.tile_keys >= CELL:
         return 1
-    room = CALL_BYTES - (LIST_BYTES if settings.tile_keys >= OCTET else 0)
-    return max(1, min(q.shape[1], -(-call_bytes(q.shape, keys, settings) // room)))
+    return max(1, min(q.shape[1], -(-call_bytes(q.shape, keys, settings) // CALL_BYTES)))
 
 
 def call_bytes(shape: torch.Size, keys: int, settings: Settings) -> int:

@@ -21,11 +21,12 @@ import triton
 import triton.language as tl
 
 from ..order import CELL, OCTET
-from ..plan import LIST_BYTES, SparsePlan
+from ..plan import SparsePlan
 from .launch_table import capability, launch_for
 from .summarise import COUNTS, position_rows
 
 HEAD_DIMS = (64, 128)
+LIST_BYTES = 208 << 20  # scratch for lists; more heads than fit run in several launches
 LOG2_E = 1.4426950408889634
 LIST_BLOCK, LIST_SPAN = 512, 4096  # units: of a step, of a program
 
