@@ -153,6 +153,18 @@ def test_summaries_of_a_plan_serve_its_tail(scale):
                        attend(q, k, v, plan, impl="triton"))
 
 
+def test_kernels_write_a_part_of_the_heads():
+    """As large calls do: slices of q, k, v and the output, all stored by token."""
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in make(3, 98))
+    whole = attend(q, k, v, build_plan(q, k, Settings(2.0, 64, 4), LAYOUT, impl="triton"))
+    out = torch.empty_like(q)
+    for of in (slice(0, 1), slice(1, 3)):
+        mine = q[:, of], k[:, of], v[:, of]
+        plan, summaries = plan_call(*mine, Settings(2.0, 64, 4), LAYOUT, impl="triton")
+        attend(*mine, plan, impl="triton", summaries=summaries, out=out[:, of])
+    torch.testing.assert_close(out, whole, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_tail_of_every_kind_of_sequence(case):
     """Missing keys, other lengths, batches."""
