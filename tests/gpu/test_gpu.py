@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from calls import INFINITE_BOUND, plan_calls
-from fgattn import Settings, TokenLayout, attend, build_plan, plan_from_mask, reference, runtime
+from fgattn import (
+    Settings,
+    TokenLayout,
+    attend,
+    build_plan,
+    plan_from_mask,
+    reference,
+    runtime,
+    sparse_attention,
+)
 from fgattn.engine import Engine
 from fgattn.estimate import exact
 from fgattn.methods import METHODS
@@ -467,6 +476,36 @@ def test_extra_memory(kernel, m, n):
     out = attend(q, k, v, build_plan(q, k, Settings(tile_queries=m, tile_keys=n), layout), impl=kernel)
     extra = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
     assert extra <= 512e6, f"{extra / 1e6:.0f} MB"
+
+
+def test_heads_in_parts(monkeypatch):
+    """A call as the nodes make it, whole and in parts: planning's summaries serve the tail."""
+    layout = TokenLayout((8, 16, 16))
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(1, 6, layout.length, 128))
+    for n in (1, 16):
+        settings = Settings(1.5, 128, n)
+        whole = sparse_attention(q, k, v, settings, layout)
+        expected = attend(q, k, v, build_plan(q, k, settings, layout))
+        assert torch.equal(whole, expected)
+        monkeypatch.setattr("fgattn.attention.parts_for", lambda *_: 4)
+        parts = sparse_attention(q, k, v, settings, layout)
+        monkeypatch.undo()
+        torch.testing.assert_close(parts, whole, atol=2e-2, rtol=2e-2)
+        assert parts.stride() == q.stride()
+
+
+def test_memory_of_a_large_call():
+    """Single keys at L = 75 600 with 40 heads: at most 256 MB beside q, k, v and the output."""
+    layout = TokenLayout((21, 45, 80))
+    q, k, v = tensors(1, 40, layout.length, 128)
+    for _ in range(2):  # the first call fills caches that stay
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = sparse_attention(q, k, v, Settings(1.0, 128, 1), layout)
+        extra = torch.cuda.max_memory_allocated() - before - out.nbytes
+        del out
+    assert extra <= 256e6, f"{extra / 1e6:.0f} MB"
 
 
 def test_engine_times_with_events():
