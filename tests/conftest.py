@@ -26,6 +26,7 @@ load("fgattn", ROOT / "fgattn")
 load("benchmarks", ROOT / "benchmarks")
 load("makers", ROOT / "tests" / "makers.py")
 load("calls", ROOT / "tests" / "calls.py")
+pages = load("pages", ROOT / "tests" / "pages.py")
 torch.set_num_threads(1)  # the tensors are small; threads would only wait for each other
 
 
@@ -33,6 +34,13 @@ torch.set_num_threads(1)  # the tensors are small; threads would only wait for e
 def pack_root():
     """The root `__init__.py` as ComfyUI loads it, under a name of its own; imports no ComfyUI."""
     return load("fgattn_pack", ROOT)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium."""
+    with pages.chromium() as started:
+        yield started
 
 
 def pytest_collection_modifyitems(items):

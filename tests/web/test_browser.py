@@ -6,38 +6,21 @@
 import dataclasses
 import json
 import runpy
-import shutil
 import sys
 from pathlib import Path
 
+import pages
 import pytest
 from fgattn import snapshot
 from fgattn.report import headline
 from fgattn.stats import BlockReport, RunReport, StepReport
+from pages import load, patch_id, slider, started, text, value
 
 EXAMPLE = Path(__file__).parents[2] / "example_workflows" / "wan2.1_t2v.json"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FRONTENDS = sorted((Path(sys.prefix) / "frontends").glob("*/comfyui_frontend_package/static"))
-QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update")
-try:
-    from playwright.sync_api import sync_playwright
-except ImportError:
-    sync_playwright = None
-MISSING = [name for name, have in (
-    ("Chromium", CHROMIUM), ("playwright", sync_playwright), ("frontends", len(FRONTENDS) > 1)) if not have]
+MISSING = [*pages.MISSING, *(["frontends"] if len(FRONTENDS) < 2 else [])]
 pytestmark = pytest.mark.skipif(
     bool(MISSING), reason=f"no {', no '.join(MISSING)}: the real page is not tested (make browser)")
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False,
-            "Comfy.Validation.Workflows": True, "Comfy.UseNewMenu": "Top", "Comfy.Minimap.Visible": False}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(params=[(f, vue) for f in FRONTENDS or [Path("none/x/static")] for vue in (False, True)],
@@ -46,65 +29,10 @@ def page(request, browser):
     """ComfyUI's page with the example workflow; an error in its console fails the test."""
     server_of = runpy.run_path(str(Path(__file__).parent / "page_server.py"))["Server"]
     frontend, vue = request.param
-    with server_of(frontend, {**SETTINGS, "Comfy.VueNodes.Enabled": vue}) as server:
-        context = browser.new_context(viewport={"width": 1600, "height": 1000})
-        context.route(lambda url: not url.startswith(server.url), lambda route: route.fulfill(json={}))
-        opened = context.new_page()
-        opened.server, opened.vue, errors = server, vue, []
-        opened.on("console", lambda m: errors.append(f"{m.text} {m.location}") if m.type == "error" else None)
-        opened.on("pageerror", lambda error: errors.append(str(error)))
-        opened.errors = errors
-        opened.goto(server.url)
-        started(opened)
+    with server_of(frontend, pages.settings(vue)) as server, pages.opened(browser, server.url, vue) as opened:
+        opened.server = server
         load(opened, json.loads(EXAMPLE.read_text(encoding="utf-8")))
         yield opened
-        context.close()
-    assert errors == []
-
-
-def started(page):
-    page.wait_for_function("window.app?.graph && window.app.extensionManager")
-    page.wait_for_timeout(1000)
-    page.errors.clear()  # those of the page's own start
-    page.keyboard.press("Escape")
-
-
-def load(page, graph):
-    """Load a workflow and bring the FG-Attn nodes into view."""
-    page.evaluate("graph => app.loadGraphData(graph)", graph)
-    page.wait_for_function("app.graph._nodes.some(n => n.comfyClass === 'FGAttnTiming' && n.widgets?.length)")
-    page.keyboard.press("Escape")
-    page.evaluate("""() => { const [x, y] = app.graph._nodes.find(n => n.comfyClass === 'FGAttnPatch').pos;
-        const at = app.canvas.ds; at.scale = 0.7; at.offset = [200 - x, 200 - y];
-        app.canvas.setDirty(true, true); }""")
-    page.wait_for_selector(".fgattn-presets")
-    page.wait_for_timeout(500)
-
-
-def value(page, name):
-    return page.evaluate("""name => app.graph._nodes.find(n => n.comfyClass === 'FGAttnPatch')
-                            .widgets.find(w => w.name === name).value""", name)
-
-
-def slider(page, name, share):
-    """Put the mouse on a slider of the patch node and drag it to a share of its length."""
-    if page.vue:
-        thumbs = page.locator(f"[data-node-id='{patch_id(page)}'] [role=slider]")
-        box = thumbs.nth(["threshold", "warmup_steps"].index(name)).locator("xpath=..").bounding_box()
-    else:
-        box = page.evaluate("""name => {
-            const node = app.graph._nodes.find(n => n.comfyClass === 'FGAttnPatch');
-            const widget = node.widgets.find(w => w.name === name);
-            const [x, y] = app.canvasPosToClientPos([node.pos[0] + 15, node.pos[1] + widget.last_y]);
-            const scale = app.canvas.ds.scale;
-            return {x, y, width: scale * (node.size[0] - 30), height: scale * 20}; }""", name)
-    y = box["y"] + box["height"] / 2
-    page.mouse.move(box["x"] + box["width"] * 0.3, y)
-    page.mouse.down()
-    for part in (0.4, 0.5, share):
-        page.mouse.move(box["x"] + box["width"] * part, y, steps=3)
-    page.mouse.up()
-    page.wait_for_timeout(400)
 
 
 def report(steps):
@@ -135,17 +63,9 @@ def play(page, node, steps=8, last="done"):
     page.wait_for_timeout(700)
 
 
-def patch_id(page):
-    return page.evaluate("String(app.graph._nodes.find(n => n.comfyClass === 'FGAttnPatch').id)")
-
-
 def old(page):
     """The first of the two releases: before ComfyUI 0.19.3, the oldest that the pack is for."""
     return "1.30." in str(page.server.frontend)
-
-
-def text(page, selector=".fgattn-panel"):
-    return page.locator(selector).first.inner_text()
 
 
 def test_move_save_reload_run(page):
