@@ -142,3 +142,9 @@ test("sliders that moved during the run: a mark, a line of text, and every step'
   const late = sample({ timeline: run.timeline, sliders: run.sliders.slice(1) }); // more moves than are told
   assert.match(view.asCsv([late]), /,step,0,.*,,,\r\n/);
 });
+
+test("densities that hardly differ look alike", () => {
+  const { shades } = view.heat(sample({ heat: btoa(String.fromCharCode(0, 0, 20, 21, 20, 21)) }));
+  assert.equal(shades.length, 2);
+  assert.ok(shades.every((shade) => shade.strength > 0.9));
+});

@@ -109,6 +109,7 @@ export function errors(run) {
 
 const SHADES = 16;
 const FAINTEST = 0.12; // strength of the sparsest cell
+const LEAST_SPAN = 25; // in bytes, a tenth of all scores: smaller differences shall not look like gaps
 
 /**
  * Density by step, under the timeline, and block, from the top, in a box of 1 x 1. The densest cell has strength 1;
@@ -130,7 +131,7 @@ export function heat(run) {
     for (let row = 0; row < count; row += 1) {
       const byte = bytes[column * count + row];
       if (!byte) continue;
-      const shade = Math.round(SHADES * (most > least ? (byte - least) / (most - least) : 1));
+      const shade = Math.round(SHADES * (1 - (most - byte) / Math.max(most - least, LEAST_SPAN)));
       const cell = `M${x.toFixed(4)} ${(row * height).toFixed(4)}h${width.toFixed(4)}v${height.toFixed(4)}`
         + `h${(-width).toFixed(4)}z`;
       paths.set(shade, (paths.get(shade) ?? "") + cell);
