@@ -83,6 +83,7 @@ def sparse_attention(
         mine = q[:, of], k[:, of], v[:, of]
         plan, summaries = plan_call(*mine, settings, layout, scale=scale)
         attend(*mine, plan, impl=impl, summaries=summaries, out=out[:, of])
+        del plan, summaries  # the next part's shall have their room
     return out
 
 

@@ -202,6 +202,7 @@ class Engine:
             try:
                 out, spans = empty_like(q), []
                 for of in head_parts(heads, parts):
+                    plan = None  # the next part's shall have its room
                     plan, span = self._part(
                         run, q[:, of], k[:, of], v[:, of], out[:, of], layout, block, branch, scale)
                     spans.append(span)

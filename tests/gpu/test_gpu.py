@@ -615,7 +615,7 @@ def test_estimates_and_maps_do_not_wait():
     """Nor do they use the sampler's random numbers; the estimate is near the error of all rows."""
     q, k, v = tensors(1, 2, 8192, 128)
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    one, layout = Engine(Settings(2.0), Policy(warmup_steps=0)), TokenLayout((8, 32, 32))
+    one, layout = Engine(Settings(2.0), Policy(warmup_steps=0, min_tokens=1)), TokenLayout((8, 32, 32))
     before = torch.cuda.get_rng_state()
     one.begin_run([1.0, 0.5, 0.0], True, q.device)
     for strict in (False, True):  # compilation and the first use of a geometry may wait
@@ -627,6 +627,7 @@ def test_estimates_and_maps_do_not_wait():
             torch.cuda.set_sync_debug_mode("default")
     report = one.end_run()
     assert torch.equal(torch.cuda.get_rng_state(), before) and not report.remarks
+    assert report.calls == {"sparse": 260}
     true = ((outs[0].double() - dense.double()).norm() / dense.double().norm()).item()
     assert report.estimated_error == pytest.approx(true, rel=0.5)
     assert len(one.last_maps.kept) == 260 and one.last_maps.find(-1, 0, 0)[1].keys(0).any()

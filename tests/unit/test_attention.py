@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from fgattn import (
     sparse_attention,
     tail,
 )
-from fgattn.plan import parts_for
-from fgattn.settings import TILE_KEYS, TILE_QUERIES
+from fgattn.engine import Engine
+from fgattn.plan import parts_for, plan_call
+from fgattn.settings import TILE_KEYS, TILE_QUERIES, Policy
 from makers import (
     CASES,
     assert_error_of_rounding,
@@ -473,6 +475,27 @@ def test_heads_in_parts(parts, by_token, monkeypatch):
     out = sparse_attention(q, k, v, Settings(1.5, 32, 4), LAYOUT)
     torch.testing.assert_close(out, whole)
     assert out.stride() == q.stride()
+
+
+def test_parts_do_not_add_up(monkeypatch):
+    """A part's plan is gone when the next one is planned: parts are there to save memory."""
+    made = []
+
+    def watched(*args, **options):
+        assert all(plan() is None for plan in made)
+        plan, _ = plan_call(*args, **options)
+        made.append(weakref.ref(plan))
+        return plan, None
+
+    for module in ("attention", "engine"):
+        monkeypatch.setattr(f"fgattn.{module}.parts_for", lambda *_: 3)
+        monkeypatch.setattr(f"fgattn.{module}.plan_call", watched)
+    q, k, v = make(3, LENGTH)
+    sparse_attention(q, k, v, Settings(1.5, 32, 4), LAYOUT)
+    one = Engine(Settings(1.5, 32, 4), Policy(warmup_steps=0))
+    one.begin_run([1.0, 0.0], True, q.device)
+    one.attention(q, k, v, layout=LAYOUT, dense=None, block=0)
+    assert len(made) == 6
 
 
 def test_parts_of_a_large_call():
