@@ -28,7 +28,7 @@ from .summarise import COUNTS, position_rows
 HEAD_DIMS = (64, 128)
 LIST_BYTES = 208 << 20  # scratch for lists; more heads than fit run in several launches
 LOG2_E = 1.4426950408889634
-LIST_BLOCK, LIST_SPAN = 512, 4096  # units: of a step, of a program
+LIST_BLOCK, LIST_SPAN = 256, 4096  # units: of a step, of a program
 
 
 @triton.jit
@@ -72,15 +72,18 @@ def list_kernel(
     count = tl.sum(ones, 0) * SPLIT
     STEP: tl.constexpr = 1 if CHECKED else min(SPLIT, 8)  # units of one bit
     i = tl.arange(0, 8)[:, None]  # [8, BLOCK // 8]: neighbouring lanes store to neighbouring places
-    for start in range(begin, end, BLOCK):
-        eight = start // 8 + tl.arange(0, BLOCK // 8)  # units whose bits lie in one byte
-        octet = tl.load(source + eight // SPLIT, mask=eight * 8 < end, other=0).to(tl.int32)
-        octet = octet >> (eight * 8 // SPLIT % 8)
+    eight = begin // 8 + tl.arange(0, BLOCK // 8)  # units whose bits lie in one byte
+    ahead = tl.load(source + eight // SPLIT, mask=eight * 8 < end, other=0)
+    for _ in range(begin, end, BLOCK):
+        octet = ahead.to(tl.int32) >> (eight * 8 // SPLIT % 8)
         unit = eight[None, :] * 8 + i
+        eight += BLOCK // 8
+        ahead = tl.load(source + eight // SPLIT, mask=eight * 8 < end, other=0)
         kept = (octet[None, :] >> (i // SPLIT)) & 1
         entry = unit
         if HAS_ENTRIES:
-            entry = tl.load(entries + (head // heads) * stride_entries_b + unit, mask=unit < end, other=-1)
+            wanted = (kept > 0) & (unit < end)
+            entry = tl.load(entries + (head // heads) * stride_entries_b + unit, mask=wanted, other=-1)
         if CHECKED:
             kept &= (entry >= 0).to(tl.int32)
             octet = tl.sum(kept << i, 0)

@@ -163,8 +163,8 @@ def test_a_full_gpu(load, run, patched, report):
             torch.cuda.set_per_process_memory_fraction(1.0)
 
     model, latents, ended = load(), [], []
-    for free in (4096, 128, 96, 88, 80, 72, 64, 1):
-        ours = apply(patched, model, tile_keys="1", warmup_steps=1)
+    for free in (4096, 160, 128, 112, 96, 88, 80, 72, 64, 1):
+        ours = apply(patched, model, tile_queries="16", tile_keys="1", warmup_steps=1)
         patch = sys.modules["fgattn_pack.nodes.patch"].patch_of(ours)
         patch.engine._scope = functools.partial(only, free << 20)
         latents.append(run(ours, steps=4)[0])
