@@ -26,7 +26,7 @@ from .order import TokenLayout
 from .plan import SparsePlan, parts_for, plan_call
 from .plan_store import MADE, REUSED, PlanStore
 from .run import Run, step_of
-from .settings import Policy, Settings
+from .settings import Policy, Settings, ranges
 from .stats import UNKNOWN_BLOCK, Clock, RunReport, RunStats
 from .tensors import declined, head_parts
 from .watch import Watch
@@ -123,6 +123,7 @@ class Engine:
         """Read the books; the only place that waits for the device."""
         run, self._run = self._run, None
         if run:
+            self._check_blocks(run)
             self.last_report = run.stats.report(self._describe(run), self._implementation(run))
             self.last_maps = run.watch.end()
         return self.last_report
@@ -159,11 +160,12 @@ class Engine:
         if run is None:
             return dense()
         stats = run.stats
+        stats.tokens = max(stats.tokens, q.shape[2])
+        run.blocks.add(block)
         if reason := self._unable(run, q, k, v):
             stats.calls[reason] += 1
             run.watch.dense(run.step, block, reason)
             return dense()
-        stats.tokens = max(stats.tokens, q.shape[2])
         if reason := self._dense_by_policy(run, block) or self._too_dense(run, q, k, block):
             stats.calls[reason] += 1
             run.watch.dense(run.step, block, reason)
@@ -271,7 +273,7 @@ class Engine:
         if run.step >= run.steps - run.final:
             return "final dense step"
         if block in self.policy.dense_blocks:
-            return "dense block"
+            return "listed in dense_blocks"
         return None
 
     def _has_rule(self, device: torch.device) -> bool:
@@ -285,6 +287,15 @@ class Engine:
         """Whether the block has kept so much in the steps before that dense attention is faster."""
         density = run.densities.get(_number(block))
         return None if density is None or faster(self._costs(q), q, k.shape[2], density) else TOO_DENSE
+
+    def _check_blocks(self, run: Run) -> None:
+        """Say which of dense_blocks the run did not have, if it reached its last step."""
+        absent = self.policy.dense_blocks - run.blocks
+        if not absent or not run.blocks or run.step < run.steps - 1:
+            return
+        numbered = run.blocks != {None}
+        run.stats.remarks[f"dense_blocks: this model has no block {ranges(absent)}" if numbered else
+                          "dense_blocks has no effect: this model does not number its blocks"] = None
 
     def _describe(self, run: Run) -> str:
         s = self.settings

@@ -26,6 +26,7 @@ class Run:
     rule: bool  # of break_even, in force
     watch: Watch
     step: int = 0
+    blocks: set[int | None] = field(default_factory=set)  # that called attention, None for those unknown
     densities: dict[int, float] = field(default_factory=dict)  # executed, by block, before this step
     parts: int = 1  # that the heads are computed in
     moved: tuple[Settings, Policy] | None = None  # for the steps that have not begun

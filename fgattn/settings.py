@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from . import methods
@@ -111,6 +112,17 @@ def parse_blocks(text: str) -> frozenset[int]:
                 "Separate them with commas, or leave the field empty.")
         blocks.update(range(first, last + 1))
     return frozenset(blocks)
+
+
+def ranges(blocks: Collection[int]) -> str:
+    """A text that `parse_blocks` reads as these blocks: such as "0, 2-5"."""
+    runs: list[list[int]] = []
+    for block in sorted(blocks):
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _one_of(name: str, value: object, allowed: tuple, remedy: str) -> None:

@@ -39,20 +39,20 @@ class FGAttnPatch(io.ComfyNode):
                     tooltip="Dense steps at the start, where the picture is laid out; at most a quarter of "
                     "the run's steps. Only in runs that begin at full noise, so not in a second sampler."),
                 io.Int.Input(
-                    "min_tokens", default=0, min=0, max=1_000_000, advanced=True,
+                    "min_tokens", default=0, min=0, max=1_000_000, optional=True, advanced=True,
                     tooltip="Shortest sequence that runs sparse. 0 is automatic: on CUDA, calls that would "
                     "not be faster, too short or keeping too much, run dense; none on CPU."),
                 io.String.Input(
-                    "dense_blocks", default="", advanced=True,
+                    "dense_blocks", default="", optional=True, advanced=True,
                     tooltip='Transformer blocks that stay dense, such as "0, 1, 38-39". Empty: none.'),
                 io.Int.Input(
-                    "final_dense_steps", default=0, min=0, max=50, advanced=True,
+                    "final_dense_steps", default=0, min=0, max=50, optional=True, advanced=True,
                     tooltip="Dense steps at the end of a run that ends without noise; 0 for none."),
                 io.Boolean.Input(
-                    "tail", default=True, advanced=True,
+                    "tail", default=True, optional=True, advanced=True,
                     tooltip="Adds a pooled estimate of what is skipped: two to three times less error."),
                 io.Combo.Input(
-                    "order", options=list(ORDERS), default="cells", advanced=True,
+                    "order", options=list(ORDERS), default="cells", optional=True, advanced=True,
                     tooltip="Token order for tiles and slices: cells are 16 tokens, compact in time, height "
                     "and width; raster is the model's own order; hilbert follows a 3-D Hilbert curve."),
                 io.Combo.Input(
@@ -67,7 +67,7 @@ class FGAttnPatch(io.ComfyNode):
                     "radial: decay factor (0.2)."),
                 io.Int.Input(
                     "reuse_steps", default=1, min=1, max=50, optional=True, advanced=True,
-                    tooltip="Steps that a choice of what to compute is used for; 1 chooses anew in every "
+                    tooltip="Steps that one choice of scores is reused for; 1 chooses anew in every "
                     "call. More saves planning time, most with tile_keys below 16, but costs memory, "
                     "and accuracy as the video changes from step to step."),
                 io.Int.Input(
@@ -93,7 +93,8 @@ class FGAttnPatch(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, dense_blocks: str | None, method: str | None = "threshold", method_parameter: float | None = 0.0,
+        cls, dense_blocks: str | None = "", method: str | None = "threshold",
+        method_parameter: float | None = 0.0,
     ) -> bool | str:
         """Refuse what is wrong when the graph is queued; None comes through a link and is checked later.
 

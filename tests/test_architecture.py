@@ -168,6 +168,12 @@ def test_torch_is_no_dependency():
     assert not listed or not re.search(r"""["']torch\b""", listed[1])
 
 
+def test_requirements_are_one_list():
+    """Managers read requirements.txt of what is cloned, the registry pyproject."""
+    listed = re.search(r"^dependencies\s*=\s*\[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+    assert re.findall(r'"(.+?)"', listed[1]) == (ROOT / "requirements.txt").read_text().splitlines()
+
+
 def tracked():
     """Text files of the repository."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]

@@ -238,7 +238,7 @@ def test_final_dense_blocks_and_min_tokens(wan, sample, patched, report):
     sample(model)
     calls = report(model).calls
     assert calls["final dense step"] == 2 * BLOCKS
-    assert calls["dense block"] == 6 * 2 and calls["sparse"] == 6
+    assert calls["listed in dense_blocks"] == 6 * 2 and calls["sparse"] == 6
     sample(model, last_step=4, force_full_denoise=False)
     assert "final dense step" not in report(model).calls
     model = patched(wan, min_tokens=289)

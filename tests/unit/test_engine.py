@@ -175,8 +175,26 @@ def test_dense_blocks():
     one.begin_evaluation(1.0)
     assert [call(one, block=b) for b in (0, 1, 2, 3, None)] == [False, True, False, True, True]
     report = one.end_run()
-    assert report.calls == {"dense block": 2, "sparse": 3}
+    assert report.calls == {"listed in dense_blocks": 2, "sparse": 3}
     assert [b.block for b in report.blocks] == [-1, 1, 3]
+
+
+@pytest.mark.parametrize(("seen", "remark"), [
+    ((0, 1, 2), None), ((0, 1), "dense_blocks: this model has no block 2"),
+    ((None,), "dense_blocks has no effect: this model does not number its blocks")], ids=repr)
+def test_dense_blocks_that_are_not_there(seen, remark):
+    """A slip in the block list is said, but not of a run that was stopped before all blocks were seen."""
+    for evaluations in (4, 1):
+        one = engine(Policy(0, 0, frozenset({0, 2})))
+        ran_sparse(one, falling(4), evaluations=falling(4)[:evaluations], blocks=seen)
+        assert [*one.end_run().remarks] == ([remark] if remark and evaluations == 4 else [])
+
+
+def test_a_short_sequence_is_counted():
+    """The report says how many tokens were too few."""
+    one = engine(Policy(0, min_tokens=129))
+    assert ran_sparse(one, falling(4)) == [False] * 4
+    assert one.end_run().tokens == 128
 
 
 @pytest.mark.parametrize(("minimum", "sparse"), [(0, True), (128, True), (129, False)])
@@ -199,7 +217,7 @@ def test_calls_that_cannot_run_sparse_go_dense_with_a_reason():
     one.decline("cross-attention")
     report = one.end_run()
     assert report.calls == {"grouped heads (2 query heads, 1 key heads)": 1, "cross-attention": 2}
-    assert report.error is None and report.density is None and report.tokens == 0
+    assert report.error is None and report.density is None and report.tokens == 128
 
 
 def test_outside_a_run_everything_is_dense():
@@ -400,7 +418,7 @@ def test_engines_are_independent():
     assert call(first) and not call(second) and call(first)
     assert not call(first, layout=TokenLayout((1, 1, 1)))
     assert call(second, block=1)
-    assert second.end_run().calls == {"dense block": 1, "sparse": 1}
+    assert second.end_run().calls == {"listed in dense_blocks": 1, "sparse": 1}
     assert first.end_run().calls == {"sparse": 2, "error": 1}
     assert second.last_report.error is None
 
@@ -821,7 +839,7 @@ def test_maps_are_of_the_last_run():
         maps = one.last_maps
         assert maps.place == (2, 3, 4)
         assert [*maps.kept] == [(step, 0) for step in range(1, steps)]
-        assert maps.skipped[0, 0] == "warm-up step" and maps.skipped[steps - 1, 1] == "dense block"
+        assert maps.skipped[0, 0] == "warm-up step" and maps.skipped[steps - 1, 1] == "listed in dense_blocks"
 
 
 def test_calls_that_failed_or_were_taken_in_parts_have_no_map(monkeypatch):

@@ -86,7 +86,7 @@ def maps_of(blocks, heads, dense=()):
     made = Maps()
     for block in range(blocks):
         if block in dense:
-            made.skip(6, block, "dense block")
+            made.skip(6, block, "listed in dense_blocks")
         else:
             made.kept[6, block] = tile((2, 4, 8), heads=heads)
     return made
@@ -102,13 +102,13 @@ def test_densities_of_every_block_and_head(inside, blocks, heads):
 
 def test_dense_blocks_are_grey_and_say_why(inside):
     map_chart.draw_density(maps_of(8, 12, dense=(0, 7)), 6, 3, 2, TITLE)
-    assert inside.count("dense block") == 2 and "dense, or no map" in inside
+    assert inside.count("listed in dense_blocks") == 2 and "dense, or no map" in inside
 
 
 def test_a_step_without_any_map(inside):
     """Words, not an empty picture."""
     map_chart.draw_density(maps_of(2, 2, dense=(0, 1)), 6, 0, 0, TITLE)
-    assert "No block has a map in step 7: dense block." in inside
+    assert "No block has a map in step 7: listed in dense_blocks." in inside
 
 
 @pytest.mark.parametrize("text", ["", "short", "long words " * 60])

@@ -10,7 +10,7 @@ FULL = RunReport(
     settings="threshold 1, tiles 128x16", tokens=32760, implementation="triton", device="NVIDIA H200",
     total=12345.0, steps=(StepReport(0, 900.0, 600.0, 0.0, 0, 80), StepReport(1, 500.0, 180.0, 20.0, 78, 2)),
     blocks=(BlockReport(-1, 0.5, 0.75), BlockReport(3, 0.251, 0.3)),
-    calls={"warm-up step": 80, "sparse": 78, "dense block": 2}, dense_call=7.5, sparse_call=2.5,
+    calls={"warm-up step": 80, "sparse": 78, "listed in dense_blocks": 2}, dense_call=7.5, sparse_call=2.5,
     density=0.2512, executed_density=0.3, peak_memory=3 << 29, error=None,
     remarks=("fp32 tensors are computed in bf16",))
 DENSE = dataclasses.replace(
@@ -50,7 +50,7 @@ def test_whole_report():
         "",
         "80 calls: warm-up step",
         "78 calls: sparse",
-        "2 calls: dense block",
+        "2 calls: listed in dense_blocks",
         "",
         "step 1: 900.0 ms, attention 600.0, planning 0.0; 0 sparse, 80 dense",
         "step 2: 500.0 ms, attention 180.0, planning 20.0; 78 sparse, 2 dense",

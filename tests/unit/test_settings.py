@@ -4,7 +4,9 @@ import math
 
 import pytest
 from fgattn import InvalidArgument, Settings
-from fgattn.settings import TILE_KEYS, TILE_QUERIES, Policy, parse_blocks
+from fgattn.settings import TILE_KEYS, TILE_QUERIES, Policy, parse_blocks, ranges
+from hypothesis import given
+from hypothesis import strategies as st
 
 NUMBER = "a finite number of at least 0"
 WHOLE = "a whole number of at least 0"
@@ -83,6 +85,13 @@ def test_settings_are_values():
 def test_block_list(text, blocks):
     """What users write."""
     assert parse_blocks(text) == frozenset(blocks)
+
+
+@given(st.frozensets(st.integers(0, 60)))
+def test_ranges_are_read_as_the_same_blocks(blocks):
+    """Remarks name blocks the way the input does; a run of them is one range."""
+    assert parse_blocks(ranges(blocks)) == blocks
+    assert ranges({9, 2, 3, 4}) == "2-4, 9"
 
 
 @pytest.mark.parametrize(("text", "part"), [
