@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from . import plot
 from .results import NAMES, Results, mean, percent, plain_mean, provenance, table
-from .targets import decibels, geometric_mean, means
+from .targets import TAUS, Missing, decibels, geometric_mean, means, nearer_frames
 
 LISTED = ((128, 16), (128, 1), (64, 16))  # tiles with a line for each threshold
 SETTING = ("impl", "M", "N", "order", "threshold")
@@ -34,6 +34,30 @@ def _quality(results: Results, wanted: Callable[..., bool]) -> str:
                 f"{mean(rows, 'speedup'):.1f} x"])
     head = ["method", "M x N", "order", "threshold", "density", "error", "call, ms", "dense, ms", "speed-up"]
     return table(head, lines, results, "quality")
+
+
+def tail_line(results: Results) -> str:
+    """How much larger the error is without the tail, where that was measured."""
+    parts = []
+    found = results.grouped("quality", "threshold", impl="fgattn, no tail")
+    for (threshold,), without in sorted(found.items()):
+        tail = results.measured("quality", impl="fgattn", M=128, N=16, threshold=threshold)
+        times = mean(without, "error") / mean(tail, "error")
+        parts.append(f"{times:.1f} times as large at threshold {threshold:g}")
+    if not parts:
+        return "Not measured."
+    return ("- **What is skipped still counts**: one pooled term per 16 keys, the tail. Without it the error "
+            f"of the output is {' and '.join(parts)}.")
+
+
+def generations_line(results: Results) -> str:
+    try:
+        gains = nearer_frames(results.rows("generations"))
+    except Missing:
+        return "Not measured."
+    return (f"In `sol_attn`'s time of attention FG-Attn's frames are {sum(gains) / len(gains):.1f} dB closer "
+            f"to dense ones, mean over tau {', '.join(f'{tau:g}' for tau in TAUS)}; {min(gains):.1f} dB at "
+            "the worst.")
 
 
 def quality_grid(results: Results) -> str:
@@ -135,7 +159,7 @@ def generations_plot(results: Results) -> str:
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "quality": quality_table, "quality summary": quality_summary, "quality grid": quality_grid,
     "generations": generations_table, "methods": methods_table, "plan age": plan_age_table,
-    "reuse": reuse_table}
+    "reuse": reuse_table, "tail": tail_line, "generations line": generations_line}
 
 
 def _place(item: tuple[tuple, list]) -> tuple:

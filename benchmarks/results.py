@@ -10,6 +10,7 @@ from .targets import MEASURED, geometric_mean
 PROVENANCE = ("gpu", "torch", "triton", "date", "commit")
 MACHINE = ("gpu", "torch", "triton", "python", "date", "commit")  # text, even where it looks like a number
 NAMES = {"hopper": "FG-Attn, Hopper kernel", "triton": "FG-Attn, portable kernel", "fgattn": "FG-Attn",
+         "fgattn, no tail": "FG-Attn without tail",
          "cudnn": "cuDNN (SDPA)", "sdpa flash": "flash (SDPA)", "flexattention": "FlexAttention",
          "flashattention-4": "FlashAttention-4", "flashinfer": "FlashInfer, variable blocks"}
 
