@@ -32,10 +32,10 @@ class Costs(NamedTuple):
 
 
 HOPPER = {  # (head size, keys gathered one by one): H200 and its host's CPU
-    (128, False): Costs(600e9, 0.15, 0.09, 1.07),
-    (128, True): Costs(600e9, 0.16, 0.17, 0.94),
-    (64, False): Costs(430e9, 0.11, 0.08, 1.04),
-    (64, True): Costs(430e9, 0.16, 0.17, 0.94),  # as for 128: not measured
+    (128, False): Costs(600e9, 0.15, 0.075, 1.07),
+    (128, True): Costs(600e9, 0.16, 0.14, 0.96),
+    (64, False): Costs(430e9, 0.14, 0.06, 1.03),
+    (64, True): Costs(430e9, 0.16, 0.14, 0.96),  # as for 128: not measured
 }
 SMALL_TILES = 0.85  # speed of 64-row programs over 128-row ones
 PORTABLE_SPEED = 0.55  # on an H200; on other GPUs neither the portable kernel nor dense attention is measured
