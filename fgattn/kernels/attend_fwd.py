@@ -12,7 +12,6 @@ with scores s and the tail's log-sum-exp t, all in base 2.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator
 
@@ -23,11 +22,10 @@ import triton.language as tl
 from ..order import CELL, OCTET
 from ..plan import SparsePlan
 from .launch_table import capability, launch_for
-from .summarise import COUNTS, position_rows
+from .summarise import COUNTS, LOG2_E, on_device, position_rows, shared_stride
 
 HEAD_DIMS = (64, 128)
 LIST_BYTES = 208 << 20  # scratch for lists; more heads than fit run in several launches
-LOG2_E = 1.4426950408889634
 LIST_BLOCK, LIST_SPAN = 256, 4096  # units: of a step, of a program
 
 
@@ -197,7 +195,7 @@ def attend_triton(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
     (batch, heads, queries, dim), tiles = q.shape, plan.bits.shape[2]
     tail_out, tail_lse = scaled_tail(tail)
     launch = launch_for(capability(q.device), dim, plan.tile_rows)
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+    with on_device(q):
         lists, (tokens, stride_queries) = Lists(plan, batch, heads), query_rows(plan, batch, heads)
         for b, first, group in lists.groups():
             attend_kernel[tiles, group](
@@ -220,7 +218,7 @@ class Lists:
         bits = self.bits = plan.bits
         self.batch, self.heads, self.tiles, self.keys = batch, heads, bits.shape[2], plan.keys
         self.key_rows = position_rows(plan.geometry.key_tokens, plan.key_valid)
-        self.stride_rows = self.key_rows.stride(0) if len(self.key_rows) > 1 else 0
+        self.stride_rows = shared_stride(self.key_rows)
         if boxes is not None:
             self.unit, self.entries = OCTET, boxes
         else:
@@ -239,7 +237,7 @@ class Lists:
     def groups(self) -> Iterator[tuple[int, int, int]]:
         """(batch row, first head, number of heads) whose lists were just made."""
         bits, group = self.bits, len(self.lists)
-        strides = [s if n > 1 else 0 for s, n in zip(bits.stride()[:2], bits.shape[:2], strict=True)]
+        strides = shared_stride(bits, 0), shared_stride(bits, 1)
         for b, first in itertools.product(range(self.batch), range(0, self.heads, group)):
             number = min(group, self.heads - first)
             list_kernel[self.tiles, number, triton.cdiv(self.units, self.span)](

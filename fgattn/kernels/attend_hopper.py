@@ -28,10 +28,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..order import CELL
 from ..plan import SparsePlan
-from .attend_fwd import LOG2_E, Lists, query_rows, scaled_tail
+from .attend_fwd import Lists, query_rows, scaled_tail
 from .hopper_lister import SLOTS, STRIDES, Counts, enlist
 from .hopper_producers import PRODUCERS, ROWS, descriptors, fetch, gather
-from .summarise import COUNTS
+from .summarise import COUNTS, LOG2_E
 
 
 class Launch(NamedTuple):

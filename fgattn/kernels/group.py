@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..grouping import FARTHEST, KERNEL_ROWS, WINDOW
 from ..order import CELL
-from .summarise import COUNTS
+from .summarise import COUNTS, shared_stride
 
 BLOCK_BYTES, WARPS = 16, 2
 
@@ -103,7 +103,7 @@ def grouped(bits: torch.Tensor, widths: torch.Tensor, tile_queries: int, queries
         executed = torch.empty(batch, heads, windows, dtype=torch.int64, device=device)
         pair_kernel[(windows, batch * heads)](
             bits, order, widths, pair_bits, pair_order, executed, stride,
-            widths.stride(0) if len(widths) > 1 else 0, heads, queries, runs, tiles, widths.shape[1], n_bytes,
+            shared_stride(widths), heads, queries, runs, tiles, widths.shape[1], n_bytes,
             WINDOW=WINDOW, TILE_RUNS=rows // CELL, FARTHEST=FARTHEST, BLOCK_BYTES=BLOCK_BYTES,
             COUNT=2 * rows == KERNEL_ROWS, num_warps=WARPS)
         bits, order, stride, tiles, rows = pair_bits, pair_order, runs, pairs, 2 * rows

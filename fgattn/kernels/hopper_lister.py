@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..plan import SparsePlan
-from .summarise import COUNTS
+from .summarise import COUNTS, shared_stride
 
 WINDOW = gl.constexpr(1024)  # keys
 LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
@@ -162,13 +162,11 @@ class Counts:
     def __init__(self, plan: SparsePlan, batch: int, heads: int):
         bits = self.bits = plan.bits
         (*_, tiles, n_bytes), device = bits.shape, bits.device
-        self.strides = [s if n > 1 else 0 for s, n in zip(bits.stride()[:2], bits.shape[:2], strict=True)]
-        self.valid, stride_valid = None, 0
+        self.valid = None
         if plan.key_valid is not None:
             words = torch.nn.functional.pad(plan.key_valid, (0, -plan.keys % 32)).unflatten(1, (-1, 32))
             self.valid = (words << torch.arange(32, device=device)).sum(2).to(torch.int32)
-            stride_valid = self.valid.stride(0) if len(words) > 1 else 0
-        self.strides.append(stride_valid)
+        self.strides = shared_stride(bits, 0), shared_stride(bits, 1), shared_stride(self.valid)
         self.listed = torch.empty(batch * heads, tiles, dtype=torch.int32, device=device)
         count_kernel[tiles, batch * heads](
             bits, self.valid, self.listed, *self.strides, heads, tiles, plan.keys, n_bytes,

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..order import CELL
 from ..plan import SparsePlan
-from .summarise import COUNTS, Summaries, on_device, position_rows, summarise
+from .summarise import COUNTS, Summaries, on_device, position_rows, shared_stride, summarise
 
 BLOCK_RUNS, BLOCK_CELLS, WARPS, STAGES = 64, 32, 4, 2  # larger steps spill before sm_90, and are slower on it
 
@@ -110,8 +110,3 @@ def _launch(made: Summaries, plan: SparsePlan, key_rows: torch.Tensor, out: torc
             triton.cdiv(plan.keys, plan.tile_keys), bits.shape[3], plan.softmax_scale(dim),
             BLOCK_RUNS=BLOCK_RUNS, BLOCK_CELLS=BLOCK_CELLS, D=dim, TILE_RUNS=plan.tile_rows // CELL,
             PARTS=CELL // width, SPAN=max(1, plan.tile_keys // CELL), num_warps=WARPS, num_stages=STAGES)
-
-
-def shared_stride(x: torch.Tensor | None, dim: int) -> int:
-    """Stride of a dimension; 0 if it is 1, which serves every batch row or head."""
-    return 0 if x is None or x.shape[dim] == 1 else x.stride(dim)

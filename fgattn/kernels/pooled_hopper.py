@@ -24,11 +24,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..order import CELL
 from ..plan import SparsePlan
-from .attend_fwd import LOG2_E
 from .attend_hopper import _own_sums
 from .hopper_producers import TYPES
-from .pooled import shared_stride
-from .summarise import COUNTS, Summaries
+from .summarise import COUNTS, LOG2_E, Summaries, shared_stride
 
 CONSUMERS = gl.constexpr(3)
 STEP = gl.constexpr(64)  # cells

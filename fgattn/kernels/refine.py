@@ -14,7 +14,7 @@ from ..grouping import KERNEL_ROWS
 from ..order import CELL
 from ..plan import row_bytes
 from .launch_table import plan_launch, shares
-from .summarise import COUNTS, batch_stride
+from .summarise import COUNTS, shared_stride
 from .words import (
     WORDS,
     column_order,
@@ -128,7 +128,7 @@ def refine(centroid, k, table, always, limits, order, cells, m: int, n: int, que
     out = words.view(WORDS[launch.keys])
     blocks = triton.cdiv(runs, launch.runs)
     refine_kernel[blocks, shares(blocks * groups, triton.cdiv(keys, launch.keys), device), groups](
-        centroid, k, table.rows, limits, order, out, *k.stride()[:3], batch_stride(table.rows), out.shape[3],
+        centroid, k, table.rows, limits, order, out, *k.stride()[:3], shared_stride(table.rows), out.shape[3],
         heads, runs, keys, tiles, BLOCK_RUNS=launch.runs, BLOCK_KEYS=launch.keys, D=dim, TILE_RUNS=m // CELL,
         num_warps=launch.key_warps, num_stages=launch.key_stages)
     bits = words
@@ -139,7 +139,7 @@ def refine(centroid, k, table, always, limits, order, cells, m: int, n: int, que
     asked, done = (torch.empty(batch, heads, programs, dtype=torch.float64, device=device) for _ in range(2))
     key_slice_kernel[programs, groups](
         words.view(torch.int32), order, always, cells, table.keys.view(torch.int32), out, asked, done,
-        batch_stride(table.keys) // 4, heads, queries, runs, tiles, words.shape[3] // 4, cells.shape[3],
+        shared_stride(table.keys) // 4, heads, queries, runs, tiles, words.shape[3] // 4, cells.shape[3],
         out.shape[3], TILE_RUNS=m // CELL, JOINED=together, N=n, TILES=SLICE_TILES, WORDS=SLICE_WORDS,
         num_warps=4)
     return bits, asked, done

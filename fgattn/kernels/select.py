@@ -26,11 +26,10 @@ from ..tensors import compute_type
 from .group import grouped
 from .launch_table import plan_launch, shares
 from .refine import refine
-from .summarise import COUNTS, batch_stride, on_device, position_rows, summarise
+from .summarise import COUNTS, LOG2_E, on_device, position_rows, shared_stride, summarise
 from .words import WORDS, column_order, scores_of, share, tile_words
 
 SLICE_TILES, SLICE_BYTES = 4, 128  # of a program and of its step
-LOG2_E = 1.4426950408889634
 
 
 @triton.jit
@@ -235,8 +234,8 @@ def _score(q, k, v, geo: Geometry, table: KeyTables, tiles: int, settings: Setti
     common = {"BLOCK_RUNS": launch.runs, "BLOCK_CELLS": launch.cells, "D": dim, "num_warps": launch.warps,
               "num_stages": launch.stages}
     total_kernel[blocks, parts, groups](
-        centroid, square, mean, variance, table.weights, table.sources, totals, batch_stride(table.weights),
-        0 if table.sources is None else batch_stride(table.sources), heads, runs, cells, scale * LOG2_E,
+        centroid, square, mean, variance, table.weights, table.sources, totals, shared_stride(table.weights),
+        shared_stride(table.sources), heads, runs, cells, scale * LOG2_E,
         scale / 2, **common)
     select_kernel[blocks, parts, groups](
         centroid, square, mean, variance, totals, limits, words, runs, cells, tiles, parts, words.shape[3],
@@ -258,7 +257,7 @@ def _slices(cells: torch.Tensor, always: torch.Tensor, table: KeyTables, setting
     programs = triton.cdiv(tiles, SLICE_TILES)
     scores = torch.empty(batch, heads, programs, dtype=torch.float64, device=cells.device)
     slice_kernel[programs, batch * heads](
-        cells, always, table.cells, bits, counts, scores, batch_stride(counts), batch_stride(table.cells),
+        cells, always, table.cells, bits, counts, scores, shared_stride(counts), shared_stride(table.cells),
         heads, queries, tiles, counts.shape[1], cell_bytes, bits.shape[3],
         TILE_QUERIES=settings.tile_queries, SPAN=span, TILES=SLICE_TILES, BYTES=SLICE_BYTES, num_warps=1)
     return bits, counts, scores

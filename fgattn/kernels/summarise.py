@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ..order import CELL
 
+LOG2_E = 1.4426950408889634
 RUNS_D = 1024  # channels of a program, all runs together: eight a thread
 # Arguments that Triton shall not compile variants for (being 1, or divisible by 16): each video length and
 # number of heads would cost its own seconds.
@@ -108,9 +109,9 @@ def on_device(x: torch.Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def batch_stride(x: torch.Tensor) -> int:
-    """Stride of the first dimension of a table; 0 where one row serves all of the batch."""
-    return x.stride(0) if len(x) > 1 else 0
+def shared_stride(x: torch.Tensor | None, dim: int = 0) -> int:
+    """Stride of a dimension; 0 if it is 1, which serves every batch row or head."""
+    return 0 if x is None or x.shape[dim] == 1 else x.stride(dim)
 
 
 def position_rows(tokens: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
@@ -157,6 +158,6 @@ def summarise(q, k, v, query_rows: torch.Tensor, key_rows: torch.Tensor, second:
     with on_device(x):
         summarise_kernel[(triton.cdiv(max(runs, cells) * dim, RUNS_D), batch * heads, tensors)](
             q, k, v, query_rows, key_rows, *(x if y is None else y for y in made),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], batch_stride(key_rows), heads, runs, cells,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], shared_stride(key_rows), heads, runs, cells,
             int(made.value is None), RUNS=RUNS_D // dim, D=dim, SECOND=second, num_warps=4)
     return made
