@@ -45,18 +45,20 @@ def attend(
         raise InvalidArgument("impl", impl, ", ".join(IMPLEMENTATIONS), "None chooses the fastest.")
     if impl is None:
         impl = runtime.fastest(q, plan.gathers)
-    if impl == "reference":
-        expected = reference.attend(q, k, v, plan)
-        return expected if out is None else out.copy_(expected)
     reason = runtime.unavailable(q) if impl in ("triton", "hopper") else None
     if impl == "hopper":
         reason = reason or runtime.hopper_missing(q.device)
     if reason:
         raise Unsupported("impl", impl, "torch or reference here", f"The {impl} kernel cannot run: {reason}.")
     out = empty_like(q) if out is None else out
+    if (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
+        raise InvalidArgument("out", (tuple(out.shape), out.dtype, out.device),
+                              (tuple(q.shape), q.dtype, q.device), "None makes one.")
     if not q.numel() or not k.shape[2]:
         return out.zero_()
-    if impl == "torch":
+    if impl == "reference":
+        out.copy_(reference.attend(q, k, v, plan))
+    elif impl == "torch":
         tail = pooled_tail(q, k, v, plan) if plan.tail else None
         attend_torch(q, k, v, plan, tail, out)
     else:

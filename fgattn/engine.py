@@ -26,6 +26,7 @@ from .order import TokenLayout
 from .plan import SparsePlan, parts_for, plan_call
 from .plan_store import MADE, REUSED, PlanStore
 from .run import Run, step_of
+from .runtime import OutOfMemory
 from .settings import Policy, Settings, ranges
 from .stats import UNKNOWN_BLOCK, Clock, RunReport, RunStats
 from .tensors import declined, head_parts
@@ -35,7 +36,6 @@ log = logging.getLogger("fgattn")
 OTHER_GPU = "on another GPU than the run"
 IN_PARTS = "heads were taken in parts, to save memory"
 SHORT_OF_MEMORY = "short of memory: fewer heads at a time, plans are not kept"
-OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 
 class Engine:
@@ -73,13 +73,13 @@ class Engine:
             full_noise: the run begins where the model's noise schedule does; only then warm up.
             device: where attention will run.
         """
+        self._run = self.last_report = self.last_maps = None  # nothing of an earlier run, should this fail
         sigmas = tuple(sigmas)
         final = self.policy.final_dense_steps if sigmas and sigmas[-1] == 0 else 0
         with self._scope():
             stats = RunStats(Clock(device), scheduled=max(1, len(sigmas) - 1),
                              sliders=[(0, self.settings.threshold, self.policy.warmup_steps)])
             plans = PlanStore(self.policy.reuse_steps, self.policy.reuse_memory_mb * 10**6)
-            self.last_maps = None
             watch = Watch(stats, self.place, self.policy.estimate_error, self._passthrough)
             self._run = Run(sigmas, full_noise, self.settings, self.policy, final, stats,
                              _device_reason(device), plans, self._has_rule(device), watch)
@@ -120,12 +120,13 @@ class Engine:
         return None
 
     def end_run(self) -> RunReport | None:
-        """Read the books; the only place that waits for the device."""
+        """Read the books, which waits for the device; None if no run was going on."""
         run, self._run = self._run, None
-        if run:
-            self._check_blocks(run)
-            self.last_report = run.stats.report(self._describe(run), self._implementation(run))
-            self.last_maps = run.watch.end()
+        if run is None:
+            return None
+        self._check_blocks(run)
+        self.last_report = run.stats.report(self._describe(run), self._implementation(run))
+        self.last_maps = run.watch.end()
         return self.last_report
 
     def decline(self, reason: str) -> None:
@@ -175,7 +176,9 @@ class Engine:
             return out
         try:
             with self._scope():
-                out = self._unpadded(run, q, k, v, kept, layout, block, branch, scale)
+                out = self._sparse(run, q, k, v, kept, layout, block, branch, scale)
+            stats.calls["sparse"] += 1
+            return out
         except self._passthrough:
             run.plans.clear()
             raise
@@ -186,27 +189,20 @@ class Engine:
             self._notify(f"dense: {stats.error}")
             stats.calls["error"] += 1
             run.watch.dense(run.step, block, "error")
-            return dense()
-        stats.calls["sparse"] += 1
-        return out
+        return dense()  # after the handler, which holds what was made until then
 
-    def _unpadded(self, run: Run, q, k, v, kept, *call) -> torch.Tensor:
-        if kept is None:
-            return self._sparse(run, q, k, v, *call)
-        return torch.zeros_like(q).index_copy_(
-            2, kept, self._sparse(run, *(x.index_select(2, kept) for x in (q, k, v)), *call))
-
-    def _sparse(self, run: Run, q, k, v, layout, block, branch, scale) -> torch.Tensor:
+    def _sparse(self, run: Run, q, k, v, kept, layout, block, branch, scale) -> torch.Tensor:
         """Plan and attend. Out of memory drops the kept plans and halves the heads at a time, for good."""
         heads = q.shape[1]
         while True:
-            parts = max(run.parts, parts_for(q, k.shape[2], run.settings))
+            out = plan = None  # what is made next shall have the room of what was made before
+            parts = max(run.parts, parts_for(q, k.shape[2], run.settings, kept is not None))
             try:
                 out, spans = empty_like(q), []
                 for of in head_parts(heads, parts):
-                    plan = None  # the next part's shall have its room
+                    plan = None
                     plan, span = self._part(
-                        run, q[:, of], k[:, of], v[:, of], out[:, of], layout, block, branch, scale)
+                        run, q[:, of], k[:, of], v[:, of], out[:, of], kept, layout, block, branch, scale)
                     spans.append(span)
                 run.stats.timed(run.step, True, spans)
                 break
@@ -217,12 +213,15 @@ class Engine:
             run.parts = min(heads, 2 * parts)
             self.remark(SHORT_OF_MEMORY)
         look_at = plan if parts == 1 else IN_PARTS
-        run.watch.sparse(run.step, block, q, k, v, out, look_at, layout, self.settings.order, scale)
+        run.watch.sparse(run.step, block, q, k, v, out, kept, look_at, layout, self.settings.order, scale)
         return out
 
-    def _part(self, run: Run, q, k, v, out, layout, block, branch, scale):
+    def _part(self, run: Run, q, k, v, out, kept, layout, block, branch, scale):
         """Write the output of some heads; their plan, and marks before and after planning and at the end."""
         start, summaries = run.stats.clock.mark(), None
+        if kept is not None:
+            whole, (q, k, v) = out.zero_(), (x.index_select(2, kept) for x in (q, k, v))
+            out = empty_like(q)
 
         def build() -> SparsePlan:
             nonlocal summaries
@@ -232,6 +231,8 @@ class Engine:
         plan, outcome = self._plan(run, build, q, k, layout, block, branch, scale)
         planned = start if outcome == REUSED else run.stats.clock.mark()
         attend(q, k, v, plan, summaries=summaries, out=out)
+        if kept is not None:
+            whole.index_copy_(2, kept, out)
         run.stats.add_plan(run.step, _number(block), plan)
         run.stats.plans[outcome] += 1
         return plan, (start, planned, run.stats.clock.mark())

@@ -170,10 +170,14 @@ def plan_call(
     geo = geometry(layout, settings.order, queries, q.device)
     scale = dim**-0.5 if scale is None else scale
     by_threshold = settings.method == "threshold"
+    if impl not in (None, "torch", "triton"):
+        raise InvalidArgument("impl", impl, "torch, triton", "None chooses the faster one that runs.")
     if impl is None:
         impl = "torch" if not by_threshold or runtime.triton_reason(q) else "triton"
     if impl != "torch" and not by_threshold:
         raise Unsupported("impl", impl, f"torch for method {settings.method}", "None chooses it.")
+    if impl == "triton" and (reason := runtime.unavailable(q)):
+        raise Unsupported("impl", impl, "torch here", f"The kernels cannot run: {reason}.")
     if impl == "triton" and queries and keys:
         from .kernels.select import plan_bits
 
@@ -197,14 +201,15 @@ def plan_call(
     return _plan(parts, (batch, heads), m, n, geo, valid, settings.tail, scale), None
 
 
-def parts_for(q: torch.Tensor, keys: int, settings: Settings) -> int:
+def parts_for(q: torch.Tensor, keys: int, settings: Settings, copies: bool = False) -> int:
     """Parts that heads are taken in, so that a call on a GPU needs CALL_BYTES beside q, k, v and the output.
 
     Bits of whole cells are small enough for one part. Kernels that need lists have room for them besides.
+    `copies`: q, k, v and the output of a part are copied.
     """
-    if not q.is_cuda or settings.tile_keys >= CELL:
-        return 1
-    return max(1, min(q.shape[1], -(-call_bytes(q.shape, keys, settings) // CALL_BYTES)))
+    needed = call_bytes(q.shape, keys, settings) if settings.tile_keys < CELL else 0
+    needed += 4 * q.nbytes if copies else 0
+    return max(1, min(q.shape[1], -(-needed // CALL_BYTES))) if q.is_cuda else 1
 
 
 def call_bytes(shape: torch.Size, keys: int, settings: Settings) -> int:

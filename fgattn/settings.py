@@ -40,7 +40,7 @@ class Settings:
 
     def __post_init__(self):
         number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
-        if not number or not math.isfinite(self.threshold) or self.threshold < 0:
+        if not number or not 0 <= self.threshold < math.inf:
             raise InvalidArgument(
                 "threshold", self.threshold, "a finite number of at least 0",
                 "1.0 is a good start; 0 keeps everything.")

@@ -1,7 +1,7 @@
 """What a run did: marks taken while it samples, read once into a RunReport when it ends.
 
-Nothing here waits for the GPU until `RunStats.report`: times are CUDA events, densities are sums on
-the device. `RunStats.so_far` reads what is finished and leaves out the rest.
+Times are CUDA events, densities are sums on the device. Only `RunStats.report` waits for the GPU, at the
+end, and `densities`, where the break-even rule asks for it; `RunStats.so_far` reads what is finished.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class RunReport:
         calls: number of attention calls by outcome ("sparse" or the reason for dense).
         peak_memory: of the CUDA device during the run; None on other devices.
         error: the exception that turned the run dense, as text.
-        plans: number of sparse calls by what became of their plan (see `plan_store`).
-        planning_saved: calls that reused a plan, times the median time of planning.
+        plans: number of plans by what became of them (see `plan_store`); a call in parts has one a part.
+        planning_saved: calls that planned nothing, times the median time of planning.
         scheduled: steps of the schedule.
         sliders: threshold and warm-up steps as the user had set them: (first step, threshold, warm-up), one
             entry unless they moved during the run. Enough to repeat it.
@@ -242,7 +242,7 @@ class RunStats:
         of_step = _totals((step, cell) for (step, _), cell in cells)
         of_block = _totals((block, cell) for (_, block), cell in cells)
         whole = _total(cell for _, cell in cells)
-        starts = sorted(self._steps.items())
+        starts = list(self._steps.items())  # as they began: some samplers come back to earlier steps
         bounds = [m for _, m in starts] + [end]
         timed = [(step, sparse, *self._times(spans)) for step, sparse, spans in self._timed]
         by_step: dict[int, list] = {}
@@ -266,14 +266,14 @@ class RunStats:
             settings=settings, tokens=self.tokens, implementation=implementation,
             device=torch.cuda.get_device_name(self.clock.device) if cuda else str(self.clock.device),
             total=self.clock.milliseconds(bounds[0], end) if starts else 0.0,
-            steps=tuple(steps), blocks=blocks, calls=dict(self.calls),
+            steps=tuple(sorted(steps, key=lambda step: step.index)), blocks=blocks, calls=dict(self.calls),
             dense_call=_median([t[3] for t in timed if not t[1]]),
             sparse_call=(_median(sparse_calls) + plan_time * len(planning) / len(sparse_calls)
                          if sparse_calls else None),
             density=whole.density, executed_density=whole.executed_density,
             peak_memory=torch.cuda.max_memory_allocated(self.clock.device) if cuda else None,
             error=self.error, remarks=tuple(self.remarks), plans=dict(self.plans),
-            planning_saved=self.plans[REUSED] * plan_time,
+            planning_saved=(len(sparse_calls) - len(planning)) * plan_time if self.plans[REUSED] else 0.0,
             scheduled=self.scheduled, sliders=tuple(self.sliders),
             cells=tuple(CellReport(*key, cell.density) for key, cell in cells),
             estimated_error=whole.error)

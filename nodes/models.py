@@ -31,8 +31,8 @@ class Video(NamedTuple):
 def video_of(diffusion_model, latent_shape) -> Video | None:
     """Video tokens of a model for a latent [B, C, T, H, W] or [B, C, H, W]; None for unknown models."""
     known = [c.__name__ for c in type(diffusion_model).__mro__ if c.__name__ in SIDES]
-    patch = _patch_size(diffusion_model)
-    if not known or patch is None or len(latent_shape) not in (4, 5):
+    patch = _patch_size(diffusion_model) if known else None
+    if patch is None or len(latent_shape) not in (4, 5):
         return None
     sizes = (1, *latent_shape[2:])[-3:]
     grid = tuple(-(-int(n) // p) for n, p in zip(sizes, patch, strict=True))
@@ -87,7 +87,8 @@ def valid_keys(mask: torch.Tensor, batch: int, keys: int) -> torch.Tensor | str 
     Args:
         mask: bool (True keeps) or added to the scores: [B or 1, L_k], or with query and head dimensions of 1.
     """
-    if mask.shape[-1] != keys or mask.numel() not in (keys, batch * keys):
+    *rows, width = mask.shape
+    if width != keys or any(n != 1 for n in rows[1:]) or (rows and rows[0] not in (1, batch)):
         return "attention mask"
     mask = mask.reshape(-1, keys)
     valid = mask if mask.dtype == torch.bool else mask > MASKED

@@ -98,7 +98,7 @@ class FGAttnPatch(io.ComfyNode):
     ) -> bool | str:
         """Refuse what is wrong when the graph is queued; None comes through a link and is checked later.
 
-        The frontend guards the other inputs.
+        ComfyUI's server checks the other inputs against the schema.
         """
         try:
             parse_blocks(dense_blocks or "")

@@ -7,7 +7,6 @@ order; what the project always keeps (sinks, a tile's own cells) is added to wha
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,7 +35,7 @@ def check(method: str, parameter: float) -> None:
                                   "Its strength is `threshold`.")
         return
     rule = METHODS[method]
-    if not number or not math.isfinite(parameter) or not 0 <= parameter <= rule.most:
+    if not number or not 0 <= parameter <= rule.most:
         raise InvalidArgument(
             "method_parameter", parameter, f"above 0 up to {rule.most:g} with {method} ({rule.parameter})",
             f"0 chooses {rule.default:g}.")

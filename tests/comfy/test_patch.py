@@ -261,8 +261,8 @@ def test_call_layouts(pack, wan, patched, skip_reshape, skip_output_reshape):
     else:
         q, k, v = (x.flatten(2) for x in (q, k, v))
     options = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
-    expected = attention_pytorch(q, k, v, 2, **options)
-    got = attention_pytorch(q, k, v, heads=2, **options, transformer_options={
+    expected = attention_pytorch(q * (0.2 * 128**0.5), k, v, 2, **options)
+    got = attention_pytorch(q, k, v, heads=2, scale=0.2, **options, transformer_options={
         **model.model_options["transformer_options"], "grid_sizes": (3, 8, 12), "block_index": 0})
     assert got.shape == expected.shape and torch.allclose(got, expected, atol=1e-5)
     assert patch.engine.end_run().calls == {"sparse": 1}
@@ -270,6 +270,7 @@ def test_call_layouts(pack, wan, patched, skip_reshape, skip_output_reshape):
 
 @pytest.mark.parametrize(("reason", "mask"), [
     ("attention mask", torch.ones(288, 288, dtype=torch.bool)),
+    ("attention mask", torch.ones(1, 2, 1, 288, dtype=torch.bool)),  # one per head, not per row of the batch
     ("attention bias", torch.linspace(0, 1, 288)[None]),
     ("attention mask that leaves no key", torch.zeros(1, 288, dtype=torch.bool))])
 def test_declined_calls_have_a_reason(pack, wan, patched, reason, mask):
@@ -279,7 +280,7 @@ def test_declined_calls_have_a_reason(pack, wan, patched, reason, mask):
     model = patched(wan)
     patch = sys.modules["fgattn_pack.nodes.patch"].patch_of(model)
     patch.engine.begin_run([1.0, 0.0], False, torch.device("cpu"))
-    q, k, v = torch.randn(3, 1, 288, 256).unbind()
+    q, k, v = torch.randn(3, 2, 288, 256).unbind()
     got = attention_pytorch(q, k, v, heads=2, mask=mask,
                             transformer_options=model.model_options["transformer_options"])
     assert torch.equal(got, attention_pytorch(q, k, v, heads=2, mask=mask))

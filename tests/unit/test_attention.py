@@ -498,6 +498,20 @@ def test_parts_do_not_add_up(monkeypatch):
     assert len(made) == 6
 
 
+@pytest.mark.parametrize("wrong", [
+    lambda q: torch.empty_like(q)[:, :, 1:], lambda q: torch.empty_like(q)[:, 1:],
+    lambda q: torch.empty_like(q, dtype=torch.float64), lambda q: torch.empty_like(q, device="meta")])
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_an_output_that_does_not_fit_is_refused(impl, wrong):
+    """The kernels would write past its end."""
+    q, k, v = make(2, LENGTH)
+    plan = build_plan(q, k, Settings(), LAYOUT)
+    with pytest.raises(InvalidArgument, match=r"^out: got"):
+        attend(q, k, v, plan, impl=impl, out=wrong(q))
+    out = torch.empty_like(q)
+    assert attend(q, k, v, plan, impl=impl, out=out) is out
+
+
 def test_parts_of_a_large_call():
     """Wan 14B at 720p: single keys in two parts, slices of whole cells in one; no parts without a GPU."""
     class OnGPU(torch.Tensor):
@@ -506,6 +520,7 @@ def test_parts_of_a_large_call():
     q = torch.empty(1, 40, 75600, 128, device="meta").as_subclass(OnGPU)
     assert [parts_for(q, 75600, Settings(1.0, 128, n)) for n in (1, 4, 8, 16)] == [2, 2, 2, 1]
     assert parts_for(q[:, :1], 75600, Settings(1.0, 128, 1)) == 1
+    assert parts_for(q, 75600, Settings(), copies=True) == 25  # fp32: 1.5 GB each of q, k, v and the output
     assert parts_for(torch.empty(q.shape, device="meta"), 75600, Settings(1.0, 128, 1)) == 1
 
 

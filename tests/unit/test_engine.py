@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fgattn import InvalidArgument, Settings, TokenLayout, attend, build_plan
+from fgattn.attention import empty_like
 from fgattn.engine import IN_PARTS, SHORT_OF_MEMORY, Engine, OutOfMemory, step_of
 from fgattn.plan import plan_call
 from fgattn.report import headline
+from fgattn.run import Run
 from fgattn.settings import Policy
 from makers import tensors
 
@@ -137,7 +139,34 @@ def test_a_moved_threshold_drops_kept_plans():
         one.begin_evaluation(sigma)
         call(one)
         one.move(*move)
-    assert one.end_run().plans == {"made": 2, "reused": 2}
+    report = one.end_run()
+    assert report.plans == {"made": 2, "reused": 2}
+    assert [step.planning > 0 for step in report.steps] == [True, False, True, False]
+
+
+def test_a_move_is_not_lost():
+    """The page's moves come from another thread, at any time: here while the step takes the one before."""
+    class Racing(Run):
+        @property
+        def moved(self):
+            value = self.__dict__["moved"]
+            reads.append(value)
+            if len(reads) == 2:  # the first one is to see whether there is a move
+                assert one.move(5.0, 0)
+            return value
+
+        @moved.setter
+        def moved(self, value):
+            self.__dict__["moved"] = value
+
+    one, reads = engine(), []
+    one.begin_run(falling(4), True, CPU)
+    one._run.__class__ = Racing
+    one.move(0.5, 0)
+    for sigma in falling(4)[:-1]:
+        one.begin_evaluation(sigma)
+        call(one)
+    assert [threshold for _, threshold, _ in one.end_run().sliders] == [2.0, 0.5, 5.0]
 
 
 @pytest.mark.parametrize("values", [
@@ -230,7 +259,19 @@ def test_outside_a_run_everything_is_dense():
     assert ran_sparse(one, falling(2)) == [True, True]
     first = one.end_run()
     assert not call(one)
-    assert one.end_run() is first and one.last_report is first
+    assert one.end_run() is None and one.last_report is first
+
+
+def test_a_run_that_cannot_start_has_no_report(monkeypatch):
+    """Not that of the run before, which would be shown as its own."""
+    one = engine()
+    assert ran_sparse(one, falling(2)) == [True, True]
+    one.end_run()
+    monkeypatch.setattr("fgattn.engine.Watch", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        one.begin_run(falling(2), True, CPU)
+    assert not call(one)
+    assert one.end_run() is one.last_report is one.last_maps is None
 
 
 def test_a_second_gpu_runs_dense():
@@ -258,6 +299,30 @@ def test_padding_is_left_out():
     assert torch.allclose(out[:, :, kept], expected[:, :, kept], atol=1e-5)
     report = one.end_run()
     assert report.calls == {"sparse": 1} and report.plans == {"made": 1} and not report.remarks
+    assert report.estimated_error < 1e-5  # of the rows that are no padding, over the keys that are none
+
+
+def test_padding_is_left_out_of_one_part_at_a_time(monkeypatch):
+    """Copies of q, k and v are of the heads at hand; short of memory, of fewer."""
+    kept, copied, select = torch.arange(20, 128), [], torch.Tensor.index_select
+
+    def watched(x, dim, index):
+        if index is kept:
+            copied.append(x.shape[1])
+            if x.shape[1] > 1:
+                raise OutOfMemory("no room")
+        return select(x, dim, index)
+
+    def run():
+        one = engine()
+        one.begin_run(falling(4), True, CPU)
+        one.begin_evaluation(1.0)
+        return one.attention(Q, K, V, layout=TokenLayout((3, 4, 9)), dense=lambda: DENSE, block=1, kept=kept)
+
+    whole = run()
+    monkeypatch.setattr(torch.Tensor, "index_select", watched)
+    torch.testing.assert_close(run(), whole)
+    assert copied == [2] + 6 * [1]
 
 
 class Interrupt(Exception):
@@ -714,19 +779,35 @@ def test_out_of_memory_takes_fewer_heads_then_goes_dense(fits, sparse, monkeypat
     q, k, v = tensors(4, 128)
     sizes, whole = [], attend(q, k, v, build_plan(q, k, SETTINGS, LAYOUT))
 
+    made = weakref.WeakSet()
+
     def short(q, k, v, plan, **options):
         sizes.append(q.shape[1])
+        made.add(plan)
         if q.shape[1] > fits:
             raise OutOfMemory("no room")
         return attend(q, k, v, plan, **options)
 
+    def one_output(q):
+        assert not outputs  # nor does the one of the attempt before take room
+        outputs.add(out := empty_like(q))
+        return out
+
+    def dense():
+        assert not outputs and not made and not one._run.plans.size
+        return DENSE
+
+    outputs = weakref.WeakSet()
     monkeypatch.setattr("fgattn.engine.attend", short)
+    monkeypatch.setattr("fgattn.engine.empty_like", one_output)
+    monkeypatch.setattr("fgattn.engine.log.exception", lambda *_: None)  # pytest keeps what is logged
     one = engine(Policy(warmup_steps=0, reuse_steps=4))
     one.begin_run(falling(8), True, CPU)
     for sigma in falling(8)[:2]:
         one.begin_evaluation(sigma)
-        out = one.attention(q, k, v, layout=LAYOUT, dense=lambda: DENSE, block=0)
+        out = one.attention(q, k, v, layout=LAYOUT, dense=dense, block=0)
         assert torch.equal(out, whole) if sparse else out is DENSE
+        del out
     report = one.end_run()
     assert (SHORT_OF_MEMORY in report.remarks) == (fits < 4)
     assert report.calls.get("sparse", 0) == (2 if sparse else 0)

@@ -230,6 +230,13 @@ def test_self_test(kernel, says, monkeypatch, caplog):
     assert [bool(r.exc_info) for r in caplog.records] == [kernel is no_kernel] * len(caplog.records)
 
 
+def test_a_full_gpu_says_nothing_of_the_kernels(monkeypatch):
+    """Another model may fill it while the self-test runs: that must not last for the process."""
+    monkeypatch.setattr(runtime, "_wrong", lambda *_: (_ for _ in ()).throw(runtime.OutOfMemory("no room")))
+    with pytest.raises(runtime.OutOfMemory):
+        runtime.self_test(torch.device("cpu"), "triton")
+
+
 @pytest.mark.parametrize(("fails", "boxed", "gathering"), [
     (set(), "hopper", "hopper"), ({True}, "hopper", "triton"), ({False, True}, "triton", "triton")])
 def test_each_way_to_bring_keys_has_its_self_test(fails, boxed, gathering, monkeypatch):

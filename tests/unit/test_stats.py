@@ -54,6 +54,24 @@ def test_times_add_up():
     assert report.dense_call == 500.0 and report.sparse_call == 250.0 and report.speedup == 2.0
 
 
+def test_samplers_that_come_back():
+    """dpm_adaptive tries a later step before an earlier one: each lasts until the next begins, in time."""
+    stats = RunStats(Ticks(1.0, 3.0, 7.5))
+    stats.begin_step(2)
+    stats.begin_step(1)
+    report = stats.report("s", "torch")
+    assert [(step.index, step.total) for step in report.steps] == [(1, 4500.0), (2, 2000.0)]
+
+
+def test_planning_of_calls_in_parts():
+    """A call that takes its heads in four parts plans once, though it has four plans."""
+    stats = RunStats(Ticks(0.0))
+    stats.timed(0, True, 4 * [(0.0, 0.002, 0.005)])
+    stats.timed(1, True, 4 * [(0.0, 0.0, 0.003)])
+    stats.plans.update({"made": 4, "reused": 4})
+    assert stats.report("s", "torch").planning_saved == pytest.approx(8.0)
+
+
 @pytest.mark.parametrize(("calls", "median"), [((1,), 1), ((3, 1, 2), 2), ((9, 1, 1, 1, 500), 1)], ids=str)
 def test_call_times_are_medians(calls, median):
     """The first call compiles: a mean would report that."""
