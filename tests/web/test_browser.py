@@ -165,7 +165,7 @@ def test_width_of_the_timing_node(page):
         next(n for n in graph["nodes"] if n["type"] == "FGAttnTiming")["size"][0] = saved
         load(page, graph)
         widths.append(page.evaluate("app.graph._nodes.find(n => n.comfyClass === 'FGAttnTiming').size[0]"))
-    np.testing.assert_allclose(widths, (480, 370, 350), atol=10)  # the first Vue renderer takes its border off
+    np.testing.assert_allclose(widths, (480, 370, 350), atol=10)  # the first Vue renderer: less its border
     play(page, patch_id(page))
     pages.slider(page, "threshold", 0.25)
     play(page, patch_id(page))
