@@ -56,14 +56,24 @@ def draw(curves: Sequence[Curve], title: str, across: str, up: str, x: Axis, y: 
             path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
             parts.append(f'<polyline points="{path}" fill="none" stroke="{curve.colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{curve.colour}"/>' for a, b in places]
-        below = 16 if number % 2 else -6  # labels of neighbours keep apart
-        parts += [_text(a - 6, b + below, label, "end", 10, curve.colour) if a > RIGHT - 50 else
-                  _text(a + 6, b + below, label, size=10, colour=curve.colour)
-                  for (a, b), label in zip(places, curve.labels, strict=False)]
+        parts += _labels(curve, places, below=bool(number % 2))  # those of neighbours keep apart
         row = TOP + 12 + 22 * number
         parts += [f'<circle cx="{RIGHT + 22}" cy="{row - 4}" r="4" fill="{curve.colour}"/>',
                   _text(RIGHT + 34, row, curve.name)]
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _labels(curve: Curve, places: Sequence[tuple[float, float]], below: bool) -> list[str]:
+    """Beside the points, off the line where it rises; above points without a line."""
+    drawn = []
+    for i, label in enumerate(curve.labels):
+        (a, b), (a0, b0), (a1, b1) = places[i], places[max(i - 1, 0)], places[min(i + 1, len(places) - 1)]
+        rises = (a1 - a0) * (b1 - b0) < 0
+        left = (rises and not below) or a > RIGHT - 50
+        where = (a, b - 8, "middle") if not curve.line else (
+            a - 6 if left else a + 6, b + 16 if below else b - 6, "end" if left else "start")
+        drawn.append(_text(*where[:2], label, where[2], 10, curve.colour))
+    return drawn
 
 
 def _scale(axis: Axis, values: Sequence[float], start: float, end: float):

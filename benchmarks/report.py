@@ -187,7 +187,7 @@ def kernel_plot(results: Results) -> str:
     return plot.draw(
         curves, "Arithmetic rate at 30 % of the tiles, head size 128; dense cuDNN is 1",
         "N, keys that are kept or skipped together", "rate against dense", plot.Axis(TILE_KEYS, log=True),
-        plot.Axis((0, 0.2, 0.4, 0.6, 0.8, 1.0)), note=provenance(results.rows("kernel")))
+        plot.Axis((0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)), note=provenance(results.rows("kernel")))
 
 
 SECTIONS: dict[str, Callable[[Results], str]] = {

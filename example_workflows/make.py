@@ -42,17 +42,20 @@ def unet(url: str, at: tuple[int, int], title: str | None = None) -> Node:
 
 
 def wan_text(top: int) -> dict[str, Node]:
-    """Text encoder, VAE and size in the left column, the prompts below; from `top` downwards."""
+    """Text encoder, VAE and size in the left column, the prompts below; from `top` downwards.
+
+    The Vue renderer draws nodes up to 90 px higher than their size says, with what hangs below them.
+    """
     encoder = f"{WAN}/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors"
     return {
         "clip": Node("CLIPLoader", (0, top), (390, 106), outputs=[("CLIP", "CLIP")],
                      widgets=["umt5_xxl_fp8_e4m3fn_scaled.safetensors", "wan", "default"],
                      models=((encoder, "text_encoders"),)),
-        "vae": vae(f"{WAN}/vae/wan_2.1_vae.safetensors", (0, top + 160)),
-        "size": Node("EmptyHunyuanLatentVideo", (0, top + 280), (390, 130), widgets=[832, 480, 81, 1],
+        "vae": vae(f"{WAN}/vae/wan_2.1_vae.safetensors", (0, top + 190)),
+        "size": Node("EmptyHunyuanLatentVideo", (0, top + 345), (390, 130), widgets=[832, 480, 81, 1],
                      outputs=LATENT, title="Size and length"),
-        "positive": prompt((0, top + 470), PROMPT, "Positive prompt"),
-        "negative": prompt((0, top + 660), NEGATIVE, "Negative prompt"),
+        "positive": prompt((0, top + 570), PROMPT, "Positive prompt"),
+        "negative": prompt((0, top + 750), NEGATIVE, "Negative prompt"),
     }
 
 
@@ -79,6 +82,13 @@ def timing(at: tuple[int, int], latent: str, *models: str) -> Node:
     links["latent"] = latent, 0, "LATENT"
     return Node("FGAttnTiming", at, (480, 790), {name: links[name] for name in order},
                 outputs=[*LATENT, ("report", "STRING"), ("chart", "IMAGE")])
+
+
+def attention_map(at: tuple[int, int], latent: str, model: str) -> Node:
+    """Block, head and step 0: the first of both, the last sparse step."""
+    return Node("FGAttnInspect", at, (480, 790), {
+        "model": (model, 0, "MODEL"), "latent": (latent, 0, "LATENT")}, [0] * 6,
+        [("map", "IMAGE"), ("density", "IMAGE"), *LATENT])
 
 
 def sampler(model: str, at: tuple[int, int], title: str | None = None) -> Node:
@@ -116,91 +126,92 @@ def video(images: str, at: tuple[int, int], rate: float, name: str) -> dict[str,
     return {
         "video": Node("CreateVideo", at, (315, 78), {"images": (images, 0, "IMAGE")}, [rate],
                       [("VIDEO", "VIDEO")]),
-        "save": Node("SaveVideo", (x, y + 130), (315, 106), {"video": ("video", 0, "VIDEO")},
+        "save": Node("SaveVideo", (x, y + 160), (315, 106), {"video": ("video", 0, "VIDEO")},
                      [f"video/{name}", "auto", "auto"]),
     }
 
 
 WAN_13B = f"{WAN}/diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors"
 WAN_T2V = {
-    "unet": unet(WAN_13B, (0, 0)), **wan_text(140),
+    "unet": unet(WAN_13B, (0, 0)), **wan_text(170),
     "shift": shift("unet", (430, 0), 8.0),
-    "fgattn": patch("shift", (430, 110)),
+    "fgattn": patch("shift", (430, 140)),
     "sampler": sampler("fgattn", (870, 0)),
     "timing": timing((1225, 0), "sampler", "fgattn"),
-    "decode": decode("timing", (870, 310)),
-    **video("decode", (870, 410), 16.0, "fgattn"),
+    "map": attention_map((1745, 0), "sampler", "fgattn"),
+    "decode": decode("timing", (870, 390)),
+    **video("decode", (870, 520), 16.0, "fgattn"),
 }
 WAN22_T2V = {
     "high": unet(f"{WAN22}/diffusion_models/wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors", (0, 0),
                  "High noise"),
-    "low": unet(f"{WAN22}/diffusion_models/wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors", (0, 130),
+    "low": unet(f"{WAN22}/diffusion_models/wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors", (0, 170),
                 "Low noise"),
-    **wan_text(260),
+    **wan_text(340),
     "shift_high": shift("high", (430, 0), 8.0),
-    "shift_low": shift("low", (430, 660), 8.0),
-    "fgattn_high": patch("shift_high", (430, 110), "FG-Attn, high noise"),
-    "fgattn_low": patch("shift_low", (430, 770), "FG-Attn, low noise"),
+    "shift_low": shift("low", (430, 740), 8.0),
+    "fgattn_high": patch("shift_high", (430, 140), "FG-Attn, high noise"),
+    "fgattn_low": patch("shift_low", (430, 880), "FG-Attn, low noise"),
     "first": stage("fgattn_high", "size", (870, 0), "First steps, high noise",
                    ["enable", 1, "fixed", 20, 3.5, "euler", "simple", 0, 10, "enable"]),
-    "second": stage("fgattn_low", "first", (870, 660), "Last steps, low noise",
+    "second": stage("fgattn_low", "first", (870, 740), "Last steps, low noise",
                     ["disable", 0, "fixed", 20, 3.5, "euler", "simple", 10, 10000, "disable"]),
     "timing": timing((1225, 0), "second", "fgattn_high", "fgattn_low"),
-    "decode": decode("timing", (1225, 850)),
-    **video("decode", (1225, 950), 16.0, "fgattn"),
+    "decode": decode("timing", (1745, 0)),
+    **video("decode", (1745, 130), 16.0, "fgattn"),
 }
 HUNYUAN_T2V = {
     "unet": unet(f"{HUNYUAN}/diffusion_models/hunyuan_video_t2v_720p_bf16.safetensors", (0, 0)),
-    "clip": Node("DualCLIPLoader", (0, 140), (390, 130),
+    "clip": Node("DualCLIPLoader", (0, 170), (390, 130),
                  widgets=["clip_l.safetensors", "llava_llama3_fp8_scaled.safetensors", "hunyuan_video",
                           "default"],
                  outputs=[("CLIP", "CLIP")], models=(
                      (CLIP_L, "text_encoders"),
                      (f"{HUNYUAN}/text_encoders/llava_llama3_fp8_scaled.safetensors", "text_encoders"))),
-    "vae": vae(f"{HUNYUAN}/vae/hunyuan_video_vae_bf16.safetensors", (0, 320)),
-    "size": Node("EmptyHunyuanLatentVideo", (0, 440), (390, 130), widgets=[848, 480, 73, 1], outputs=LATENT,
+    "vae": vae(f"{HUNYUAN}/vae/hunyuan_video_vae_bf16.safetensors", (0, 390)),
+    "size": Node("EmptyHunyuanLatentVideo", (0, 545), (390, 130), widgets=[848, 480, 73, 1], outputs=LATENT,
                  title="Size and length"),
-    "positive": prompt((0, 630), PROMPT, "Prompt"),
-    "guidance": Node("FluxGuidance", (0, 820), (390, 58), {"conditioning": ("positive", 0, "CONDITIONING")},
+    "positive": prompt((0, 770), PROMPT, "Prompt"),
+    "guidance": Node("FluxGuidance", (0, 950), (390, 58), {"conditioning": ("positive", 0, "CONDITIONING")},
                      [6.0], CONDITIONING),
     "shift": shift("unet", (430, 0), 7.0),
-    "fgattn": patch("shift", (430, 110)),
+    "fgattn": patch("shift", (430, 140)),
     "noise": Node("RandomNoise", (870, 0), (315, 82), widgets=[1, "fixed"], outputs=[("NOISE", "NOISE")]),
-    "guider": Node("BasicGuider", (870, 130), (315, 46), {
+    "guider": Node("BasicGuider", (870, 140), (315, 46), {
         "model": ("fgattn", 0, "MODEL"), "conditioning": ("guidance", 0, "CONDITIONING")},
         outputs=[("GUIDER", "GUIDER")]),
-    "method": Node("KSamplerSelect", (870, 230), (315, 58), widgets=["euler"],
+    "method": Node("KSamplerSelect", (870, 270), (315, 58), widgets=["euler"],
                    outputs=[("SAMPLER", "SAMPLER")]),
-    "steps": Node("BasicScheduler", (870, 340), (315, 106), {"model": ("fgattn", 0, "MODEL")},
+    "steps": Node("BasicScheduler", (870, 410), (315, 106), {"model": ("fgattn", 0, "MODEL")},
                   ["simple", 20, 1.0], [("SIGMAS", "SIGMAS")]),
-    "sampler": Node("SamplerCustomAdvanced", (870, 500), (315, 106), {
+    "sampler": Node("SamplerCustomAdvanced", (870, 620), (315, 106), {
         "noise": ("noise", 0, "NOISE"), "guider": ("guider", 0, "GUIDER"),
         "sampler": ("method", 0, "SAMPLER"), "sigmas": ("steps", 0, "SIGMAS"),
         "latent_image": ("size", 0, "LATENT")},
         outputs=[("output", "LATENT"), ("denoised_output", "LATENT")]),
     "timing": timing((1225, 0), "sampler", "fgattn"),
-    "decode": Node("VAEDecodeTiled", (870, 660), (315, 150),
+    "decode": Node("VAEDecodeTiled", (870, 830), (315, 150),
                    {"samples": ("timing", 0, "LATENT"), "vae": ("vae", 0, "VAE")}, [256, 64, 64, 8], IMAGE),
-    **video("decode", (870, 860), 24.0, "fgattn"),
+    **video("decode", (870, 1060), 24.0, "fgattn"),
 }
 # |a - b| is the screen of both clamped differences; the screen of a picture with itself doubles what is dark.
 COMPARE = {
-    "unet": unet(WAN_13B, (0, 0)), **wan_text(140),
+    "unet": unet(WAN_13B, (0, 0)), **wan_text(170),
     "shift": shift("unet", (430, 0), 8.0),
-    "fgattn": patch("shift", (430, 110)),
+    "fgattn": patch("shift", (430, 140)),
     "dense": sampler("shift", (870, 0), "Dense"),
-    "sparse": sampler("fgattn", (870, 310), "Sparse"),
+    "sparse": sampler("fgattn", (870, 400), "Sparse"),
     "timing": timing((1225, 0), "sparse", "fgattn"),
-    "dense_frames": decode("dense", (870, 630), "Dense frames"),
-    "sparse_frames": decode("timing", (870, 730), "Sparse frames"),
+    "dense_frames": decode("dense", (870, 800), "Dense frames"),
+    "sparse_frames": decode("timing", (870, 920), "Sparse frames"),
     "more": blend("dense_frames", "sparse_frames", "difference", (1745, 0), "Dense - sparse"),
-    "less": blend("sparse_frames", "dense_frames", "difference", (1745, 160), "Sparse - dense"),
-    "apart": blend("more", "less", "screen", (1745, 320), "Difference"),
-    "twice": blend("apart", "apart", "screen", (1745, 480), "Difference x 2"),
-    "fourfold": blend("twice", "twice", "screen", (1745, 640), "Difference x 4"),
+    "less": blend("sparse_frames", "dense_frames", "difference", (1745, 195), "Sparse - dense"),
+    "apart": blend("more", "less", "screen", (1745, 390), "Difference"),
+    "twice": blend("apart", "apart", "screen", (1745, 585), "Difference x 2"),
+    "fourfold": blend("twice", "twice", "screen", (1745, 780), "Difference x 4"),
     "pair": beside("dense_frames", "sparse_frames", (2100, 0), "Dense | sparse"),
-    "three": beside("pair", "fourfold", (2100, 210), "Dense | sparse | difference x 4"),
-    **video("three", (2100, 420), 16.0, "fgattn_compare"),
+    "three": beside("pair", "fourfold", (2100, 240), "Dense | sparse | difference x 4"),
+    **video("three", (2100, 480), 16.0, "fgattn_compare"),
 }
 WORKFLOWS = {"wan2.1_t2v": WAN_T2V, "wan2.2_t2v_two_stage": WAN22_T2V, "hunyuan_video_t2v": HUNYUAN_T2V,
              "wan2.1_dense_and_sparse": COMPARE}

@@ -16,14 +16,18 @@ MARGIN, GAP, TICK_TEXT = 24, 72, 44
 PANEL_TOP, PANEL_BOTTOM = 108, 286  # in a run's part of the picture
 STEPS_SHARE = 0.64  # of the width for the steps, the rest is for the blocks
 OUTLIER = 3  # a step above this multiple of its run's median is cut off: compilation, mostly
+SEEN = 0.002  # difference of densities that is drawn at all
 HEADROOM = 1.08  # of a scale over its highest bar
 
 BACKGROUND, GRID, RULE = "#202020", "#383838", "#585858"
 TEXT, FAINT = "#e6e6e6", "#a2a2a2"
-DENSE, SPARSE, PLANNING, REST = "#9aa3b2", "#4fb477", "#e8b04a", "#3b4f74"
-REQUESTED, EXECUTED = "#b48ede", "#5c4878"
-LEGEND = ((SPARSE, "attention, sparse step"), (DENSE, "attention, dense step"), (PLANNING, "planning"),
-          (REST, "rest of the step"), (REQUESTED, "density requested"), (EXECUTED, "executed on top"))
+WARM_UP, DENSE, SPARSE, REUSED = "#c98bdb", "#9aa3b2", "#4fb477", "#3f8fd2"  # as in web/js/panel.css
+PLANNING, REST = "#e8b04a", "#5b6f96"  # as there
+REQUESTED, EXECUTED = "#4fc1c9", "#2c6f78"
+ATTENTION = {"warm-up": WARM_UP, "dense": DENSE, "sparse": SPARSE, "reused": REUSED}  # by kind of step
+LEGEND = ((WARM_UP, "warm-up"), (DENSE, "dense"), (SPARSE, "sparse"), (REUSED, "reused plan"),
+          (PLANNING, "planning"), (REST, "rest of the step"), (REQUESTED, "density requested"),
+          (EXECUTED, "executed on top"))
 
 
 def draw(reports: Sequence[tuple[str, RunReport]]) -> Image.Image:
@@ -37,7 +41,7 @@ def draw(reports: Sequence[tuple[str, RunReport]]) -> Image.Image:
     limit = _time_limit([report for _, report in reports])
     for number, (name, report) in enumerate(reports):
         _draw_run(pen, number * RUN_HEIGHT, name, report, limit)
-    _draw_legend(pen, image.height - LEGEND_HEIGHT)
+    _draw_legend(pen, image.height - LEGEND_HEIGHT, [report for _, report in reports])
     return image
 
 
@@ -116,8 +120,7 @@ def _draw_steps(pen, box, steps: Sequence[StepReport], limit: float) -> None:
     free = 0.0  # right end of the last note
     for i, step in enumerate(steps):
         rest = max(0.0, step.total - step.attention - step.planning)
-        attention = SPARSE if step.sparse_calls else DENSE
-        panel.bar(i, ((step.attention, attention), (step.planning, PLANNING), (rest, REST)))
+        panel.bar(i, ((step.attention, ATTENTION[step.kind]), (step.planning, PLANNING), (rest, REST)))
         if step.total > limit:
             note = f"{step.total / 1e3:.3g} s"
             half = pen.textlength(note, font(12)) / 2
@@ -145,12 +148,25 @@ def _draw_nothing(pen, box, reason: str) -> None:
     _centred(pen, (left + right) / 2, (top + bottom) / 2, reason)
 
 
-def _draw_legend(pen, top: int) -> None:
+def _draw_legend(pen, top: int, reports: Sequence[RunReport]) -> None:
     x = MARGIN
-    for colour, label in LEGEND:
+    used = _colours(reports)
+    for colour, label in (entry for entry in LEGEND if entry[0] in used):
         pen.rectangle((x, top + 12, x + 11, top + 23), colour)
         pen.text((x + 18, top + 18), label, FAINT, font(13), anchor="lm")
         x += 18 + pen.textlength(label, font(13)) + 18
+
+
+def _colours(reports: Sequence[RunReport]) -> set[str]:
+    """What these runs have."""
+    steps = [step for report in reports for step in report.steps]
+    blocks = [block for report in reports for block in report.blocks]
+    used = {ATTENTION[step.kind] for step in steps}
+    used |= {REST} if steps else set()
+    used |= {PLANNING} if any(step.planning for step in steps) else set()
+    used |= {REQUESTED} if blocks else set()
+    used |= {EXECUTED} if any(b.executed_density - b.density >= SEEN for b in blocks) else set()
+    return used
 
 
 def _time_limit(reports: Sequence[RunReport]) -> float:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from .report import headline
-from .stats import RunReport, StepReport
+from .stats import Kind, RunReport
 
 SCHEMA_VERSION = 2
 MAX_BYTES = 20_000  # of a snapshot as JSON; the limits below keep it, the heat map takes what they leave
@@ -21,7 +21,6 @@ MAX_SLIDERS = 16  # the last
 MAX_TEXT, MAX_OUTCOME = 160, 60  # characters
 
 State = Literal["running", "done", "error", "interrupted"]
-Kind = Literal["warm-up", "dense", "sparse", "reused"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def snapshot(report: RunReport, node: str, run: str, state: State) -> dict:
         sparse_call=_rounded(report.sparse_call), speedup=_rounded(report.speedup),
         density=_rounded(report.density), error=_two_digits(report.estimated_error),
         timeline=tuple(Step(s.index, round(s.total, 1), round(s.attention, 1), round(s.planning, 1),
-                            _kind(s), _two_digits(s.estimated_error)) for s in steps),
+                            s.kind, _two_digits(s.estimated_error)) for s in steps),
         blocks=tuple(Block(b.block, round(b.density, 3), _two_digits(b.estimated_error))
                      for b in report.blocks[:MAX_BLOCKS]),
         calls=tuple(Calls(outcome[:MAX_OUTCOME], number) for outcome, number in calls),
@@ -131,12 +130,6 @@ def _heat(report: RunReport, steps: list[int], room: int) -> str:
         if cell.step in rows and cell.block in blocks:
             rows[cell.step][blocks[cell.block]] = 1 + round(254 * cell.density)
     return base64.b64encode(b"".join(rows.values())).decode()
-
-
-def _kind(step: StepReport) -> Kind:
-    if step.sparse_calls:
-        return "sparse" if step.planning else "reused"
-    return "warm-up" if step.warmup else "dense"
 
 
 def _rounded(value: float | None) -> float | None:

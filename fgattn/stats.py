@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field
+from typing import Literal
 
 import torch
 
@@ -19,6 +20,7 @@ from .plan_store import REUSED
 from .sums import Sums
 
 UNKNOWN_BLOCK = -1  # number of all blocks that have none
+Kind = Literal["warm-up", "dense", "sparse", "reused"]
 
 
 class Clock:
@@ -58,6 +60,13 @@ class StepReport:
     dense_calls: int
     warmup: bool = False  # dense for being at the start of the run
     estimated_error: float | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """ "reused" is sparse without planning."""
+        if self.sparse_calls:
+            return "sparse" if self.planning else "reused"
+        return "warm-up" if self.warmup else "dense"
 
 
 @dataclass(frozen=True)

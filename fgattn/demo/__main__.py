@@ -61,7 +61,8 @@ def run(settings: Settings, steps: int, seed: int, out: Path) -> int:
     if not ran_sparse:
         print(f"FG-Attn did not run sparse. {headline(sparse)}")
     side_by_side(list(zip(policies, videos, strict=True)), out / "side_by_side.webp")
-    chart.draw(list(zip(policies, reports, strict=True))).save(out / "chart.png")
+    names = "dense (for comparison)", "FG-Attn"
+    chart.draw(list(zip(names, reports, strict=True))).save(out / "chart.png")
     print(f"Written: {out / 'side_by_side.webp'}, {out / 'chart.png'}")
     return 0 if ran_sparse else 1
 

@@ -1,6 +1,8 @@
 """The chart of run reports: always a legible picture, whatever a report lacks."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,6 +84,35 @@ def test_bars_are_as_high_as_the_times():
     full = (chart.PANEL_BOTTOM - chart.PANEL_TOP) / chart.HEADROOM
     np.testing.assert_allclose(parts, [0.4 * full, 0.1 * full, 0.5 * full], atol=1.5)
     assert not heights(image, chart.DENSE).any()
+
+
+def test_colours_are_those_of_the_panel():
+    """The same node shows both."""
+    css = (Path(__file__).parents[2] / "web" / "js" / "panel.css").read_text(encoding="utf-8")
+    panel = dict(re.findall(r"--fgattn-([\w-]+): (#\w+);", css))
+    mine = {**chart.ATTENTION, "planning": chart.PLANNING, "rest": chart.REST}
+    assert mine == {kind: panel[kind] for kind in mine}
+    assert not {chart.REQUESTED, chart.EXECUTED} & {*panel.values()}
+
+
+def test_kinds_of_steps_have_their_colours():
+    """A warm-up step, a dense one, one that plans, and one that reuses its plan."""
+    steps = (StepReport(0, 9, 9, 0, 0, 4, True), StepReport(1, 9, 9, 0, 0, 4), StepReport(2, 9, 8, 1, 4, 0),
+             StepReport(3, 9, 9, 0, 4, 0))
+    image = chart.draw([("", replace(make_report(blocks=0), steps=steps))])
+    found = [np.flatnonzero(heights(image, colour)).mean() for colour in chart.ATTENTION.values()]
+    assert found == sorted(found)
+
+
+def test_the_legend_has_what_is_drawn(texts):
+    """"executed on top" is there only where more was executed than requested."""
+    blocks = (BlockReport(0, 0.3, 0.3),)
+    chart.draw([("", make_report()), ("", make_report(2, 2, 0))])
+    assert {"sparse", "dense", "planning", "density requested", "executed on top"} <= texts.keys()
+    assert not {"warm-up", "reused plan"} & texts.keys()
+    texts.clear()
+    chart.draw([("", replace(make_report(), blocks=blocks))])
+    assert "density requested" in texts and "executed on top" not in texts
 
 
 def test_dense_steps_look_different():

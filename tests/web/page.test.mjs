@@ -50,6 +50,7 @@ function send(event) {
 function create(comfyClass, id, inputs = []) {
   const node = { comfyClass, id, mode: 0, inputs: inputs.map((_, link) => ({ type: "MODEL", link })), widgets: [
     { name: "threshold", value: 1 }, { name: "warmup_steps", value: 2 }], getInputNode: (slot) => inputs[slot],
+  size: [140, 66], computeSize: () => [140, 506], setSize(size) { this.size = size; },
   addDOMWidget(name, type, element, options) {
     const widget = { name, element, options };
     this.widgets.push(widget);
@@ -61,6 +62,17 @@ function create(comfyClass, id, inputs = []) {
 
 const patch = create("FGAttnPatch", 3);
 const text = (node) => node.widgets.at(-1).element.textContent;
+
+test("a new timing node fits its panel, a saved one keeps a width that does", () => {
+  const node = create("FGAttnTiming", 50);
+  assert.deepEqual(node.size, [420, 506]);
+  for (const [saved, shown] of [[370, 370], [200, 350]]) {
+    node.size = [saved, 790];
+    node.onConfigure();
+    assert.deepEqual(node.size, [shown, 790]);
+  }
+  assert.deepEqual(create("FGAttnPatch", 51).size, [140, 66]);
+});
 
 test("one stylesheet; widgets are neither saved nor sent", () => {
   assert.equal(document.head.children.length, 1);

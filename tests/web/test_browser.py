@@ -9,6 +9,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pages
 import pytest
 from fgattn import snapshot
@@ -154,6 +155,26 @@ def test_deleted_nodes_leave_nothing(page):
     page.wait_for_timeout(500)
     assert page.locator(".fgattn-panel, .fgattn-presets").count() == 0
     assert page.evaluate("window.fgattnFrames") == 0
+
+
+def test_width_of_the_timing_node(page):
+    """A new one fits its panel; of saved ones, only what would cut the table is widened."""
+    widths = []
+    for saved in (480, 370, 140):
+        graph = json.loads(EXAMPLE.read_text(encoding="utf-8"))
+        next(n for n in graph["nodes"] if n["type"] == "FGAttnTiming")["size"][0] = saved
+        load(page, graph)
+        widths.append(page.evaluate("app.graph._nodes.find(n => n.comfyClass === 'FGAttnTiming').size[0]"))
+    np.testing.assert_allclose(widths, (480, 370, 350), atol=10)  # the first Vue renderer: less its border
+    play(page, patch_id(page))
+    pages.slider(page, "threshold", 0.25)
+    play(page, patch_id(page))
+    assert page.evaluate("""() => { const body = document.querySelector('.fgattn-body');
+                                    return body.scrollWidth <= body.clientWidth; }""")
+    page.evaluate("""() => { app.graph.clear(); const node = LiteGraph.createNode('FGAttnTiming');
+                             app.graph.add(node); }""")
+    page.wait_for_timeout(500)
+    assert page.evaluate("app.graph._nodes[0].size[0]") == pytest.approx(420, abs=10)
 
 
 def test_presets(page):

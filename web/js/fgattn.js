@@ -11,6 +11,8 @@ import { createStore } from "./store.js";
 const EVENT = "fgattn.progress";
 const ROUTE = "/fgattn/runs"; // of the last message of this page's runs
 const PANEL_HEIGHT = 440; // px
+const PANEL_WIDTH = 420; // of a new node
+const LEAST_WIDTH = 350; // of any: below it the table of runs is cut
 const PRESETS_HEIGHT = 54;
 const SERVER_TEXT = "$$node-text-preview"; // ComfyUI's own line; newer frontends drop it when the prompt ends
 const ENDS = ["execution_success", "execution_error", "execution_interrupted"];
@@ -62,6 +64,7 @@ async function catchUp() {
 function addPanel(node) {
   const panel = createPanel({ copy: (text) => navigator.clipboard.writeText(text), save: download });
   addWidget(node, "fgattn_panel", panel.root, PANEL_HEIGHT);
+  widen(node);
   whileInGraph(node, (signal) => {
     let frame = 0;
     const draw = () => {
@@ -76,6 +79,22 @@ function addPanel(node) {
     signal.addEventListener("abort", () => cancelAnimationFrame(frame), { once: true });
     schedule();
   });
+}
+
+/** A new node is as wide as the panel needs; one of a saved workflow keeps its width unless the panel is cut. */
+function widen(node) {
+  const { computeSize, onConfigure } = node;
+  node.computeSize = function (...given) {
+    const size = computeSize.apply(this, given);
+    size[0] = Math.max(size[0], LEAST_WIDTH);
+    return size;
+  };
+  node.onConfigure = function (...given) {
+    const result = onConfigure?.apply(this, given);
+    if (this.size[0] < LEAST_WIDTH) this.setSize([LEAST_WIDTH, this.size[1]]);
+    return result;
+  };
+  node.setSize([Math.max(node.size[0], PANEL_WIDTH), Math.max(node.size[1], node.computeSize()[1])]);
 }
 
 async function sendSliders(values) {
