@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from .settings import Settings
 from .tensors import CHUNK_ELEMENTS, check_tensors, head_chunks, ordered
 
 CALL_BYTES = 250 * 10**6  # that a call with single keys shall need beside its tensors
+COPY_BYTES = 10**9  # for copies without padding: more parts are slower than the mask that they avoid
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,11 +207,13 @@ def parts_for(q: torch.Tensor, keys: int, settings: Settings, copies: bool = Fal
     """Parts that heads are taken in, so that a call on a GPU needs CALL_BYTES beside q, k, v and the output.
 
     Bits of whole cells are small enough for one part. Kernels that need lists have room for them besides.
-    `copies`: q, k, v and the output of a part are copied.
+    `copies`: q, k, v and the output of a part are copied, which may need COPY_BYTES.
     """
-    needed = call_bytes(q.shape, keys, settings) if settings.tile_keys < CELL else 0
-    needed += 4 * q.nbytes if copies else 0
-    return max(1, min(q.shape[1], -(-needed // CALL_BYTES))) if q.is_cuda else 1
+    if not q.is_cuda:
+        return 1
+    planned = call_bytes(q.shape, keys, settings) / CALL_BYTES if settings.tile_keys < CELL else 0
+    copied = 4 * q.nbytes / COPY_BYTES if copies else 0
+    return max(1, min(q.shape[1], math.ceil(max(planned, copied))))
 
 
 def call_bytes(shape: torch.Size, keys: int, settings: Settings) -> int:
