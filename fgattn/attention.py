@@ -54,7 +54,9 @@ def attend(
     if (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
         raise InvalidArgument("out", (tuple(out.shape), out.dtype, out.device),
                               (tuple(q.shape), q.dtype, q.device), "None makes one.")
-    if not q.numel() or not k.shape[2]:
+    if plan.queries < q.shape[2]:
+        out.zero_()  # absent tokens
+    if not q.numel() or not plan.keys:
         return out.zero_()
     if impl == "reference":
         out.copy_(reference.attend(q, k, v, plan))
@@ -92,10 +94,10 @@ def sparse_attention(
 def check_plan(q: torch.Tensor, k: torch.Tensor, plan: SparsePlan) -> None:
     """Raise InvalidArgument unless the plan was made for tensors of these shapes."""
     fits = all(n in (1, m) for n, m in zip(plan.bits.shape[:2], q.shape[:2], strict=True))
-    if not fits or (plan.queries, plan.keys) != (q.shape[2], k.shape[2]):
+    if not fits or plan.geometry.rows != (q.shape[2], k.shape[2]):
         raise InvalidArgument(
             "[B, H, L_q, L_k]", (*q.shape[:3], k.shape[2]),
-            f"{(*plan.bits.shape[:2], plan.queries, plan.keys)} of the plan (B and H may be 1 there)",
+            f"{(*plan.bits.shape[:2], *plan.geometry.rows)} of the plan (B and H may be 1 there)",
             "Build a plan for these tensors; a mask needs query_length and key_length if its last "
             "tiles are short.")
 

@@ -142,7 +142,7 @@ class Engine:
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: TokenLayout,
         dense: Callable[[], torch.Tensor], block: int | None = None,
-        branch: Hashable | None = "all", scale: float | None = None, kept: torch.Tensor | None = None,
+        branch: Hashable | None = "all", scale: float | None = None,
     ) -> torch.Tensor:
         """One attention call, dense or sparse.
 
@@ -154,8 +154,6 @@ class Engine:
             branch: what tells this call from others of the block in a step: conditionings, context
                 window; None if unknown. Plans are kept only where block and branch are known.
             scale: softmax scale, D**-0.5 if None.
-            kept: int64, the tokens that `layout` speaks of, where the others are padding: sparse calls
-                leave those out as keys and give zeros for them as queries. None is all of them.
         """
         run = self._run
         if run is None:
@@ -176,7 +174,7 @@ class Engine:
             return out
         try:
             with self._scope():
-                out = self._sparse(run, q, k, v, kept, layout, block, branch, scale)
+                out = self._sparse(run, q, k, v, layout, block, branch, scale)
             stats.calls["sparse"] += 1
             return out
         except self._passthrough:
@@ -191,18 +189,18 @@ class Engine:
             run.watch.dense(run.step, block, "error")
         return dense()  # after the handler, which holds what was made until then
 
-    def _sparse(self, run: Run, q, k, v, kept, layout, block, branch, scale) -> torch.Tensor:
+    def _sparse(self, run: Run, q, k, v, layout, block, branch, scale) -> torch.Tensor:
         """Plan and attend. Out of memory drops the kept plans and halves the heads at a time, for good."""
         heads = q.shape[1]
         while True:
             out = plan = None  # what is made next shall have the room of what was made before
-            parts = max(run.parts, parts_for(q, k.shape[2], run.settings, kept is not None))
+            parts = max(run.parts, parts_for(q, k.shape[2], run.settings))
             try:
                 out, spans = empty_like(q), []
                 for of in head_parts(heads, parts):
                     plan = None
                     plan, span = self._part(
-                        run, q[:, of], k[:, of], v[:, of], out[:, of], kept, layout, block, branch, scale)
+                        run, q[:, of], k[:, of], v[:, of], out[:, of], layout, block, branch, scale)
                     spans.append(span)
                 run.stats.timed(run.step, True, spans)
                 break
@@ -213,15 +211,12 @@ class Engine:
             run.parts = min(heads, 2 * parts)
             self.remark(SHORT_OF_MEMORY)
         look_at = plan if parts == 1 else IN_PARTS
-        run.watch.sparse(run.step, block, q, k, v, out, kept, look_at, layout, self.settings.order, scale)
+        run.watch.sparse(run.step, block, q, k, v, out, look_at, layout, self.settings.order, scale)
         return out
 
-    def _part(self, run: Run, q, k, v, out, kept, layout, block, branch, scale):
+    def _part(self, run: Run, q, k, v, out, layout, block, branch, scale):
         """Write the output of some heads; their plan, and marks before and after planning and at the end."""
         start, summaries = run.stats.clock.mark(), None
-        if kept is not None:
-            whole, (q, k, v) = out.zero_(), (x.index_select(2, kept) for x in (q, k, v))
-            out = empty_like(q)
 
         def build() -> SparsePlan:
             nonlocal summaries
@@ -231,8 +226,6 @@ class Engine:
         plan, outcome = self._plan(run, build, q, k, layout, block, branch, scale)
         planned = start if outcome == REUSED else run.stats.clock.mark()
         attend(q, k, v, plan, summaries=summaries, out=out)
-        if kept is not None:
-            whole.index_copy_(2, kept, out)
         run.stats.add_plan(run.step, _number(block), plan)
         run.stats.plans[outcome] += 1
         return plan, (start, planned, run.stats.clock.mark())
@@ -246,7 +239,7 @@ class Engine:
         if missing:
             run.stats.remarks[f"plans are not kept for calls with {missing}"] = None
             return build(), MADE
-        place = layout.grid, layout.front, layout.back, layout.query_start
+        place = layout.grid, layout.front, layout.back, layout.absent, layout.query_start
         return run.plans.plan((block, branch, place, q.shape, k.shape[2], scale, str(q.device)), build)
 
     def _unable(self, run: Run, q, k, v) -> str | None:

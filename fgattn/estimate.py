@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from .order import TokenLayout, geometry
+
 ROWS = 64  # random queries of an estimated call, the same ones in all heads
 EVERY = 4  # of a step's blocks one is estimated, in the next step another one
 LONG = 32_768  # tokens from which one in EVERY costs little on a GPU
@@ -25,26 +27,24 @@ class Estimate:
             block = self._unnamed = self._unnamed + 1
         return (block + step) % every(q, masked) == 0
 
-    def error(
-        self, q, k, v, out, key_valid: torch.Tensor | None, scale: float | None,
-        kept: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def error(self, q, k, v, out, layout: TokenLayout, scale: float | None) -> torch.Tensor:
         """Relative L2 error of some rows of the output, 0-d float32 on its device.
 
         Args:
             q, out: [B, H, L_q, D]; k, v: [B, H, L_k, D].
-            key_valid: None or bool [B, L_k].
-            kept: None, or int64, the tokens that are no padding; `key_valid` is None then.
+            layout: of the keys.
         """
         if q.device not in self._generators:
             self._generators[q.device] = torch.Generator(q.device).manual_seed(0)
-        length = q.shape[2] if kept is None else len(kept)
-        rows = torch.randint(length, (ROWS,), generator=self._generators[q.device], device=q.device)
-        if kept is not None:
-            rows = kept[rows]
-            key_valid = torch.zeros(1, k.shape[2], dtype=torch.bool, device=k.device)
-            key_valid.index_fill_(1, kept, True)
-        expected = exact(q.index_select(2, rows), k, v, key_valid, scale).float()
+        geo = geometry(layout, "raster", q.shape[2], q.device)
+        places = torch.randint(
+            len(geo.query_tokens), (ROWS,), generator=self._generators[q.device], device=q.device)
+        rows, valid = geo.query_tokens[places], layout.key_valid
+        if layout.absent:
+            there = torch.zeros(1, k.shape[2], dtype=torch.bool, device=k.device)
+            there.index_fill_(1, geo.key_tokens, True)
+            valid = there if valid is None else there & valid.to(k.device)
+        expected = exact(q.index_select(2, rows), k, v, valid, scale).float()
         missed = out.index_select(2, rows).float() - expected
         return torch.linalg.vector_norm(missed) / torch.linalg.vector_norm(expected)
 

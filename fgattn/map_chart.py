@@ -27,7 +27,7 @@ def draw_map(found: TileMap, head: int, title: str, note: str) -> Image.Image:
     """The video's frames with the keys that the tile computes. RGB."""
     layout = found.layout
     computed, own = found.keys(head), found.queries(head)
-    video = slice(layout.front, layout.length - layout.back)
+    video, there = slice(layout.front, layout.length - layout.back), layout.length - len(layout.absent)
     frames = np.stack([_wrapped(x[video], layout.grid) for x in (computed, own)])
     known = frames.shape[1:] == tuple(layout.grid)
     count, height, width = frames.shape[1:]
@@ -37,7 +37,7 @@ def draw_map(found: TileMap, head: int, title: str, note: str) -> Image.Image:
     tall = HEAD + rows * (LABEL + height * size + GAP) + FOOT
     image = Image.new("RGB", (wide, tall), BACKGROUND)
     pen = ImageDraw.Draw(image)
-    _title(pen, wide, title, f"this tile computes {computed.mean():.1%} of {layout.length} keys; "
+    _title(pen, wide, title, f"this tile computes {computed.sum() / there:.1%} of {there} keys; "
            f"the head asks for {float(found.density[head]):.1%} of its scores", note)
     for i in range(count):
         x = MARGIN + i % columns * (width * size + GAP)
@@ -50,11 +50,11 @@ def draw_map(found: TileMap, head: int, title: str, note: str) -> Image.Image:
         if known and room > pen.textlength(label, font(12)):
             pen.text((x + width * size, y + LABEL - 5), share, FAINT, font(12), anchor="rs")
         image.paste(_tokens(frames[:, i], size), (x, y + LABEL))
-    others = layout.front + layout.back
+    others = layout.front + layout.back - len(layout.absent)
     legend = [(OWN, f"the tile: {own.sum()} queries"), (COMPUTED, "keys that it computes"),
               (SKIPPED, "keys that it skips")]
     if others:
-        share = np.r_[computed[: layout.front], computed[video.stop:]].mean()
+        share = (computed[: layout.front].sum() + computed[video.stop:].sum()) / others
         legend.append((None, f"{share:.0%} of {others} text or reference tokens computed"))
     _legend(pen, image.height - FOOT, legend)
     return image

@@ -48,7 +48,8 @@ class TileMap:
         layout = self.layout
         kept = np.unpackbits(self.bits[head].numpy(), bitorder="little").astype(bool).repeat(self.tile_keys)
         by_token = np.zeros(layout.length, bool)
-        by_token[token_order(layout.grid, layout.front, layout.back, self.order)] = kept[: layout.length]
+        order = token_order(layout.grid, layout.front, layout.back, self.order, layout.absent)
+        by_token[order] = kept[: len(order)]
         return by_token
 
     def queries(self, head: int) -> np.ndarray:

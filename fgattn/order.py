@@ -28,6 +28,8 @@ class TokenLayout:
         query_start: token at which the queries start; None if queries are no tokens of this
             sequence (cross-attention).
         key_valid: None or bool [B, L_k]; False removes a key everywhere (padding).
+        absent: sink tokens that are padding in all of the batch: as if they were not there, but for their
+            place in memory. They are neither keys nor queries; their outputs are zeros.
     """
 
     grid: tuple[int, int, int]
@@ -35,6 +37,7 @@ class TokenLayout:
     back: int = 0
     query_start: int | None = 0
     key_valid: torch.Tensor | None = None
+    absent: tuple[int, ...] = ()
 
     def __post_init__(self):
         grid = tuple(self.grid)
@@ -45,6 +48,10 @@ class TokenLayout:
                 "whole numbers of at least 0: grid (T, H, W), front, back, query_start",
                 "Give the grid after patching.")
         object.__setattr__(self, "grid", grid)
+        sinks = {*range(self.front), *range(self.length - self.back, self.length)}
+        if not sinks.issuperset(self.absent):
+            raise InvalidArgument("layout.absent", sorted({*self.absent} - sinks), "numbers of sink tokens",
+                                  "Use key_valid for padding inside the video.")
 
     @classmethod
     def flat(cls, length: int, query_start: int | None = 0) -> TokenLayout:
@@ -70,6 +77,7 @@ class Geometry:
     | sink_cell | [cells] bool | the cell holds a sink |
     | boxes | None or [ceil(L_k/8)] int32 | first token * 4 + kind of box of each octet of key positions |
     | grid | (T, H, W) | of the video |
+    | rows | (int, int) | of q and k in memory: L_q and L_k, and the absent tokens |
     """
 
     query_tokens: torch.Tensor
@@ -79,6 +87,7 @@ class Geometry:
     sink_cell: torch.Tensor
     boxes: torch.Tensor | None
     grid: tuple[int, int, int]
+    rows: tuple[int, int]
 
     def always_kept(self, tile_queries: int) -> torch.Tensor:
         """Bool [tiles, cells]: the cells a tile keeps whatever their score; cached."""
@@ -96,11 +105,14 @@ def geometry(layout: TokenLayout, order: str, queries: int, device: torch.device
         raise InvalidArgument(
             "layout.query_start", start, f"at most L_k - L_q = {layout.length - queries}",
             "Use None for queries that are not tokens of the key sequence.")
-    return _geometry(layout.grid, layout.front, layout.back, start, order, queries, str(device))
+    return _geometry(
+        layout.grid, layout.front, layout.back, layout.absent, start, order, queries, str(device))
 
 
-def token_order(grid: tuple[int, int, int], front: int, back: int, order: str) -> np.ndarray:
-    """Token at each position, int64 [front + T*H*W + back]: the video in `order`, then the sinks.
+def token_order(
+    grid: tuple[int, int, int], front: int, back: int, order: str, absent: tuple[int, ...] = (),
+) -> np.ndarray:
+    """Token at each position, int64: the video in `order`, then the sinks that are there.
 
     "cells": stable sort by brick (t//4, h//4, w//8), cell (t%4//2, h%4//2, w%8//4) and place in the
     cell (t%2, h%2, w%4); where the grid is divisible, runs of 16 are 2x2x4 cells.
@@ -115,7 +127,7 @@ def token_order(grid: tuple[int, int, int], front: int, back: int, order: str) -
     elif order == "hilbert":
         video = np.argsort(hilbert_index((w, h, t)), kind="stable")
     sinks = np.r_[0:front, front + t.size : front + t.size + back]
-    return np.concatenate((video + front, sinks)).astype(np.int64)
+    return np.concatenate((video + front, sinks[~np.isin(sinks, absent)])).astype(np.int64)
 
 
 def hilbert_index(axes: tuple[np.ndarray, ...]) -> np.ndarray:
@@ -168,10 +180,10 @@ def octet_boxes(tokens: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray | 
 
 
 @functools.lru_cache(maxsize=32)
-def _geometry(grid, front, back, start, order, queries, device) -> Geometry:
-    tokens = token_order(grid, front, back, order)
-    length = len(tokens)
-    is_sink = np.arange(length) >= length - front - back  # by position
+def _geometry(grid, front, back, absent, start, order, queries, device) -> Geometry:
+    tokens = token_order(grid, front, back, order, absent)
+    length, video = len(tokens), grid[0] * grid[1] * grid[2]
+    is_sink = np.arange(length) >= video  # by position
     cell = np.arange(length) // CELL
     sink_cell = np.zeros(-(-length // CELL), bool)
     sink_cell[cell[is_sink]] = True
@@ -183,7 +195,8 @@ def _geometry(grid, front, back, start, order, queries, device) -> Geometry:
         query_tokens, own_cell, sink_query = tokens[mine] - start, cell[mine], is_sink[mine]
     boxes = octet_boxes(tokens, grid)
     tensors = (query_tokens, tokens, own_cell, sink_query, sink_cell, boxes)
-    return Geometry(*(None if a is None else torch.from_numpy(a).to(device) for a in tensors), grid)
+    return Geometry(*(None if a is None else torch.from_numpy(a).to(device) for a in tensors), grid,
+                    (queries, front + video + back))
 
 
 @functools.lru_cache(maxsize=32)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import pad
@@ -17,7 +16,6 @@ from .settings import Settings
 from .tensors import CHUNK_ELEMENTS, check_tensors, head_chunks, ordered
 
 CALL_BYTES = 250 * 10**6  # that a call with single keys shall need beside its tensors
-COPY_BYTES = 10**9  # for copies without padding: more parts are slower than the mask that they avoid
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +168,7 @@ def plan_call(
     m, n = settings.tile_queries, settings.tile_keys
     valid = _ordered_valid(layout, batch, keys, settings.order, q.device)
     geo = geometry(layout, settings.order, queries, q.device)
+    queries, keys = len(geo.query_tokens), len(geo.key_tokens)
     scale = dim**-0.5 if scale is None else scale
     by_threshold = settings.method == "threshold"
     if impl not in (None, "torch", "triton"):
@@ -203,17 +202,14 @@ def plan_call(
     return _plan(parts, (batch, heads), m, n, geo, valid, settings.tail, scale), None
 
 
-def parts_for(q: torch.Tensor, keys: int, settings: Settings, copies: bool = False) -> int:
+def parts_for(q: torch.Tensor, keys: int, settings: Settings) -> int:
     """Parts that heads are taken in, so that a call on a GPU needs CALL_BYTES beside q, k, v and the output.
 
     Bits of whole cells are small enough for one part. Kernels that need lists have room for them besides.
-    `copies`: q, k, v and the output of a part are copied, which may need COPY_BYTES.
     """
-    if not q.is_cuda:
+    if not q.is_cuda or settings.tile_keys >= CELL:
         return 1
-    planned = call_bytes(q.shape, keys, settings) / CALL_BYTES if settings.tile_keys < CELL else 0
-    copied = 4 * q.nbytes / COPY_BYTES if copies else 0
-    return max(1, min(q.shape[1], math.ceil(max(planned, copied))))
+    return max(1, min(q.shape[1], -(-call_bytes(q.shape, keys, settings) // CALL_BYTES)))
 
 
 def call_bytes(shape: torch.Size, keys: int, settings: Settings) -> int:
@@ -288,7 +284,7 @@ def _ordered_valid(layout, batch, keys, order, device):
     if valid.dtype != torch.bool or tuple(valid.shape) != (batch, keys):
         raise InvalidArgument("layout.key_valid", (valid.dtype, tuple(valid.shape)),
                               f"bool {(batch, keys)}", "Give one row per batch row.")
-    tokens = geometry(TokenLayout(layout.grid, layout.front, layout.back, None), order, 0, device).key_tokens
+    tokens = geometry(replace(layout, query_start=None), order, 0, device).key_tokens
     return valid.to(device)[:, tokens]
 
 

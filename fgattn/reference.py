@@ -29,6 +29,7 @@ def select(
     m, n = settings.tile_queries, settings.tile_keys
     scale = dim**-0.5 if scale is None else scale
     geo = geometry(layout, settings.order, queries, q.device)
+    queries, keys = len(geo.query_tokens), len(geo.key_tokens)
     valid = torch.ones(batch, keys, dtype=torch.bool, device=q.device)
     if layout.key_valid is not None:
         valid = layout.key_valid.to(q.device)[:, geo.key_tokens]
@@ -69,7 +70,7 @@ def select(
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SparsePlan) -> torch.Tensor:
     """Attention over the plan's keys and tail, [B, H, L_q, D] in q's dtype."""
-    out = torch.empty_like(q)
+    out = torch.zeros_like(q)
     scale = plan.softmax_scale(q.shape[3])
     for b in range(q.shape[0]):
         valid = plan.valid_keys(b)

@@ -24,8 +24,8 @@ def pooled_tail(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SparseP
         out [B, H, runs, D]; log-sum-exp [B, H, runs], -inf where nothing is skipped; both fp32
         (float64 for float64).
     """
-    batch, heads, queries, dim = q.shape
-    keys = k.shape[2]
+    batch, heads, _, dim = q.shape
+    queries, keys = plan.queries, plan.keys
     runs, cells = -(-queries // CELL), -(-keys // CELL)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.empty(batch, heads, runs, dim, dtype=wide, device=q.device)

@@ -37,22 +37,18 @@ class Watch:
         self._guarded(lambda: self.maps.skip(step, block, reason))
 
     def sparse(
-        self, step: int, block: int | None, q, k, v, out, kept, plan: SparsePlan | str, layout, order: str,
-        scale,
+        self, step: int, block: int | None, q, k, v, out, plan: SparsePlan | str, layout, order: str, scale,
     ) -> None:
-        """A call was sparse, with this plan; or why there is no plan of the whole call.
-
-        `kept` None, or the tokens that plan and layout are of.
-        """
+        """A call was sparse, with this plan; or why there is no plan of the whole call."""
         def look():
             if isinstance(plan, str):
                 self.maps.skip(step, block, plan)
             else:
                 self.maps.keep(step, block, plan, layout, order)
-            masked = kept is not None or layout.key_valid is not None
+            masked = bool(layout.absent) or layout.key_valid is not None
             if self._estimate and self._estimate.due(step, block, q, masked):
                 self._stats.add_error(step, UNKNOWN_BLOCK if block is None else block,
-                                      self._estimate.error(q, k, v, out, layout.key_valid, scale, kept))
+                                      self._estimate.error(q, k, v, out, layout, scale))
 
         self._guarded(look)
 

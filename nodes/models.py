@@ -1,5 +1,6 @@
 """What is known of a model's attention calls: the video's token grid, what is beside it, block, branch."""
 
+import dataclasses
 import math
 from collections.abc import Hashable
 from typing import NamedTuple
@@ -99,8 +100,8 @@ def valid_keys(mask: torch.Tensor, batch: int, keys: int) -> torch.Tensor | str 
     return None if valid.all() else valid.expand(batch, keys)
 
 
-def without_padding(layout: TokenLayout, valid: torch.Tensor) -> tuple[TokenLayout, torch.Tensor] | None:
-    """The sequence without padding, and its tokens; None where rows differ or the video itself has padding.
+def without_padding(layout: TokenLayout, valid: torch.Tensor) -> TokenLayout | None:
+    """The layout with padding as absent tokens; None where rows differ or the video itself has padding.
 
     Reads the mask, as `valid_keys` does.
 
@@ -110,8 +111,7 @@ def without_padding(layout: TokenLayout, valid: torch.Tensor) -> tuple[TokenLayo
     row, end = valid[0], layout.length - layout.back
     if (valid != row).any() or not row[layout.front:end].all():
         return None
-    front, back = int(row[:layout.front].sum()), int(row[end:].sum())
-    return TokenLayout(layout.grid, front, back), row.nonzero().flatten()
+    return dataclasses.replace(layout, absent=tuple((~row).nonzero().flatten().tolist()))
 
 
 def _patch_size(model) -> tuple[int, int, int] | None:

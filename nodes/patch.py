@@ -146,9 +146,8 @@ class Override:
             length = 2 if skip_reshape else 1
             video = getattr(thread, "video", None)
             layout = call_layout(options, video, q.shape[length], k.shape[length])
-            kept = None
             if not isinstance(layout, str) and mask is not None:
-                layout, kept = self._masked(mask, layout, q.shape[0])
+                layout = self._masked(mask, layout, q.shape[0])
             if isinstance(layout, str):
                 self.patch.engine.decline(layout)
                 return fallback()
@@ -156,7 +155,7 @@ class Override:
                 self.patch.engine.remark(NO_GRID)
             split = functools.partial(rearrange, pattern="b l (h d) -> b h l d", h=heads)
             out = self.patch.engine.attention(
-                *((q, k, v) if skip_reshape else map(split, (q, k, v))), layout=layout, kept=kept,
+                *((q, k, v) if skip_reshape else map(split, (q, k, v))), layout=layout,
                 dense=(fallback if skip_output_reshape else lambda: split(fallback())),
                 block=call_block(options, video), branch=call_branch(options),
                 scale=kwargs.get("scale"))
@@ -165,14 +164,12 @@ class Override:
             thread.inside = False
 
     def _masked(self, mask, layout, batch):
-        """Under a mask: layout or reason, tokens to keep or None. Read once an evaluation: that waits."""
+        """The layout under a mask, or why there is none. Read once an evaluation: that waits."""
         thread, place = self.patch.thread, (layout.grid, layout.front, layout.back, batch)
         known = getattr(thread, "mask", None)
         if known is None or known[0] is not mask or known[1] != place:
             valid = valid_keys(mask, batch, layout.length)
-            found = valid, None
-            if not isinstance(valid, str):
-                found = dataclasses.replace(layout, key_valid=valid), None
+            found = valid if isinstance(valid, str) else dataclasses.replace(layout, key_valid=valid)
             if isinstance(valid, torch.Tensor):
                 found = without_padding(layout, valid) or found
             known = thread.mask = mask, place, found

@@ -192,7 +192,7 @@ IS_INTERPRETED = not isinstance(attend_kernel, triton.JITFunction)
 
 def attend_triton(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
     """Write softmax over the plan's keys (and `tail` = (out, lse) of tail_triton, or None) to out."""
-    (batch, heads, queries, dim), tiles = q.shape, plan.bits.shape[2]
+    (batch, heads, _, dim), queries, tiles = q.shape, plan.queries, plan.bits.shape[2]
     tail_out, tail_lse = scaled_tail(tail)
     launch = launch_for(capability(q.device), dim, plan.tile_rows)
     with on_device(q):

@@ -261,7 +261,7 @@ def hopper_kernel(
 
 def attend_hopper(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
     """Write softmax over the plan's keys (and `tail` = (out, lse) of tail_triton, or None) to out."""
-    (batch, heads, queries, dim), (*_, tiles, n_bytes) = q.shape, plan.bits.shape
+    (batch, heads, _, dim), (*_, tiles, n_bytes), queries = q.shape, plan.bits.shape, plan.queries
     scale = plan.softmax_scale(dim) * LOG2_E
     if scale < 0:  # the kernel scales the largest score, not every score
         q, scale = -q, -scale

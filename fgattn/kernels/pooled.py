@@ -81,13 +81,13 @@ def tail_triton(q, k, v, plan: SparsePlan, summaries: Summaries | None = None, h
         summaries: of these q and k, if they were made for the plan; of v too, if it was there.
         hopper: run the kernel for compute capability 9.0.
     """
-    batch, heads, queries, dim = q.shape
+    batch, heads, _, dim = q.shape
     rows = position_rows(plan.geometry.query_tokens), position_rows(plan.geometry.key_tokens, plan.key_valid)
     if summaries is None:
         summaries = summarise(q, k, v, *rows)
     elif summaries.value is None:
         summaries = summaries._replace(value=summarise(None, None, v, *rows).value)
-    runs = triton.cdiv(queries, CELL)
+    runs = triton.cdiv(plan.queries, CELL)
     out = torch.empty(batch, heads, runs, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, heads, runs, dtype=torch.float32, device=q.device)
     if hopper:

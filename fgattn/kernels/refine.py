@@ -114,15 +114,16 @@ def key_slice_kernel(
     tl.store(done + at, scores_of(tl.sum(together, 1), number, queries, JOINED * TILE_RUNS * 16))
 
 
-def refine(centroid, k, table, always, limits, order, cells, m: int, n: int, queries: int):
+def refine(centroid, k, table, always, limits, order, cells, m: int, n: int, queries: int, keys: int):
     """Bits of slices of n < 16 keys, and scores asked for and executed, both [B, H, programs] in parts.
 
     Args:
         centroid: [B * H, runs, D]; k: [B, H, L_k, D].
         table: KeyTables. always, cells: bits of cells, [tiles, bytes] and [B, H, tiles, bytes].
         limits: fp32 [B * H, runs]. order: None or int32 [B, H, runs], the order of execution.
+        queries, keys: how many there are in the order.
     """
-    (batch, heads, keys, dim), (groups, runs, _), device = k.shape, centroid.shape, k.device
+    (batch, heads, _, dim), (groups, runs, _), device = k.shape, centroid.shape, k.device
     tiles, launch, together = cells.shape[2], plan_launch(device), max(1, KERNEL_ROWS // m)
     words = torch.empty(batch, heads, tiles, row_bytes(keys), dtype=torch.uint8, device=device)
     out = words.view(WORDS[launch.keys])

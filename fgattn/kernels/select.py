@@ -201,7 +201,7 @@ def plan_bits(q, k, v, geo: Geometry, valid: torch.Tensor | None, settings: Sett
     is_negative = scale < 0  # limits are divided by it
     if is_negative:
         q, scale = -q, -scale
-    queries, m, n = q.shape[2], settings.tile_queries, settings.tile_keys
+    queries, m, n = len(geo.query_tokens), settings.tile_queries, settings.tile_keys
     table = _all_keys(geo) if valid is None else key_tables(geo, valid)
     always, order = _always_kept(geo, m), None
     with on_device(q):
@@ -212,7 +212,8 @@ def plan_bits(q, k, v, geo: Geometry, valid: torch.Tensor | None, settings: Sett
             bits, executed, order = grouped(bits, widths, m, queries)
         if n < CELL:
             bits, requested, executed = refine(
-                summaries.centroid, k, table, always, limits, order, cells, m, n, queries)
+                summaries.centroid, k, table, always, limits, order, cells, m, n, queries,
+                len(geo.key_tokens))
         requested = requested.sum(2)
         executed = executed.sum(2) if m < KERNEL_ROWS else requested
     return bits, requested, executed, order, None if is_negative else summaries
@@ -239,7 +240,7 @@ def _score(q, k, v, geo: Geometry, table: KeyTables, tiles: int, settings: Setti
         scale / 2, **common)
     select_kernel[blocks, parts, groups](
         centroid, square, mean, variance, totals, limits, words, runs, cells, tiles, parts, words.shape[3],
-        scale * LOG2_E, scale / 2, log_bound(settings.threshold, k.shape[2]) * LOG2_E,
+        scale * LOG2_E, scale / 2, log_bound(settings.threshold, len(geo.key_tokens)) * LOG2_E,
         TILE_RUNS=settings.tile_queries // CELL, **common)
     return summaries._replace(square=None, variance=None), limits, bits
 

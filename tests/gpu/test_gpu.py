@@ -200,6 +200,29 @@ def test_strides_masks_and_cross_lengths(impl):
     assert_close(attend(part, k, v, plan, impl=impl), part, k, v, plan)
 
 
+@pytest.mark.parametrize(("m", "n"), [(128, 16), (64, 8), (16, 16), (128, 1), (32, 2)])
+@pytest.mark.parametrize(("front", "back", "absent"), [
+    (256, 0, range(100, 256)), (0, 77, range(3840, 3890)), (30, 12, (0, 1, *range(17, 30), 3875))])
+def test_absent_tokens(impl, front, back, absent, m, n):
+    """As if they were not in memory, where they hold NaN; their outputs are zeros. Octets stay boxes."""
+    layout = TokenLayout((10, 16, 24), front, back, absent=tuple(absent))
+    gone = torch.tensor(layout.absent, device="cuda")
+    there = torch.ones(layout.length, dtype=torch.bool, device="cuda").index_fill_(0, gone, False)
+    there = there.nonzero()[:, 0]
+    q, k, v = tensors(1, 3, layout.length, 128)
+    short = [x.index_select(2, there) for x in (q, k, v)]
+    fewer = TokenLayout(
+        layout.grid, front - sum(t < front for t in absent), back - sum(t > front for t in absent))
+    plan = build_plan(*short[:2], Settings(1.5, m, n), fewer)
+    expected = attend(*short, plan, impl=impl)
+    for x in (q, k, v):
+        x[:, :, gone] = torch.nan
+    whole = build_plan(q, k, Settings(1.5, m, n), layout)
+    assert torch.equal(whole.bits, plan.bits) and whole.gathers == plan.gathers
+    got = attend(q, k, v, whole, impl=impl)
+    assert torch.equal(got.index_select(2, there), expected) and not got[:, :, gone].any()
+
+
 def test_lists_agree_with_the_reference():
     """Plans made on the GPU equal the specification except where a decision is within 1e-4."""
     layout = TokenLayout((3, 9, 11), front=3, back=6)

@@ -96,6 +96,23 @@ def test_missing_keys(n, has_tail):
     assert torch.equal(assert_kernel(q, k, v, plan), clean)
 
 
+@pytest.mark.parametrize(("m", "n"), [(128, 16), (16, 4), (32, 1), (64, 32)])
+def test_absent_tokens(m, n):
+    """Planned and attended as if they were not in memory, where they hold NaN; their outputs are zeros."""
+    layout = TokenLayout((3, 6, 10), front=30, back=12, absent=(0, 1, *range(17, 30), 215))
+    there = torch.tensor([t for t in range(layout.length) if t not in layout.absent])
+    q, k, v = make(2, layout.length)
+    short = [x.index_select(2, there) for x in (q, k, v)]
+    plan = build_plan(*short[:2], Settings(1.5, m, n), TokenLayout((3, 6, 10), 15, 11), impl="triton")
+    expected = attend(*short, plan, impl="triton")
+    for x in (q, k, v):
+        x[:, :, list(layout.absent)] = float("nan")
+    whole = build_plan(q, k, Settings(1.5, m, n), layout, impl="triton")
+    assert torch.equal(whole.bits, plan.bits) and torch.equal(whole.executed, plan.executed)
+    got = attend(q, k, v, whole, impl="triton")
+    assert torch.equal(got.index_select(2, there), expected) and not got[:, :, list(layout.absent)].any()
+
+
 @pytest.mark.parametrize("has_tail", [False, True], ids=["no tail", "tail"])
 def test_no_valid_key(has_tail):
     """Zeros, never NaN."""

@@ -1,7 +1,6 @@
 """Engine: which calls run dense and why, what happens on failure, and what the books say."""
 
 import contextlib
-import dataclasses
 import gc
 import logging
 import weakref
@@ -283,46 +282,24 @@ def test_a_second_gpu_runs_dense():
     assert one._unable(one._run, q, q, q) == "on another GPU than the run"
 
 
-def test_padding_is_left_out():
-    """Tokens that are not kept: no keys, zeros as queries; the others as with a mask over keys."""
-    layout, kept = TokenLayout((4, 4, 6), front=32), torch.cat((torch.arange(20), torch.arange(32, 128)))
+def test_absent_tokens_are_left_out():
+    """No keys, zeros as queries, the others as with a mask over keys; in the maps and the estimate, too."""
+    layout = TokenLayout((4, 4, 6), front=32, absent=tuple(range(20, 32)))
+    there = torch.cat((torch.arange(20), torch.arange(32, 128)))
     one = Engine(Settings(0.0, 16, 16), Policy(0, reuse_steps=2))
     one.begin_run(falling(4), True, CPU)
     one.begin_evaluation(1.0)
-    out = one.attention(
-        Q, K, V, layout=TokenLayout((4, 4, 6), front=20), dense=lambda: DENSE, block=0, kept=kept)
+    out = one.attention(Q, K, V, layout=layout, dense=lambda: DENSE, block=0)
     valid = torch.zeros(len(Q), 128, dtype=torch.bool)
-    valid[:, kept] = True
-    masked = dataclasses.replace(layout, key_valid=valid)
+    valid[:, there] = True
+    masked = TokenLayout((4, 4, 6), front=32, key_valid=valid)
     expected = attend(Q, K, V, build_plan(Q, K, Settings(0.0, 16, 16), masked))
     assert out.shape == Q.shape and not out[:, :, 20:32].any()
-    assert torch.allclose(out[:, :, kept], expected[:, :, kept], atol=1e-5)
+    assert torch.allclose(out[:, :, there], expected[:, :, there], atol=1e-5)
     report = one.end_run()
     assert report.calls == {"sparse": 1} and report.plans == {"made": 1} and not report.remarks
-    assert report.estimated_error < 1e-5  # of the rows that are no padding, over the keys that are none
-
-
-def test_padding_is_left_out_of_one_part_at_a_time(monkeypatch):
-    """Copies of q, k and v are of the heads at hand; short of memory, of fewer."""
-    kept, copied, select = torch.arange(20, 128), [], torch.Tensor.index_select
-
-    def watched(x, dim, index):
-        if index is kept:
-            copied.append(x.shape[1])
-            if x.shape[1] > 1:
-                raise OutOfMemory("no room")
-        return select(x, dim, index)
-
-    def run():
-        one = engine()
-        one.begin_run(falling(4), True, CPU)
-        one.begin_evaluation(1.0)
-        return one.attention(Q, K, V, layout=TokenLayout((3, 4, 9)), dense=lambda: DENSE, block=1, kept=kept)
-
-    whole = run()
-    monkeypatch.setattr(torch.Tensor, "index_select", watched)
-    torch.testing.assert_close(run(), whole)
-    assert copied == [2] + 6 * [1]
+    assert report.estimated_error < 1e-5 and report.density == 1
+    assert one.last_maps.find(-1, 0, 0)[1].keys(0).tolist() == valid[0].tolist()
 
 
 class Interrupt(Exception):
