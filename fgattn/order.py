@@ -48,9 +48,9 @@ class TokenLayout:
                 "whole numbers of at least 0: grid (T, H, W), front, back, query_start",
                 "Give the grid after patching.")
         object.__setattr__(self, "grid", grid)
-        sinks = {*range(self.front), *range(self.length - self.back, self.length)}
-        if not sinks.issuperset(self.absent):
-            raise InvalidArgument("layout.absent", sorted({*self.absent} - sinks), "numbers of sink tokens",
+        end = self.length - self.back
+        if wrong := [t for t in self.absent if not (0 <= t < self.front or end <= t < self.length)]:
+            raise InvalidArgument("layout.absent", wrong, "numbers of sink tokens",
                                   "Use key_valid for padding inside the video.")
 
     @classmethod
