@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 from fgattn import Settings, build_plan
-from fgattn.engine import Engine
-from fgattn.kernels.pooled import tail_triton
+from fgattn.backends.triton.tail import tail_triton
+from fgattn.runs.engine import Engine
 from fgattn.settings import Policy
 
 from . import peers

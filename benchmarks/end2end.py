@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from fgattn import Settings, attend
-from fgattn.kernels.pooled import tail_triton
+from fgattn.backends.triton.tail import tail_triton
 from fgattn.plan import plan_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import gelu, layer_norm, linear, rms_norm, scaled_dot_product_attention

@@ -16,7 +16,7 @@ from fgattn.demo.generate import generate, psnr
 from fgattn.demo.model import CHANNELS, HEAD_DIM
 from fgattn.demo.quantise import load_model
 from fgattn.demo.scenes import conditioning, to_rgb
-from fgattn.order import geometry
+from fgattn.layout import geometry
 from fgattn.plan import plan_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention

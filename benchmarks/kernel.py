@@ -11,8 +11,9 @@ import importlib
 from collections.abc import Iterator
 
 import torch
-from fgattn import TokenLayout, attend, plan_from_mask, runtime
-from fgattn.kernels.pooled import tail_triton
+from fgattn import TokenLayout, attend, plan_from_mask
+from fgattn.backends import runtime
+from fgattn.backends.triton.tail import tail_triton
 
 from . import peers
 from .measure import sampled_error
@@ -22,8 +23,8 @@ from .shapes import LARGE_720P, SMALL_480P, Shape, random_qkv
 DENSITY = 0.3
 TILE_KEYS = (1, 2, 4, 8, 16, 32, 64, 128)
 SPREAD = 20  # longest over shortest list of the skewed case
-LAUNCHES = {"hopper": "fgattn.kernels.attend_hopper:attend_hopper",
-            "triton": "fgattn.kernels.attend_fwd:attend_triton"}
+LAUNCHES = {"hopper": "fgattn.backends.hopper.attend:attend_hopper",
+            "triton": "fgattn.backends.triton.attend:attend_triton"}
 
 
 def cases(quick: bool) -> Iterator[Case]:

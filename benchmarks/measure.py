@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import triton
-from fgattn.order import CELL
+from fgattn.layout import CELL
 
 RESULTS = Path(__file__).parent / "results"
 FLUSH_BYTES = 256 << 20  # larger than any L2

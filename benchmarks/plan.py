@@ -11,12 +11,14 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from fgattn import Settings, build_plan, runtime, scoring, sparse_attention
-from fgattn.kernels.attend_fwd import Lists
-from fgattn.kernels.pooled import tail_triton
-from fgattn.kernels.summarise import position_rows, summarise
-from fgattn.order import geometry
-from fgattn.tail import pooled_tail
+from fgattn import Settings, build_plan, sparse_attention
+from fgattn.backends import runtime
+from fgattn.backends.pytorch import scoring
+from fgattn.backends.pytorch.tail import pooled_tail
+from fgattn.backends.shared.summarise import position_rows, summarise
+from fgattn.backends.triton.attend import Lists
+from fgattn.backends.triton.tail import tail_triton
+from fgattn.layout import geometry
 
 from . import peers
 from .measure import relative_error, sampled_error
@@ -102,7 +104,7 @@ def make_lists(plan):
     """
     shape = plan.bits.shape[:2]
     if plan.gathers and not runtime.hopper_reason(plan.bits.device, True):
-        from fgattn.kernels.hopper_lister import Counts
+        from fgattn.backends.hopper.lister import Counts
 
         return Counts(plan, *shape).listed, 0
     lists = Lists(plan, *shape, None if plan.gathers else plan.geometry.boxes)

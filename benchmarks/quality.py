@@ -19,7 +19,7 @@ from fgattn import Settings, TokenLayout, build_plan, sparse_attention
 from fgattn.demo.generate import schedule
 from fgattn.demo.quantise import load_model
 from fgattn.demo.scenes import conditioning
-from fgattn.order import geometry
+from fgattn.layout import geometry
 from fgattn.settings import TILE_KEYS, TILE_QUERIES
 
 from . import peers

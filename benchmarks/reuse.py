@@ -16,7 +16,7 @@ from fgattn.demo.generate import generate, psnr
 from fgattn.demo.model import CHANNELS
 from fgattn.demo.quantise import load_model
 from fgattn.demo.scenes import conditioning, to_rgb
-from fgattn.engine import Engine
+from fgattn.runs.engine import Engine
 from fgattn.settings import Policy
 
 from .measure import relative_error

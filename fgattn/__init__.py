@@ -2,7 +2,7 @@
 
 from .attention import attend, sparse_attention
 from .errors import InvalidArgument, Unsupported
-from .order import TokenLayout
+from .layout import TokenLayout
 from .plan import SparsePlan, build_plan, plan_from_mask
 from .settings import Settings
 

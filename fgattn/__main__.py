@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, runtime
+from . import __version__
+from .backends import runtime
 
 DRIVER = Path("/proc/driver/nvidia/version")
 

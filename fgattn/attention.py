@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from . import reference, runtime
-from .attend_torch import attend_torch
+from . import reference
+from .backends import runtime
+from .backends.pytorch.attend import attend_torch
+from .backends.pytorch.tail import pooled_tail
 from .errors import InvalidArgument, Unsupported
-from .order import TokenLayout
+from .layout import TokenLayout
 from .plan import SparsePlan, parts_for, plan_call
 from .settings import Settings
-from .tail import pooled_tail
 from .tensors import check_tensors, compute_type, head_parts
 
 IMPLEMENTATIONS = ("reference", "torch", "triton", "hopper")
@@ -64,14 +65,14 @@ def attend(
         tail = pooled_tail(q, k, v, plan) if plan.tail else None
         attend_torch(q, k, v, plan, tail, out)
     else:
-        from .kernels.pooled import tail_triton
+        from .backends.triton.tail import tail_triton
 
         q, k, v = (x.to(compute_type(x)) for x in (q, k, v))
         tail = tail_triton(q, k, v, plan, summaries, hopper=impl == "hopper") if plan.tail else None
         if impl == "hopper":
-            from .kernels.attend_hopper import attend_hopper as launch
+            from .backends.hopper.attend import attend_hopper as launch
         else:
-            from .kernels.attend_fwd import attend_triton as launch
+            from .backends.triton.attend import attend_triton as launch
         launch(q, k, v, plan, tail, out)
     return out
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import pad
 
-from . import methods, runtime
+from . import methods
+from .backends import runtime
+from .backends.pytorch.select import merge_runs, select
 from .errors import InvalidArgument, Unsupported
-from .grouping import KERNEL_ROWS, group
-from .order import CELL, OCTET, Geometry, TokenLayout, geometry
-from .selection import merge_runs, select
+from .joining import KERNEL_ROWS, group
+from .layout import CELL, OCTET, Geometry, TokenLayout, geometry
 from .settings import Settings
 from .tensors import CHUNK_ELEMENTS, check_tensors, head_chunks, ordered
 
@@ -180,7 +181,7 @@ def plan_call(
     if impl == "triton" and (reason := runtime.unavailable(q)):
         raise Unsupported("impl", impl, "torch here", f"The kernels cannot run: {reason}.")
     if impl == "triton" and queries and keys:
-        from .kernels.select import plan_bits
+        from .backends.shared.select import plan_bits
 
         *made, summaries = plan_bits(q, k, v if settings.tail else None, geo, valid, settings, scale)
         return SparsePlan(*made, geo, valid, max(m, KERNEL_ROWS), n, settings.tail, scale), summaries

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .order import CELL, TokenLayout, geometry
+from .layout import CELL, TokenLayout, geometry
 from .plan import SparsePlan, of_heads
 from .settings import Settings
 from .tensors import compute_type

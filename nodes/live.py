@@ -7,8 +7,8 @@ import logging
 import time
 from collections.abc import Callable
 
-from ..fgattn.snapshot import snapshot
-from ..fgattn.stats import RunReport
+from ..fgattn.runs.stats import RunReport
+from ..fgattn.show.snapshot import snapshot
 from .recent import RECENT
 from .status import prompt_server, tell
 

@@ -5,9 +5,10 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..fgattn import map_chart, report
 from ..fgattn.errors import InvalidArgument
-from ..fgattn.maps import TileMap
+from ..fgattn.runs.maps import TileMap
+from ..fgattn.show import map_chart
+from ..fgattn.show import text as report
 from .patch import patch_of
 from .status import show
 

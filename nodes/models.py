@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..fgattn.order import TokenLayout
+from ..fgattn.layout import TokenLayout
 
 # Where tokens that are not of the video (text, reference, audio, pose, guides) stand in self-attention, by
 # class of the diffusion model or its nearest known ancestor.

@@ -16,9 +16,9 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from einops import rearrange
 
-from ..fgattn.engine import Engine
-from ..fgattn.report import headline
+from ..fgattn.runs.engine import Engine
 from ..fgattn.settings import Policy, Settings
+from ..fgattn.show.text import headline
 from .live import Live
 from .models import NO_GRID, call_block, call_branch, call_layout, valid_keys, video_of, without_padding
 from .sliders import SLIDERS

@@ -2,8 +2,8 @@
 
 import contextlib
 
-from ..fgattn.engine import Engine
 from ..fgattn.errors import InvalidArgument
+from ..fgattn.runs.engine import Engine
 from .status import prompt_server
 
 ROUTE = "/fgattn/sliders"

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..fgattn import chart, report
+from ..fgattn.show import chart
+from ..fgattn.show import text as report
 from .patch import patch_of
 from .status import show
 

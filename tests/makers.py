@@ -5,7 +5,7 @@ import math
 
 import torch
 from fgattn import SparsePlan, TokenLayout, plan_from_mask, reference
-from fgattn.order import CELL
+from fgattn.layout import CELL
 from fgattn.plan import of_heads
 
 SHORT_OF_BOUND = 1e-4  # decisions closer to the threshold than this may differ

@@ -14,10 +14,14 @@ ROOT = Path(__file__).parents[1]
 COMFYUI = {
     "comfy", "comfy_api", "comfy_api_nodes", "comfy_execution", "comfy_extras", "execution", "folder_paths",
     "latent_preview", "nodes", "server"}
-HOT = ("attend_torch", "estimate", "grouping", "kernels/attend_fwd", "kernels/attend_hopper", "kernels/group",
-       "kernels/hopper_lister", "kernels/pooled", "kernels/pooled_hopper", "kernels/refine", "kernels/select",
-       "kernels/summarise", "methods/__init__", "methods/common", "methods/hierarchical", "methods/radial",
-       "methods/sol", "methods/top_k", "plan", "scoring", "selection", "tail", "tensors")
+HOT = (
+    "backends/hopper/attend", "backends/hopper/lister", "backends/hopper/tail", "backends/pytorch/attend",
+    "backends/pytorch/scoring", "backends/pytorch/select", "backends/pytorch/tail", "backends/shared/join",
+    "backends/shared/refine", "backends/shared/select", "backends/shared/summarise",
+    "backends/triton/attend", "backends/triton/tail", "joining", "methods/__init__", "methods/common",
+    "methods/hierarchical", "methods/radial", "methods/sol", "methods/top_k", "plan", "runs/estimate",
+    "tensors",
+)
 BANNED_CALLS = {
     "eval": "runs text as code", "exec": "runs text as code", "compile": "runs text as code",
     "__import__": "hides what is loaded", "os.system": "starts programs", "os.popen": "starts programs",
@@ -134,7 +138,7 @@ def test_banned_calls_are_seen(source):
 @pytest.mark.parametrize("name", HOT)
 def test_hot_path_does_not_wait_for_the_gpu(name):
     """One read of a device value stalls every attention call; the fallback gathers by lists of any length."""
-    allowed = {("attend_torch", "nonzero")}
+    allowed = {("backends/pytorch/attend", "nonzero")}
     tree = ast.parse((ROOT / "fgattn" / f"{name}.py").read_text())
     found = {(name, n.func.attr) for n in ast.walk(tree)
              if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in SYNCHRONISES}
@@ -144,7 +148,7 @@ def test_hot_path_does_not_wait_for_the_gpu(name):
 @every_file
 def test_files_stay_small(path):
     """What is too long to read at once is split."""
-    limit = 320 if "kernels" in path.parts else 220 if path.parent == ROOT / "nodes" else 350
+    limit = 320 if "backends" in path.parts else 220 if path.parent == ROOT / "nodes" else 350
     assert len(path.read_text().splitlines()) <= limit
 
 
@@ -216,7 +220,7 @@ def test_pack_root_imports_nothing(pack_root):
 
 def test_unwritten_memory_is_poisoned():
     """The fixture behind every test: what our code leaves unwritten must show."""
-    scope = {"torch": torch, "__name__": "fgattn.kernels.x"}
+    scope = {"torch": torch, "__name__": "fgattn.backends.x"}
     exec("floats = torch.empty(3), torch.empty_like(torch.ones(3)), torch.ones(3).new_empty(3)\n"
          "ints = torch.empty(3, dtype=torch.int32)", scope)
     assert all(x.isnan().all() for x in scope["floats"])

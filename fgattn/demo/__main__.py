@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from .. import chart
-from ..engine import Engine
 from ..errors import InvalidArgument
-from ..report import headline
+from ..runs.engine import Engine
 from ..settings import Policy, Settings
+from ..show import chart
+from ..show.text import headline
 from .generate import generate, psnr, relative_error
 from .model import CHANNELS, LAYERS
 from .quantise import load_model

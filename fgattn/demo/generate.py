@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..engine import Engine
-from ..stats import RunReport
+from ..runs.engine import Engine
+from ..runs.stats import RunReport
 from .model import VideoTransformer
 
 SHIFT = 8.0  # moves the schedule towards high noise

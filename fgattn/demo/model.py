@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..engine import Engine
-from ..order import TokenLayout
+from ..layout import TokenLayout
+from ..runs.engine import Engine
 
 HEAD_DIM = 128
 CHANNELS = 16  # of a latent

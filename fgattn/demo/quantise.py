@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..engine import Engine
+from ..runs.engine import Engine
 from ..settings import Policy, Settings
 from .model import CHANNELS, VideoTransformer
 from .scenes import conditioning

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..stats import RunReport, StepReport
+from ..runs.stats import RunReport, StepReport
 
 PANEL_WIDTH = 416  # px of a video, at least
 LABEL_HEIGHT = 30  # px

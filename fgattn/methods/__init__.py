@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import InvalidArgument
-from ..order import CELL, Geometry, TokenLayout
+from ..layout import CELL, Geometry, TokenLayout
 from . import hierarchical, radial, sol, top_k
 from .common import Call, grouped
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from ..order import CELL, Geometry, TokenLayout
+from ..layout import CELL, Geometry, TokenLayout
 
 STEP_ELEMENTS = 4 << 20  # size of the largest temporary while some tiles are judged
 

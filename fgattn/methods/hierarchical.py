@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from ..order import CELL
+from ..layout import CELL
 from .common import Call, Method, grouped, keep_top, pooled
 
 

@@ -19,7 +19,7 @@ import functools
 import torch
 from torch.nn.functional import pad
 
-from ..order import Geometry
+from ..layout import Geometry
 from .common import Call, Method, grouped, steps
 
 

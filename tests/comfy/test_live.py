@@ -51,7 +51,7 @@ def test_the_end_is_told_however_it_comes(wan, sample, patched, told, monkeypatc
     """Stopped by the user, failed elsewhere, failed in our path."""
     from comfy.model_management import InterruptProcessingException
 
-    engine = sys.modules["fgattn_pack.fgattn.engine"]
+    engine = sys.modules["fgattn_pack.fgattn.runs.engine"]
 
     def raising(error):
         def broken(*args, **kwargs):
@@ -102,7 +102,7 @@ def test_a_failure_in_the_statistics_leaves_the_render_alone(wan, sample, patche
     import torch
 
     wanted = sample(patched(wan))
-    stats = sys.modules["fgattn_pack.fgattn.stats"]
+    stats = sys.modules["fgattn_pack.fgattn.runs.stats"]
 
     def broken(*args, **kwargs):
         raise RuntimeError("out of luck")

@@ -235,7 +235,7 @@ def test_the_grid_is_where_the_tokens_are(family, evaluate):
 def test_padding_beside_the_video(pack, front, back, removed, expected):
     """It is left out where that is one shorter sequence; else its keys are masked."""
     models = sys.modules["fgattn_pack.nodes.models"]
-    layout = sys.modules["fgattn_pack.fgattn.order"].TokenLayout((2, 2, 2), front, back)
+    layout = sys.modules["fgattn_pack.fgattn.layout"].TokenLayout((2, 2, 2), front, back)
     valid = torch.ones(len(removed), layout.length, dtype=torch.bool)
     for row, tokens in zip(valid, removed, strict=True):
         row[tokens] = False

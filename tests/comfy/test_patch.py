@@ -99,7 +99,7 @@ def test_a_replaced_attention_is_not_reached_and_said(wan, sample, patched, repo
     dense, model = sample(wan), patched(wan)
     monkeypatch.setattr(code, "optimized_attention", plain)
     torch.testing.assert_close(sample(model), dense)
-    headline = sys.modules["fgattn_pack.fgattn.report"].headline
+    headline = sys.modules["fgattn_pack.fgattn.show.text"].headline
     assert headline(report(model)) == "attention never reached FG-Attn"
 
 
@@ -142,7 +142,7 @@ def test_interrupt_passes_through_and_leaves_a_clean_state(wan, sample, patched,
     """Stopping in the middle of our path stops the render; the next prompt runs as if nothing was."""
     from comfy.model_management import InterruptProcessingException
 
-    engine = sys.modules["fgattn_pack.fgattn.engine"]
+    engine = sys.modules["fgattn_pack.fgattn.runs.engine"]
     model, build = patched(wan), engine.plan_call
 
     def interrupted(*args, **kwargs):
@@ -159,7 +159,7 @@ def test_interrupt_passes_through_and_leaves_a_clean_state(wan, sample, patched,
 
 def test_an_exception_goes_dense_and_says_so(wan, sample, patched, report, monkeypatch, caplog):
     """A failure in our path: one traceback, text for the node, and the dense result."""
-    engine = sys.modules["fgattn_pack.fgattn.engine"]
+    engine = sys.modules["fgattn_pack.fgattn.runs.engine"]
     shown = []
     patch = sys.modules["fgattn_pack.nodes.patch"]
     monkeypatch.setattr(patch, "show", lambda node, text: shown.append((node, text)))
@@ -296,7 +296,7 @@ def separately(model, monkeypatch):
 @pytest.fixture
 def plan_uses(pack, monkeypatch):
     """Every sparse call in order: its step, block and branch; those its plan was made for; the plan."""
-    engine = sys.modules["fgattn_pack.fgattn.engine"]
+    engine = sys.modules["fgattn_pack.fgattn.runs.engine"]
     run, uses, made = engine.Engine._plan, [], {}
 
     def plan(self, state, build, q, k, layout, block, branch, scale):
@@ -328,7 +328,7 @@ def test_plans_serve_two_steps_of_their_branch(wan, sample, patched, report, pla
 
 
 def report_text(last):
-    return sys.modules["fgattn_pack.fgattn.report"].text(last)
+    return sys.modules["fgattn_pack.fgattn.show.text"].text(last)
 
 
 def test_reuse_changes_little(wan, sample, patched):

@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from fgattn.kernels.launch_table import PLAN_TABLE, TABLE, launch_for
+from fgattn.backends.shared.launch_table import PLAN_TABLE, TABLE, launch_for
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
-attend_fwd = pytest.importorskip("fgattn.kernels.attend_fwd")
+attend_fwd = pytest.importorskip("fgattn.backends.triton.attend")
 gluon = pytest.importorskip("triton.experimental.gluon._runtime", reason="this Triton has no Gluon")
 gluon_language = pytest.importorskip("triton.experimental.gluon.language")
-attend_hopper = pytest.importorskip("fgattn.kernels.attend_hopper")
-hopper_lister = pytest.importorskip("fgattn.kernels.hopper_lister")
-hopper_producers = pytest.importorskip("fgattn.kernels.hopper_producers")
-pooled = pytest.importorskip("fgattn.kernels.pooled")
-pooled_hopper = pytest.importorskip("fgattn.kernels.pooled_hopper")
-select = pytest.importorskip("fgattn.kernels.select")
-group = pytest.importorskip("fgattn.kernels.group")
-refine = pytest.importorskip("fgattn.kernels.refine")
-summarise = pytest.importorskip("fgattn.kernels.summarise")
+attend_hopper = pytest.importorskip("fgattn.backends.hopper.attend")
+hopper_lister = pytest.importorskip("fgattn.backends.hopper.lister")
+hopper_producers = pytest.importorskip("fgattn.backends.hopper.producers")
+pooled = pytest.importorskip("fgattn.backends.triton.tail")
+pooled_hopper = pytest.importorskip("fgattn.backends.hopper.tail")
+select = pytest.importorskip("fgattn.backends.shared.select")
+group = pytest.importorskip("fgattn.backends.shared.join")
+refine = pytest.importorskip("fgattn.backends.shared.refine")
+summarise = pytest.importorskip("fgattn.backends.shared.summarise")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.fail("interpreted kernels cannot be compiled: run tests/compile without TRITON_INTERPRET")
 

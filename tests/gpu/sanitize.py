@@ -10,7 +10,8 @@ import itertools
 import sys
 
 import torch
-from fgattn import Settings, TokenLayout, attend, build_plan, plan_from_mask, runtime
+from fgattn import Settings, TokenLayout, attend, build_plan, plan_from_mask
+from fgattn.backends import runtime
 
 CASES = [  # M, N: every unit and every way to share a tile
     (128, 16), (128, 1), (64, 2), (64, 64), (32, 4), (16, 8), (16, 128)]

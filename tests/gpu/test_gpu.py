@@ -18,15 +18,15 @@ from fgattn import (
     build_plan,
     plan_from_mask,
     reference,
-    runtime,
     sparse_attention,
 )
-from fgattn.engine import Engine
-from fgattn.estimate import exact
+from fgattn.backends import runtime
+from fgattn.backends.pytorch.tail import pooled_tail
 from fgattn.methods import METHODS
 from fgattn.plan import of_heads
+from fgattn.runs.engine import Engine
+from fgattn.runs.estimate import exact
 from fgattn.settings import TILE_KEYS, TILE_QUERIES, Policy
-from fgattn.tail import pooled_tail
 from hypothesis import example, given
 from hypothesis import settings as examples
 
@@ -138,8 +138,8 @@ def test_ragged_lengths(length, impl):
 @pytest.mark.parametrize("m", [16, 128])
 def test_tail_against_torch(m, n, dim, dtype, impl):
     """Ragged ends, orders of runs, batches, missing keys, a shared mask; summaries made before or not."""
-    from fgattn.kernels.pooled import tail_triton
-    from fgattn.kernels.summarise import position_rows, summarise
+    from fgattn.backends.shared.summarise import position_rows, summarise
+    from fgattn.backends.triton.tail import tail_triton
 
     layout = TokenLayout((9, 17, 25), front=5, back=9)  # 240 cells: more than a step
     q, k, v = tensors(2, 2, layout.length, dim, dtype)
@@ -259,7 +259,7 @@ def test_any_call_selects_as_the_reference(call):
 
 def test_more_heads_than_one_launch(monkeypatch, impl):
     """Lists of many heads are made in several launches; the result is the same bits."""
-    from fgattn.kernels import attend_fwd
+    from fgattn.backends.shared.compile_log import attend_fwd
 
     q, k, v = tensors(2, 5, 600, 64)
     for n, units in ((1, 608), (8, 80)):
@@ -565,7 +565,7 @@ log.addHandler(Keep())
 torch.cuda.synchronize()
 start = time.perf_counter()
 from fgattn import Settings, TokenLayout
-from fgattn.engine import Engine
+from fgattn.runs.engine import Engine
 from fgattn.settings import Policy
 one = Engine(Settings(), Policy(0))
 one.begin_run([1.0, 0.0], True, q.device)

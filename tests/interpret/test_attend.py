@@ -18,7 +18,7 @@ from makers import (
 )
 from makers import tensors as make
 
-attend_fwd = pytest.importorskip("fgattn.kernels.attend_fwd", reason="no Triton: nothing to interpret")
+attend_fwd = pytest.importorskip("fgattn.backends.triton.attend", reason="no Triton: nothing to interpret")
 LAYOUT = TokenLayout((2, 5, 9), front=3, back=5)  # 98 tokens
 LENGTH = LAYOUT.length
 TYPES = {"fp32": torch.float32, "fp16": torch.float16}

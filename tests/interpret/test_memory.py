@@ -10,7 +10,7 @@ from makers import tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="no Triton: nothing to interpret")
-from fgattn.kernels.pooled import tail_triton
+from fgattn.backends.triton.tail import tail_triton
 
 GRID = (4, 18, 20)
 

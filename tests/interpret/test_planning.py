@@ -7,18 +7,18 @@ import pytest
 import torch
 from calls import INFINITE_BOUND, plan_calls
 from fgattn import Settings, TokenLayout, attend, build_plan, reference
+from fgattn.backends.pytorch.scoring import summarise as summarise_torch
+from fgattn.backends.pytorch.tail import pooled_tail
 from fgattn.plan import plan_call
-from fgattn.scoring import summarise as summarise_torch
 from fgattn.settings import TILE_KEYS, TILE_QUERIES
-from fgattn.tail import pooled_tail
 from hypothesis import example, given
 from hypothesis import settings as examples
 from makers import CASES, assert_lists_agree, random_mask, random_valid
 from makers import tensors as make
 
 pytest.importorskip("triton", reason="no Triton: nothing to interpret")
-from fgattn.kernels.pooled import tail_triton
-from fgattn.kernels.summarise import position_rows, summarise
+from fgattn.backends.shared.summarise import position_rows, summarise
+from fgattn.backends.triton.tail import tail_triton
 
 LAYOUT = TokenLayout((2, 5, 9), front=3, back=5)  # 98 tokens
 

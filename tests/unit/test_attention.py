@@ -13,15 +13,15 @@ from fgattn import (
     TokenLayout,
     Unsupported,
     attend,
-    attend_torch,
     build_plan,
     plan_from_mask,
     reference,
     sparse_attention,
-    tail,
 )
-from fgattn.engine import Engine
+from fgattn.backends.pytorch import attend as attend_torch
+from fgattn.backends.pytorch import tail
 from fgattn.plan import parts_for, plan_call
+from fgattn.runs.engine import Engine
 from fgattn.settings import TILE_KEYS, TILE_QUERIES, Policy
 from makers import (
     CASES,
@@ -513,7 +513,7 @@ def test_parts_do_not_add_up(monkeypatch):
         made.append(weakref.ref(plan))
         return plan, None
 
-    for module in ("attention", "engine"):
+    for module in ("attention", "runs.engine"):
         monkeypatch.setattr(f"fgattn.{module}.parts_for", lambda *_: 3)
         monkeypatch.setattr(f"fgattn.{module}.plan_call", watched)
     q, k, v = make(3, LENGTH)

@@ -5,10 +5,10 @@ import torch
 from benchmarks.measure import RESULTS
 from benchmarks.results import Results
 from fgattn import Settings, TokenLayout
-from fgattn.break_even import HOPPER, TOO_DENSE, TOO_SHORT, Costs, costs, faster
-from fgattn.engine import Engine
-from fgattn.report import headline
+from fgattn.runs.break_even import HOPPER, TOO_DENSE, TOO_SHORT, Costs, costs, faster
+from fgattn.runs.engine import Engine
 from fgattn.settings import Policy
+from fgattn.show.text import headline
 
 CPU = torch.device("cpu")
 LAYOUT = TokenLayout((4, 8, 16))

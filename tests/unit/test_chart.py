@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fgattn import chart
-from fgattn.stats import BlockReport, RunReport, StepReport
+from fgattn.runs.stats import BlockReport, RunReport, StepReport
+from fgattn.show import chart
 from PIL import ImageColor, ImageDraw
 
 

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fgattn import engine as engine_module
 from fgattn.demo import __main__ as command
 from fgattn.demo import generate as sampling
 from fgattn.demo import quantise, scenes, show
-from fgattn.engine import Engine
+from fgattn.runs import engine as engine_module
+from fgattn.runs.engine import Engine
 from fgattn.settings import Policy, Settings
 from PIL import Image
 from safetensors.torch import load_file

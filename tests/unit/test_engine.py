@@ -10,11 +10,11 @@ import pytest
 import torch
 from fgattn import InvalidArgument, Settings, TokenLayout, attend, build_plan
 from fgattn.attention import empty_like
-from fgattn.engine import IN_PARTS, SHORT_OF_MEMORY, Engine, OutOfMemory, step_of
 from fgattn.plan import plan_call
-from fgattn.report import headline
-from fgattn.run import Run
+from fgattn.runs.engine import IN_PARTS, SHORT_OF_MEMORY, Engine, OutOfMemory, step_of
+from fgattn.runs.run import Run
 from fgattn.settings import Policy
+from fgattn.show.text import headline
 from makers import tensors
 
 CPU = torch.device("cpu")
@@ -266,7 +266,7 @@ def test_a_run_that_cannot_start_has_no_report(monkeypatch):
     one = engine()
     assert ran_sparse(one, falling(2)) == [True, True]
     one.end_run()
-    monkeypatch.setattr("fgattn.engine.Watch", lambda *_: 1 / 0)
+    monkeypatch.setattr("fgattn.runs.engine.Watch", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         one.begin_run(falling(2), True, CPU)
     assert not call(one)
@@ -318,7 +318,7 @@ def test_failure_turns_the_run_dense(stage, monkeypatch, caplog):
         def fail(*_, **__):
             raise RuntimeError("no kernel image")
 
-        patch.setattr(f"fgattn.engine.{stage}", fail)
+        patch.setattr(f"fgattn.runs.engine.{stage}", fail)
         for sigma in (0.75, 0.5, 0.25):
             one.begin_evaluation(sigma)
             assert not call(one) and not call(one)
@@ -348,7 +348,7 @@ def test_interrupts_pass(monkeypatch, caplog):
     notes = []
     one = engine(passthrough=(Interrupt,), notify=notes.append)
     one.begin_run(falling(4), True, CPU)
-    monkeypatch.setattr("fgattn.engine.attend", interrupt)
+    monkeypatch.setattr("fgattn.runs.engine.attend", interrupt)
     with pytest.raises(Interrupt):
         call(one)
     assert not notes and not caplog.records
@@ -389,7 +389,7 @@ def test_everything_that_allocates_is_in_scope():
         return build(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fgattn.engine.plan_call", watched)
+        patch.setattr("fgattn.runs.engine.plan_call", watched)
         assert call(one)
         one.attention(Q, K[:, :1], V[:, :1], layout=LAYOUT, dense=lambda: seen.append(depth))
     assert seen == [1, 0] and depth == 0
@@ -540,7 +540,7 @@ class Watched:
     def __init__(self, monkeypatch, steps, sigmas=None, **policy):
         self.engine, self.made, self.step, self.plans = engine(
             Policy(0, reuse_steps=steps, **policy)), [], 0, weakref.WeakSet()
-        monkeypatch.setattr("fgattn.engine.plan_call", self.build)
+        monkeypatch.setattr("fgattn.runs.engine.plan_call", self.build)
         self.engine.begin_run(sigmas or falling(6), True, CPU)
 
     def build(self, *args, **options):
@@ -702,7 +702,7 @@ def test_plans_are_dropped(end, monkeypatch):
         def fail(*_, **__):
             raise Interrupt if end == "interrupt" else RuntimeError
 
-        monkeypatch.setattr("fgattn.engine.attend", fail)
+        monkeypatch.setattr("fgattn.runs.engine.attend", fail)
         with pytest.raises(Interrupt) if end == "interrupt" else contextlib.nullcontext():
             one.call(*inputs(0), block=2)
     gc.collect()
@@ -727,7 +727,7 @@ def test_heads_in_parts_for_memory(monkeypatch):
     """What a large call does: the same numbers, one call in the books, and plans kept for each part."""
     q, k, v = tensors(4, 128)
     whole = attend(q, k, v, build_plan(q, k, SETTINGS, LAYOUT))
-    monkeypatch.setattr("fgattn.engine.parts_for", lambda *_: 3)
+    monkeypatch.setattr("fgattn.runs.engine.parts_for", lambda *_: 3)
     one = engine(Policy(warmup_steps=0, reuse_steps=2))
     one.begin_run(falling(4), True, CPU)
     for sigma in falling(4)[:2]:
@@ -775,9 +775,9 @@ def test_out_of_memory_takes_fewer_heads_then_goes_dense(fits, sparse, monkeypat
         return DENSE
 
     outputs = weakref.WeakSet()
-    monkeypatch.setattr("fgattn.engine.attend", short)
-    monkeypatch.setattr("fgattn.engine.empty_like", one_output)
-    monkeypatch.setattr("fgattn.engine.log.exception", lambda *_: None)  # pytest keeps what is logged
+    monkeypatch.setattr("fgattn.runs.engine.attend", short)
+    monkeypatch.setattr("fgattn.runs.engine.empty_like", one_output)
+    monkeypatch.setattr("fgattn.runs.engine.log.exception", lambda *_: None)  # pytest keeps what is logged
     one = engine(Policy(warmup_steps=0, reuse_steps=4))
     one.begin_run(falling(8), True, CPU)
     for sigma in falling(8)[:2]:
@@ -846,7 +846,7 @@ def test_failure_of_the_looking_leaves_the_run_alone(what, monkeypatch, caplog):
     def fail(*_):
         raise OutOfMemory("no room")
 
-    monkeypatch.setattr(f"fgattn.{what}", fail)
+    monkeypatch.setattr(f"fgattn.runs.{what}", fail)
     one, outs = watched_run(Policy(warmup_steps=2))
     assert all(torch.equal(a, b) for a, b in zip(outs, wanted, strict=True))
     report = one.end_run()
@@ -860,12 +860,12 @@ def test_maps_that_do_not_fit_on_the_host_cost_no_report(monkeypatch, caplog):
     def fail(*_):
         raise OutOfMemory("no room")
 
-    monkeypatch.setattr("fgattn.maps.Maps.to_host", fail)
+    monkeypatch.setattr("fgattn.runs.maps.Maps.to_host", fail)
     one, _ = watched_run(Policy(warmup_steps=2))
     assert one.end_run().calls["sparse"] == 24 and one.last_maps is None and len(caplog.records) == 1
     monkeypatch.undo()
     one, _ = watched_run(Policy(warmup_steps=2))
-    monkeypatch.setattr("fgattn.maps.Maps.keep", fail)
+    monkeypatch.setattr("fgattn.runs.maps.Maps.keep", fail)
     one.begin_evaluation(0.01)
     call(one, block=9)
     one.end_run()
@@ -876,7 +876,7 @@ def test_interrupts_pass_through_the_looking(monkeypatch):
     def interrupt(*_):
         raise Interrupt
 
-    monkeypatch.setattr("fgattn.estimate.Estimate.error", interrupt)
+    monkeypatch.setattr("fgattn.runs.estimate.Estimate.error", interrupt)
     with pytest.raises(Interrupt):
         watched_run(Policy(warmup_steps=0), passthrough=(Interrupt,))
 

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 from fgattn import Settings, TokenLayout, attend, build_plan
-from fgattn.estimate import EVERY, Estimate, every, exact
+from fgattn.runs.estimate import EVERY, Estimate, every, exact
 from makers import random_valid, tensors
 from torch.nn.functional import scaled_dot_product_attention
 

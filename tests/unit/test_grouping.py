@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
-from fgattn import Settings, TokenLayout, attend, build_plan, grouping, plan_from_mask, reference
-from fgattn.grouping import WINDOW, group
+from fgattn import Settings, TokenLayout, attend, build_plan, plan_from_mask, reference
+from fgattn import joining as grouping
+from fgattn.joining import WINDOW, group
 from makers import executed_mask, query_tokens, random_mask
 from makers import tensors as make
 

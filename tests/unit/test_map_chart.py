@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from fgattn import TokenLayout, map_chart
-from fgattn.maps import Maps, TileMap
+from fgattn import TokenLayout
+from fgattn.runs.maps import Maps, TileMap
+from fgattn.show import map_chart
 from PIL import ImageColor, ImageDraw
 
 TITLE, NOTE = "Block 3, head 1, step 7 of 20: keys that one tile of queries computes", "threshold 1, " * 30

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from fgattn import Settings, TokenLayout, build_plan, maps
+from fgattn import Settings, TokenLayout, build_plan
 from fgattn.errors import InvalidArgument
-from fgattn.maps import MIDDLE, Maps, listed, token_at
+from fgattn.runs import maps
+from fgattn.runs.maps import MIDDLE, Maps, listed, token_at
 from makers import executed_mask, in_memory_order, tensors
 
 GRID = (4, 6, 10)

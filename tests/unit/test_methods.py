@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from fgattn import InvalidArgument, Settings, TokenLayout, Unsupported, attend, build_plan, methods
+from fgattn.layout import geometry, token_order
 from fgattn.methods import METHODS, common, radial
-from fgattn.order import geometry, token_order
 from makers import CASES, poisoned, random_valid
 from makers import tensors as make
 

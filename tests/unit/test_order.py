@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from fgattn import InvalidArgument, TokenLayout
-from fgattn.order import DEEP, FLAT, WIDE, geometry, octet_boxes, token_order
+from fgattn.layout import DEEP, FLAT, WIDE, geometry, octet_boxes, token_order
 from fgattn.settings import ORDERS
 from hypothesis import given, settings
 from hypothesis import strategies as st

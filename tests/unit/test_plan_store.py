@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 from fgattn import Settings, TokenLayout, build_plan
-from fgattn.order import Geometry
+from fgattn.layout import Geometry
 from fgattn.plan import SparsePlan
-from fgattn.plan_store import MADE, NOT_KEPT, REUSED, PlanStore, size_of
+from fgattn.runs.plan_store import MADE, NOT_KEPT, REUSED, PlanStore, size_of
 from makers import tensors
 
 

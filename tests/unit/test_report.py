@@ -3,8 +3,8 @@
 import dataclasses
 
 import pytest
-from fgattn.report import headline, percent, text
-from fgattn.stats import BlockReport, RunReport, StepReport
+from fgattn.runs.stats import BlockReport, RunReport, StepReport
+from fgattn.show.text import headline, percent, text
 
 FULL = RunReport(
     settings="threshold 1, tiles 128x16", tokens=32760, implementation="triton", device="NVIDIA H200",

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fgattn import Settings, TokenLayout, Unsupported, attend, build_plan, engine, runtime
+from fgattn import Settings, TokenLayout, Unsupported, attend, build_plan
 from fgattn import __main__ as doctor
-from fgattn.engine import Engine
+from fgattn.backends import runtime
+from fgattn.runs import engine
+from fgattn.runs.engine import Engine
+from fgattn.runs.stats import Clock
 from fgattn.settings import Policy
-from fgattn.stats import Clock
 from torch.nn.functional import scaled_dot_product_attention
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +36,9 @@ spec = importlib.util.spec_from_file_location(
 fgattn = sys.modules["fgattn"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fgattn)
 import torch
-from fgattn import engine, report, runtime, stats
+from fgattn.runs import engine, stats
+from fgattn.show import text as report
+from fgattn.backends import runtime
 
 q, k, v = torch.randn(3, 1, 2, 256, 64).unbind()
 layout, settings = fgattn.TokenLayout((4, 8, 8)), fgattn.Settings()
@@ -50,7 +54,7 @@ one.attention(q, k, v, layout=layout, dense=lambda: 1 / 0)
 print(json.dumps({
     "equal": torch.equal(out, fgattn.attend(q, k, v, plan, impl="torch")), "message": message,
     "missing": runtime.missing(), "calls": one.end_run().calls,
-    "kernels": [name for name in sys.modules if "kernels" in name and name.startswith("fgattn")]}))
+    "kernels": [name for name in sys.modules if "shared" in name and name.startswith("fgattn")]}))
 """
 
 
@@ -104,8 +108,8 @@ def test_why_there_is_no_hopper_kernel(capability, gluon, says, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     if not gluon:
         monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
-        monkeypatch.delitem(sys.modules, "fgattn.kernels.attend_hopper", raising=False)
-        monkeypatch.delattr(sys.modules["fgattn.kernels"], "attend_hopper", raising=False)
+        monkeypatch.delitem(sys.modules, "fgattn.backends.hopper.attend", raising=False)
+        monkeypatch.delattr(sys.modules["fgattn.backends.hopper"], "attend", raising=False)
     reason = runtime.hopper_missing(torch.device("cuda", 0))
     assert reason is None if says is None else reason.startswith(says)
 
@@ -173,7 +177,8 @@ def test_a_gpu_without_hopper_says_so(fresh, monkeypatch, caplog):
 def test_broken_triton_is_a_reason(fresh, monkeypatch):
     """Installed, but for another driver or torch: everything but the kernels still works."""
     pytest.importorskip("triton")
-    monkeypatch.setitem(sys.modules, "fgattn.kernels", None)
+    monkeypatch.setitem(sys.modules, "fgattn.backends.triton.attend", None)
+    monkeypatch.delattr(sys.modules["fgattn.backends.triton"], "attend", raising=False)
     assert runtime.missing().startswith("Triton is installed but does not load: ModuleNotFoundError: ")
     q, k, v = torch.randn(3, 1, 1, 64, 64).unbind()
     plan = build_plan(q, k, Settings(), TokenLayout.flat(64))
@@ -181,14 +186,14 @@ def test_broken_triton_is_a_reason(fresh, monkeypatch):
 
 
 @pytest.mark.parametrize(("module", "hit", "said"), [
-    ("fgattn.kernels.select", False, ["FG-Attn is compiling kernels, once: select_kernel"]),
-    ("fgattn.kernels.select", True, []),
+    ("fgattn.backends.shared.select", False, ["FG-Attn is compiling kernels, once: select_kernel"]),
+    ("fgattn.backends.shared.select", True, []),
     ("torch._inductor.runtime", False, []),
 ], ids=["new", "from the cache", "somebody else's"])
 def test_compiling_is_announced(module, hit, said, caplog):
     """By Triton's own account: silent where its cache serves; whoever listened before still hears."""
     pytest.importorskip("triton")
-    from fgattn.kernels import announced
+    from fgattn.backends.shared.compile_log import announced
 
     heard = []
     source = SimpleNamespace(name="select_kernel", fn=SimpleNamespace(__module__=module))
@@ -203,7 +208,7 @@ def test_compiling_is_announced(module, hit, said, caplog):
 def test_compiling_is_heard():
     """Triton calls the listener that the package left with it."""
     triton = pytest.importorskip("triton")
-    kernels = pytest.importorskip("fgattn.kernels")
+    kernels = pytest.importorskip("fgattn.backends.shared.compile_log")
     assert triton.knobs.compilation.listener.__qualname__ == "announced.<locals>.listener"
     assert triton.knobs.compilation.listener.__module__ == kernels.__name__
 

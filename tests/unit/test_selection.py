@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 from calls import INFINITE_BOUND, plan_calls
-from fgattn import Settings, TokenLayout, build_plan, plan, reference, selection, tensors
-from fgattn.order import geometry
+from fgattn import Settings, TokenLayout, build_plan, plan, reference, tensors
+from fgattn.backends.pytorch import select as selection
+from fgattn.layout import geometry
 from fgattn.settings import TILE_KEYS, TILE_QUERIES
 from hypothesis import example, given
 from hypothesis import settings as examples

@@ -9,8 +9,8 @@ import types
 from pathlib import Path
 
 import pytest
-from fgattn import snapshot
-from fgattn.stats import BlockReport, CellReport, RunReport, StepReport
+from fgattn.runs.stats import BlockReport, CellReport, RunReport, StepReport
+from fgattn.show import snapshot
 
 ROOT = Path(__file__).parents[2]
 EMPTY = RunReport("threshold 1", 0, "torch", "cpu", 0.0, (), (), {}, None, None, None, None, None, None)

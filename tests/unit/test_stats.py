@@ -4,7 +4,7 @@ import types
 
 import pytest
 import torch
-from fgattn.stats import CellReport, Clock, RunReport, RunStats, StepReport
+from fgattn.runs.stats import CellReport, Clock, RunReport, RunStats, StepReport
 
 CPU = torch.device("cpu")
 

@@ -1,7 +1,7 @@
 """Sums by key: they grow, and a copy on its way does not."""
 
 import torch
-from fgattn.sums import ROOM, Sums
+from fgattn.runs.sums import ROOM, Sums
 
 CPU = torch.device("cpu")
 

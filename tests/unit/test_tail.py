@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from fgattn import TokenLayout, attend, plan_from_mask, tail, tensors
-from fgattn.tail import pooled_tail
+from fgattn import TokenLayout, attend, plan_from_mask, tensors
+from fgattn.backends.pytorch import tail
+from fgattn.backends.pytorch.tail import pooled_tail
 from makers import executed_mask, poisoned, query_tokens, random_mask, random_valid
 from makers import tensors as make
 

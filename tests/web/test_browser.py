@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pages
 import pytest
-from fgattn import snapshot
-from fgattn.report import headline
-from fgattn.stats import BlockReport, RunReport, StepReport
+from fgattn.runs.stats import BlockReport, RunReport, StepReport
+from fgattn.show import snapshot
+from fgattn.show.text import headline
 from pages import load, patch_id, slider, started, text, value
 
 EXAMPLE = Path(__file__).parents[2] / "example_workflows" / "wan2.1_t2v.json"

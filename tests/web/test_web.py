@@ -10,8 +10,8 @@ import typing
 from pathlib import Path
 
 import pytest
-from fgattn import snapshot
-from fgattn.stats import BlockReport, CellReport, RunReport, StepReport
+from fgattn.runs.stats import BlockReport, CellReport, RunReport, StepReport
+from fgattn.show import snapshot
 
 HERE = Path(__file__).parent
 WEB = HERE.parents[1] / "web" / "js"

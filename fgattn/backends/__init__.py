@@ -1,0 +1,1 @@
+"""What computes sparse attention: one folder a backend, behind the record of `base`."""

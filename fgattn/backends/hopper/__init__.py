@@ -1,0 +1,1 @@
+"""The Gluon kernels for compute capability 9.0."""

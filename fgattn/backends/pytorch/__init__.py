@@ -1,0 +1,1 @@
+"""Plain PyTorch: any device, any head size."""

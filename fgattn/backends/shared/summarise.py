@@ -1,0 +1,163 @@
+"""Summarise: means (and second moments) of runs of 16 rows of q, k and v, gathered through the order.
+
+One launch reads each tensor once; a program has RUNS_D // D runs of one head, all of whose loads are under
+way together. Sums are fp32; nothing but the summaries is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ...layout import CELL
+
+LOG2_E = 1.4426950408889634
+RUNS_D = 1024  # channels of a program, all runs together: eight a thread
+# Arguments that Triton shall not compile variants for (being 1, or divisible by 16): each video length and
+# number of heads would cost its own seconds.
+COUNTS = [
+    "heads", "first", "queries", "keys", "tiles", "units", "runs", "cells", "slices", "span", "n_bytes",
+    "cell_bytes"]
+
+
+class Summaries(NamedTuple):
+    """Of runs of 16 queries and cells of 16 keys, in the compute type; None where it was not asked for.
+
+    | field | shape | meaning |
+    |---|---|---|
+    | centroid, square | [B * H, runs, D] | mean of a run's queries, and its square |
+    | mean, variance | [B * H, cells, D] | mean and biased variance of a cell's keys |
+    | value | [B * H, cells, D] | mean of a cell's values |
+    """
+
+    centroid: torch.Tensor | None = None
+    square: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    variance: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+
+
+@triton.jit
+def _moments(
+    x, rows, average, second, head, runs, stride_l, RUNS: tl.constexpr, D: tl.constexpr,
+    SQUARE: tl.constexpr, VARIANCE: tl.constexpr,
+):
+    run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
+    dim = tl.arange(0, D)
+    loaded, there = (), ()
+    for i in tl.static_range(16):
+        row = tl.load(rows + run * 16 + i, mask=run < runs, other=-1)
+        at = x + row.to(tl.int64)[:, None] * stride_l + dim[None, :]
+        loaded += (tl.load(at, mask=row[:, None] >= 0, other=0.0),)
+        there += (row >= 0,)
+    n = tl.zeros([RUNS], tl.float32)
+    total = tl.zeros([RUNS, D], tl.float32)
+    shifted = tl.zeros([RUNS, D], tl.float32)  # relative to the run's first row: no cancellation
+    squares = tl.zeros([RUNS, D], tl.float32)
+    origin = loaded[0].to(tl.float32)
+    for i in tl.static_range(16):
+        value = loaded[i].to(tl.float32)
+        n += there[i].to(tl.float32)
+        total += value
+        if VARIANCE:
+            value = tl.where(there[i][:, None], value - origin, 0.0)
+            shifted += value
+            squares += value * value
+    n = tl.maximum(n, 1.0)[:, None]
+    mean = total / n
+    at = (head * runs + run[:, None]) * D + dim[None, :]
+    tl.store(average + at, mean.to(average.dtype.element_ty), mask=run[:, None] < runs)
+    if SQUARE:
+        tl.store(second + at, (mean * mean).to(average.dtype.element_ty), mask=run[:, None] < runs)
+    if VARIANCE:
+        shifted = shifted / n
+        variance = tl.maximum(squares / n - shifted * shifted, 0.0)
+        # overflow and NaN stay; an infinite mean has no variance
+        variance = tl.where(squares < float("inf"), variance, squares + (total - total))
+        tl.store(second + at, variance.to(average.dtype.element_ty), mask=run[:, None] < runs)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def summarise_kernel(
+    q, k, v, query_rows, key_rows, centroid, square, mean, variance, value, stride_qb, stride_qh, stride_ql,
+    stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_rows_b, heads, runs, cells,
+    first, RUNS: tl.constexpr, D: tl.constexpr, SECOND: tl.constexpr,
+):
+    """The grid's third axis is v, q, k, from `first` on. SECOND: squares and variances too."""
+    head = tl.program_id(1).to(tl.int64)
+    b, h = head // heads, head % heads
+    key_rows += b * stride_rows_b
+    which = first + tl.program_id(2)
+    if which == 0:
+        _moments(v + b * stride_vb + h * stride_vh, key_rows, value, value, head, cells, stride_vl, RUNS, D,
+                 False, False)
+    elif which == 1:
+        _moments(q + b * stride_qb + h * stride_qh, query_rows, centroid, square, head, runs, stride_ql, RUNS,
+                 D, SECOND, False)
+    else:
+        _moments(k + b * stride_kb + h * stride_kh, key_rows, mean, variance, head, cells, stride_kl, RUNS, D,
+                 False, SECOND)
+
+
+def on_device(x: torch.Tensor):
+    """Context in which Triton launches on x's GPU; nothing in the interpreter."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def shared_stride(x: torch.Tensor | None, dim: int = 0) -> int:
+    """Stride of a dimension; 0 if it is 1, which serves every batch row or head."""
+    return 0 if x is None or x.shape[dim] == 1 else x.stride(dim)
+
+
+def position_rows(tokens: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """Row at each position of the order, -1 for invalid ones and past the end; int32 [B or 1, runs * 16].
+
+    Args:
+        tokens: [L], row at each position; a geometry's, which are never written to.
+        valid: None or bool [B, L], in the order.
+    """
+    if valid is None:
+        return _rows_of(tokens)
+    return _padded(tokens.to(torch.int32)[None].masked_fill(~valid, -1))
+
+
+@functools.lru_cache(maxsize=32)
+def _rows_of(tokens: torch.Tensor) -> torch.Tensor:  # tensors are looked up by identity
+    return _padded(tokens.to(torch.int32)[None])
+
+
+def _padded(rows: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % CELL), value=-1)
+
+
+def summarise(q, k, v, query_rows: torch.Tensor, key_rows: torch.Tensor, second: bool = False) -> Summaries:
+    """Summaries of q and k, of v, or of all three, in one launch. A run without rows has zeros.
+
+    Args:
+        q, k, v: [B, H, L, D] of one type, any outer strides; q and k, or v, may be None.
+        query_rows: int32 [1, runs * 16]: row of q at each position, -1 for none.
+        key_rows: int32 [B or 1, cells * 16], of k and v.
+        second: squares of the centroids and variances of the keys too.
+    """
+    x = v if q is None else q
+    batch, heads, _, dim = x.shape
+    runs, cells = query_rows.shape[1] // CELL, key_rows.shape[1] // CELL
+    def room(length: int, is_wanted: bool) -> torch.Tensor | None:
+        return torch.empty(batch * heads, length, dim, dtype=x.dtype, device=x.device) if is_wanted else None
+
+    planned = q is not None
+    made = Summaries(room(runs, planned), room(runs, planned and second), room(cells, planned),
+                     room(cells, planned and second), room(cells, v is not None))
+    q, k, v = (x if y is None else y for y in (q, k, v))
+    tensors = (made.value is not None) + 2 * (made.centroid is not None)  # v comes first
+    with on_device(x):
+        summarise_kernel[(triton.cdiv(max(runs, cells) * dim, RUNS_D), batch * heads, tensors)](
+            q, k, v, query_rows, key_rows, *(x if y is None else y for y in made),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], shared_stride(key_rows), heads, runs, cells,
+            int(made.value is None), RUNS=RUNS_D // dim, D=dim, SECOND=second, num_warps=4)
+    return made

@@ -1,0 +1,1 @@
+"""The portable Triton kernels: any GPU that Triton supports."""

@@ -1,0 +1,1 @@
+"""Sampling runs: which calls run sparse, and what a run did."""

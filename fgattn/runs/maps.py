@@ -1,0 +1,196 @@
+"""What one tile of queries computes in each block and step of a run, by head, to be looked at afterwards."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from ..errors import InvalidArgument
+from ..layout import Geometry, TokenLayout, token_order
+from ..plan import SparsePlan
+
+LIMIT = 64 << 20  # bytes of a run's maps; Wan 14B at 720p, 81 frames, M = 128, N = 16, needs 0.95 MB a step
+FULL = "the memory for maps was full; tile_keys of 16 or more needs less"
+Place = tuple[int, int, int]  # frame, row and column of a token, counted from 1; 0 is the middle
+MIDDLE: Place = 0, 0, 0
+
+
+@dataclass(frozen=True, eq=False)
+class TileMap:
+    """A tile of queries in one call, first batch row.
+
+    | attribute | shape, dtype | meaning |
+    |---|---|---|
+    | bits | [H, bytes] uint8 | bit s%8 of byte s//8: the tile computes slice s |
+    | rows | [H or 1, M] int32 | the tile's tokens; the last one repeats where the tile is short |
+    | density | [H] float64 | share of all scores that the head asks for |
+    | layout, order, tile_keys | | where tokens stand; N |
+    """
+
+    bits: torch.Tensor
+    rows: torch.Tensor
+    density: torch.Tensor
+    layout: TokenLayout
+    order: str
+    tile_keys: int
+
+    @property
+    def heads(self) -> int:
+        return len(self.bits)
+
+    def keys(self, head: int) -> np.ndarray:
+        """Tokens that the tile computes as keys, bool [L_k]."""
+        layout = self.layout
+        kept = np.unpackbits(self.bits[head].numpy(), bitorder="little").astype(bool).repeat(self.tile_keys)
+        by_token = np.zeros(layout.length, bool)
+        order = token_order(layout.grid, layout.front, layout.back, self.order, layout.absent)
+        by_token[order] = kept[: len(order)]
+        return by_token
+
+    def queries(self, head: int) -> np.ndarray:
+        """The tile's own tokens, bool [L_k]."""
+        tokens = np.zeros(self.layout.length, bool)
+        tokens[self.rows[head if len(self.rows) > 1 else 0].numpy() + (self.layout.query_start or 0)] = True
+        return tokens
+
+
+class Maps:
+    """The maps of one run: of the first call of each block in each step.
+
+    Where a model does not number its blocks, calls are counted within a step.
+
+    Args:
+        place: token whose tile is kept; what lies outside the video is taken as its last frame, row, column.
+
+    Attributes:
+        kept: (step, block) -> map.
+        skipped: (step, block) -> why there is none.
+    """
+
+    def __init__(self, place: Place = MIDDLE):
+        self.place = place
+        self.kept: dict[tuple[int, int], TileMap] = {}
+        self.skipped: dict[tuple[int, int], str] = {}
+        self._size = 0
+        self._unnamed: Counter = Counter()  # calls of unknown blocks, by step
+
+    def keep(self, step: int, block: int | None, plan: SparsePlan, layout: TokenLayout, order: str) -> None:
+        """Keep the map of a call; never waits for the device."""
+        at = self._at(step, block)
+        if at in self.kept:
+            return
+        heads, _, width = plan.bits.shape[1:]
+        if self._size + heads * width > LIMIT:
+            return self._skip(at, FULL)
+        self._size += heads * width
+        token = token_at(self.place, layout)
+        if plan.run_order is None:
+            tile, rows = _tile_in_order(plan.geometry, token, plan.tile_rows)
+        else:
+            tile, rows = _tile(plan.query_tokens[0].long(), token, plan.tile_rows)
+        index = tile.expand(heads)[:, None, None].expand(heads, 1, width)
+        self.kept[at] = TileMap(
+            plan.bits[0].gather(1, index)[:, 0], rows, plan.requested[0] / (plan.queries * plan.keys),
+            replace(layout, key_valid=None), order, plan.tile_keys)
+
+    def skip(self, step: int, block: int | None, reason: str) -> None:
+        """Note why a call has no map."""
+        self._skip(self._at(step, block), reason)
+
+    def to_host(self) -> None:
+        """Bring all maps to the host; waits for the device."""
+        fields = {name: _to_host([getattr(one, name) for one in self.kept.values()])
+                  for name in ("bits", "rows", "density")}
+        for i, (at, one) in enumerate(self.kept.items()):
+            self.kept[at] = replace(one, **{name: tensors[i] for name, tensors in fields.items()})
+
+    def find(self, step: int, block: int, head: int) -> tuple[int, TileMap | str]:
+        """A step, and its map of a block, or why it has none.
+
+        Args:
+            step: counted from 0; -1 is the last one with a map of this block.
+
+        Raises:
+            InvalidArgument: the run had no such block, step or head.
+        """
+        every = {*self.kept, *self.skipped}
+        if not every:
+            return step, "no attention call reached FG-Attn"
+        blocks = {b for _, b in every}
+        if block not in blocks:
+            raise InvalidArgument("block", block, listed(blocks), "Blocks are counted from 0, as in reports.")
+        with_map = {s for s, b in self.kept if b == block}
+        steps = {s for s, b in every if b == block}
+        if step < 0:
+            step = max(with_map or steps)
+        if step not in steps:
+            raise InvalidArgument("step", step + 1, listed(s + 1 for s in steps),
+                                  "Steps are counted from 1; 0 is the last sparse one.")
+        if (step, block) not in self.kept:
+            reason = self.skipped[step, block]
+            others = listed(s + 1 for s in with_map)
+            return step, f"{reason}; steps with a map of block {block}: {others}" if others else reason
+        found = self.kept[step, block]
+        if head >= found.heads:
+            raise InvalidArgument("head", head, listed(range(found.heads)), "Heads are counted from 0.")
+        return step, found
+
+    def densities(self, step: int) -> dict[int, np.ndarray | str]:
+        """Block -> requested density of each head, or why there is none, in a step."""
+        blocks = sorted({b for s, b in (*self.kept, *self.skipped) if s == step})
+        return {b: self.kept[step, b].density.numpy() if (step, b) in self.kept else self.skipped[step, b]
+                for b in blocks}
+
+    def _at(self, step: int, block: int | None) -> tuple[int, int]:
+        if block is None:
+            block = self._unnamed[step]
+            self._unnamed[step] += 1
+        return step, block
+
+    def _skip(self, at: tuple[int, int], reason: str) -> None:
+        if at not in self.kept:
+            self.skipped.setdefault(at, reason)
+
+
+def token_at(place: Place, layout: TokenLayout) -> int:
+    """Token of a place, counted from the first query."""
+    index = [min(n // 2 if at == 0 else at - 1, n - 1) for at, n in zip(place, layout.grid, strict=True)]
+    (_, h, w), (t, y, x) = layout.grid, index
+    return layout.front + (t * h + y) * w + x - (layout.query_start or 0)
+
+
+def listed(numbers: Iterable[int]) -> str:
+    """Numbers as "0 to 39" or "1, 3 to 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in runs)
+
+
+@functools.lru_cache(maxsize=8)
+def _tile_in_order(geo: Geometry, token: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _tile(geo.query_tokens[None], token, size)
+
+
+def _tile(tokens: torch.Tensor, token: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number [G] and tokens [G, size] of the tile that holds a token, in the orders `tokens` [G, L_q]."""
+    tile = (tokens == token).int().argmax(1) // size
+    places = tile[:, None] * size + torch.arange(size, device=tokens.device)
+    return tile, tokens.gather(1, places.clamp(max=tokens.shape[1] - 1)).to(torch.int32)
+
+
+def _to_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors on the host, in one copy."""
+    if not tensors:
+        return []
+    flat = torch.cat([t.flatten() for t in tensors]).cpu()
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]

@@ -1,0 +1,75 @@
+"""Plans that serve several steps of one run, bounded in memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+from ..plan import SparsePlan
+
+MADE, REUSED, NOT_KEPT = "made", "reused", "not kept"  # what became of a call's plan
+
+
+@dataclass(frozen=True)
+class _Kept:
+    plan: SparsePlan
+    step: int  # that it was made in
+    size: int
+
+
+class PlanStore:
+    """A plan made in step s serves the calls with its key in steps s to s + steps - 1.
+
+    The calls of one evaluation never share: the second one with a key has a plan of its own (models
+    such as VACE run two attentions under one block number).
+
+    Args:
+        steps: that a plan serves.
+        limit: bytes of all kept plans; a plan that does not fit is not kept.
+    """
+
+    def __init__(self, steps: int, limit: int):
+        self._steps, self._limit = steps, limit
+        self._step = 0
+        self._kept: dict[Hashable, _Kept] = {}
+        self._calls: Counter = Counter()  # of this evaluation, by key
+
+    @property
+    def size(self) -> int:
+        """Bytes of the kept plans."""
+        return sum(kept.size for kept in self._kept.values())
+
+    def begin_evaluation(self, step: int) -> None:
+        """Count calls anew; drop the plans that are too old for this step, or of a later one."""
+        self._step = step
+        self._calls.clear()
+        self._kept = {place: kept for place, kept in self._kept.items()
+                      if kept.step <= step < kept.step + self._steps}
+
+    def plan(self, key: Hashable, build: Callable[[], SparsePlan]) -> tuple[SparsePlan, str]:
+        """The plan of this evaluation's next call with this key: kept, or built; and which."""
+        place = key, self._calls[key]
+        self._calls[key] += 1
+        if place in self._kept:
+            return self._kept[place].plan, REUSED
+        plan = build()
+        size = size_of(plan)
+        if self.size + size > self._limit:
+            return plan, NOT_KEPT
+        self._kept[place] = _Kept(plan, self._step, size)
+        return plan, MADE
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+    def close(self) -> None:
+        """Drop all plans and admit no more."""
+        self.clear()
+        self._limit = -1
+
+
+def size_of(plan: SparsePlan) -> int:
+    """Bytes that a plan holds by itself; its geometry is shared."""
+    held = (plan.bits, plan.requested, plan.executed, plan.run_order, plan.key_valid)
+    return sum(x.untyped_storage().nbytes() for x in held if x is not None)

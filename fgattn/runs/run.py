@@ -1,0 +1,60 @@
+"""The state of one sampling run, and where in its schedule it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..settings import Policy, Settings
+from .plan_store import PlanStore
+from .stats import RunStats
+from .watch import Watch
+
+
+@dataclass
+class Run:
+    """State of one sampling run."""
+
+    sigmas: tuple[float, ...]
+    full_noise: bool  # it begins where the model's noise schedule does
+    settings: Settings
+    policy: Policy
+    final: int  # dense steps at the end
+    stats: RunStats
+    device_reason: str | None  # why the device cannot run sparse
+    plans: PlanStore
+    rule: bool  # of break_even, in force
+    watch: Watch
+    step: int = 0
+    blocks: set[int | None] = field(default_factory=set)  # that called attention, None for those unknown
+    densities: dict[int, float] = field(default_factory=dict)  # executed, by block, before this step
+    parts: int = 1  # that the heads are computed in
+    moved: tuple[Settings, Policy] | None = None  # for the steps that have not begun
+
+    @property
+    def steps(self) -> int:
+        return max(1, len(self.sigmas) - 1)
+
+    def warmup(self, policy: Policy) -> int:
+        """Dense steps at the start."""
+        return min(policy.warmup_steps, self.steps // 4) if self.full_noise else 0
+
+    def take_moved(self) -> None:
+        """The sliders were moved: the step that begins has the new values, if they are new."""
+        moved = self.moved  # stays: a move that comes in between from another thread is not lost
+        if moved in (None, (self.settings, self.policy)):
+            return
+        if moved[0] != self.settings:
+            self.plans.clear()
+        self.settings, self.policy = moved
+        self.stats.sliders.append((self.step, self.settings.threshold, self.policy.warmup_steps))
+
+
+def step_of(sigma: float, sigmas: Sequence[float]) -> int:
+    """Step i of a falling schedule with sigmas[i] >= sigma > sigmas[i + 1], to rounding.
+
+    Samplers that evaluate between scheduled levels stay in the step they started from; above the
+    first level it is step 0, at the end the last step.
+    """
+    at_or_above = sum(level >= sigma * (1 - 1e-4) for level in sigmas[:-1])
+    return max(0, at_or_above - 1)

@@ -1,0 +1,74 @@
+"""Looks at the calls of a run beside computing them: maps, and estimates of the error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from ..plan import SparsePlan
+from .estimate import Estimate
+from .maps import Maps, Place
+from .stats import UNKNOWN_BLOCK, RunStats
+
+log = logging.getLogger("fgattn")
+
+
+class Watch:
+    """What is looked at in one run. A failure here ends the looking, not the run.
+
+    Args:
+        stats: of the run.
+        place: of the tile that maps are of.
+        estimate_error: compare some calls with dense attention.
+        passthrough: exceptions that must reach the caller.
+    """
+
+    def __init__(
+        self, stats: RunStats, place: Place, estimate_error: bool,
+        passthrough: tuple[type[BaseException], ...],
+    ):
+        self.maps = Maps(place)
+        self._stats, self._passthrough = stats, passthrough
+        self._estimate = Estimate() if estimate_error else None
+        self._on = True
+
+    def dense(self, step: int, block: int | None, reason: str) -> None:
+        """A call was dense."""
+        self._guarded(lambda: self.maps.skip(step, block, reason))
+
+    def sparse(
+        self, step: int, block: int | None, q, k, v, out, plan: SparsePlan | str, layout, order: str, scale,
+    ) -> None:
+        """A call was sparse, with this plan; or why there is no plan of the whole call."""
+        def look():
+            if isinstance(plan, str):
+                self.maps.skip(step, block, plan)
+            else:
+                self.maps.keep(step, block, plan, layout, order)
+            masked = bool(layout.absent) or layout.key_valid is not None
+            if self._estimate and self._estimate.due(step, block, q, masked):
+                self._stats.add_error(step, UNKNOWN_BLOCK if block is None else block,
+                                      self._estimate.error(q, k, v, out, layout, scale))
+
+        self._guarded(look)
+
+    def end(self) -> Maps | None:
+        """The run's maps on the host, if there is memory to bring them there; waits for the device."""
+        try:
+            self.maps.to_host()
+        except Exception:
+            log.exception("FG-Attn lost the maps of this run")
+            return None
+        return self.maps
+
+    def _guarded(self, look: Callable[[], None]) -> None:
+        if not self._on:
+            return
+        try:
+            look()
+        except self._passthrough:
+            raise
+        except Exception as error:
+            self._on = False
+            self._stats.remarks[f"no more maps and error estimates: {type(error).__name__}: {error}"] = None
+            log.exception("FG-Attn takes no more maps and error estimates in this run")

@@ -1,0 +1,1 @@
+"""Reports as words, pictures and messages."""

@@ -1,0 +1,100 @@
+"""A run's report as text, the way the timing node, the demo and the log show it.
+
+Lines read well in proportional type, which the node uses and which folds spaces.
+"""
+
+from __future__ import annotations
+
+from ..runs.break_even import TOO_DENSE
+from ..runs.plan_store import NOT_KEPT, REUSED
+from ..runs.stats import BlockReport, RunReport, StepReport
+
+
+def headline(report: RunReport) -> str:
+    """One line: what ran sparse and what it gained, or why it was dense."""
+    if report.error:
+        return f"dense after an error: {report.error}"
+    if not report.calls.get("sparse"):
+        reasons = [r for r, _ in _by_number(report.calls) if r != "cross-attention"]
+        return f"dense: {reasons[0]}" if reasons else "attention never reached FG-Attn"
+    if report.calls.get(TOO_DENSE, 0) > report.calls["sparse"]:
+        return f"mostly dense: {TOO_DENSE}"
+    share = "" if report.density is None else f"{report.density:.0%} of scores, "
+    return f"sparse: {share}{_gain(report)}{_estimated(report, ', est. error {}')}"
+
+
+def text(report: RunReport) -> str:
+    """The whole report."""
+    lines = [summary(report)]
+    if report.steps:
+        lines += ["", *(
+            f"step {s.index + 1}: {s.total:.1f} ms, attention {s.attention:.1f}, planning {s.planning:.1f}; "
+            f"{s.sparse_calls} sparse, {s.dense_calls} dense"
+            f"{_estimated(s, '; est. error {}')}" for s in report.steps)]
+    if report.blocks:
+        lines += ["", *(
+            f"block {b.block if b.block >= 0 else '?'}: density {b.density:.1%}, "
+            f"executed {b.executed_density:.1%}{_estimated(b, ', est. error {}')}" for b in report.blocks)]
+    return "\n".join(lines)
+
+
+def summary(report: RunReport) -> str:
+    """The report without its steps and blocks."""
+    lines = [headline(report), "", f"settings: {report.settings}",
+             f"implementation: {report.implementation} on {report.device}, {report.tokens} tokens",
+             f"run: {report.total / 1e3:.2f} s, {len(report.steps)} steps, planning {report.planning:.1f} ms",
+             f"attention call: {_call_times(report)}"]
+    if report.density is not None:
+        lines.append(f"density: {report.density:.1%} requested, {report.executed_density:.1%} executed")
+    if report.estimated_error is not None:
+        lines.append(f"estimated error of attention: {percent(report.estimated_error)} against dense, "
+                     "from random query rows of some calls")
+    if reused := report.plans.get(REUSED):
+        lines.append(f"plans: {sum(report.plans.values()) - reused} made, {reused} reused, which saved about "
+                     f"{report.planning_saved:.1f} ms of planning")
+    if not_kept := report.plans.get(NOT_KEPT):
+        lines.append(f"plans not kept: {not_kept}, memory (reuse_memory_mb) is full")
+    if report.peak_memory is not None:
+        lines.append(f"peak VRAM: {report.peak_memory / 2**30:.2f} GiB")
+    if len(report.sliders) > 1:
+        lines += [f"sliders from step {step + 1}: threshold {threshold:g}, warm-up {warmup}"
+                  for step, threshold, warmup in report.sliders]
+    lines += [f"remark: {remark}" for remark in report.remarks]
+    if report.error:
+        lines.append(f"error: {report.error}")
+    lines += ["", *(f"{number} calls: {outcome}" for outcome, number in _by_number(report.calls))]
+    return "\n".join(lines)
+
+
+def percent(share: float) -> str:
+    """Two digits: "0.43%", "6.1%", "12%"; what is far below any use is "<0.01%"."""
+    if share < 1e-4:
+        return "<0.01%"
+    return f"{float(f'{100 * share:.2g}'):g}%"
+
+
+def _estimated(part: RunReport | StepReport | BlockReport, words: str) -> str:
+    """The estimated error of a run, a step or a block in words, or nothing."""
+    return "" if part.estimated_error is None else words.format(percent(part.estimated_error))
+
+
+def _by_number(calls: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(calls.items(), key=lambda item: -item[1])
+
+
+def _gain(report: RunReport) -> str:
+    """Speed of attention against the run's own dense calls."""
+    if report.speedup is None:
+        return "no dense step to compare with"
+    faster = report.speedup >= 1
+    ratio = report.speedup if faster else 1 / report.speedup
+    return f"attention {ratio:.2f}x {'faster' if faster else 'slower'}"
+
+
+def _call_times(report: RunReport) -> str:
+    dense, sparse = report.dense_call, report.sparse_call
+    if sparse is None:
+        return "no sparse call" + (f"; dense {dense:.2f} ms" if dense else "")
+    if dense is None:
+        return f"sparse {sparse:.2f} ms; no dense step in this run to compare with"
+    return f"dense {dense:.2f} ms, sparse {sparse:.2f} ms"
