@@ -3,7 +3,8 @@
 from .attention import attend, sparse_attention
 from .errors import InvalidArgument, Unsupported
 from .layout import TokenLayout
-from .plan import SparsePlan, build_plan, plan_from_mask
+from .plan import SparsePlan
+from .planning import build_plan, plan_from_mask
 from .settings import Settings
 
 __all__ = [

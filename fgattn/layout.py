@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+from .cache import ByteCache, built_for_all, bytes_of, makes_real_tensors
 from .errors import InvalidArgument
 
-CELL = 16  # tokens in a cell of keys and in a run of queries
-OCTET = 8  # key positions that a copy engine fetches at once, where they lie in memory as a box
-FLAT, WIDE, DEEP = 0, 1, 2  # boxes: 8 tokens of a row, 4 in two rows of a frame, 4 in two frames
+CELL = 16  # tokens in a query cell and in a key cell
+CACHE_BYTES = 96 << 20  # of all index tensors that are kept
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +74,10 @@ class Geometry:
     |---|---|---|
     | query_tokens | [L_q] int64 | token of each query position, counted from the first query |
     | key_tokens | [L_k] int64 | token of each key position |
-    | own_cell | [L_q] int64 | cell that holds the query's own key; -1 if it has none |
+    | own_cell | [L_q] int64 | key cell that holds the query's own key; -1 if it has none |
     | sink_query | [L_q] bool | the query is a sink |
-    | sink_cell | [cells] bool | the cell holds a sink |
-    | boxes | None or [ceil(L_k/8)] int32 | first token * 4 + kind of box of each octet of key positions |
+    | sink_cell | [key cells] bool | the cell holds a sink |
+    | host_tokens | [L_k] int64, NumPy | `key_tokens` on the host |
     | grid | (T, H, W) | of the video |
     | rows | (int, int) | of q and k in memory: L_q and L_k, and the absent tokens |
     """
@@ -85,17 +87,47 @@ class Geometry:
     own_cell: torch.Tensor
     sink_query: torch.Tensor
     sink_cell: torch.Tensor
-    boxes: torch.Tensor | None
+    host_tokens: np.ndarray
     grid: tuple[int, int, int]
     rows: tuple[int, int]
+    _tables: dict[Hashable, object] = field(default_factory=dict)
+
+    def table(self, name: Hashable, build: Callable[[], T]) -> T:
+        """Something that follows from this geometry alone, built once under this name.
+
+        It is a tensor, a tuple of tensors or None, and lives as long as the geometry does.
+        """
+        if name not in self._tables:
+            if not makes_real_tensors():
+                return build()
+            self._tables[name] = built_for_all(build)
+            GEOMETRIES.trim()
+        return self._tables[name]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index tensors and of all tables."""
+        own = (self.query_tokens, self.key_tokens, self.own_cell, self.sink_query, self.sink_cell)
+        return bytes_of(own) + bytes_of(tuple(self._tables.values()))
 
     def always_kept(self, tile_queries: int) -> torch.Tensor:
-        """Bool [tiles, cells]: the cells a tile keeps whatever their score; cached."""
-        return _always_kept(self, tile_queries)
+        """Bool [tiles, key cells]: the cells that a tile keeps whatever their score."""
+        queries, cells = len(self.query_tokens), len(self.sink_cell)
+        tile = torch.arange(queries, device=self.own_cell.device) // tile_queries
+        tiles = -(-queries // tile_queries)
+        kept = torch.zeros(tiles, cells + 1, dtype=torch.bool, device=tile.device)
+        kept[tile, self.own_cell] = True  # -1 lands in the last column, which is spare
+        has_sink = torch.zeros(tiles, dtype=torch.bool, device=tile.device)
+        has_sink[tile[self.sink_query]] = True
+        kept[:, :cells] |= self.sink_cell | has_sink[:, None]
+        return kept[:, :cells]
+
+
+GEOMETRIES: ByteCache[Geometry] = ByteCache(CACHE_BYTES)
 
 
 def geometry(layout: TokenLayout, order: str, queries: int, device: torch.device) -> Geometry:
-    """The index tensors for `queries` queries on this layout, cached.
+    """The index tensors for `queries` queries on this layout; calls on equal layouts share them.
 
     Raises:
         InvalidArgument: the queries do not lie inside the sequence.
@@ -105,13 +137,16 @@ def geometry(layout: TokenLayout, order: str, queries: int, device: torch.device
         raise InvalidArgument(
             "layout.query_start", start, f"at most L_k - L_q = {layout.length - queries}",
             "Use None for queries that are not tokens of the key sequence.")
-    return _geometry(
-        layout.grid, layout.front, layout.back, layout.absent, start, order, queries, str(device))
+    key = layout.grid, layout.front, layout.back, layout.absent, start, order, queries, str(device)
+    return GEOMETRIES.get(key, lambda: _build(layout, order, queries, device))
 
 
-def token_order(
-    grid: tuple[int, int, int], front: int, back: int, order: str, absent: tuple[int, ...] = (),
-) -> np.ndarray:
+def release() -> None:
+    """Drop all index tensors that are kept for later calls; the next call of a layout makes them again."""
+    GEOMETRIES.clear()
+
+
+def token_order(layout: TokenLayout, order: str) -> np.ndarray:
     """Token at each position, int64: the video in `order`, then the sinks that are there.
 
     "cells": stable sort by brick (t//4, h//4, w//8), cell (t%4//2, h%4//2, w%8//4) and place in the
@@ -119,7 +154,8 @@ def token_order(
     "hilbert": by the index on the 3-D Hilbert curve of the smallest cube of side 2^b that holds the
     grid; where 2^i divides the grid, runs of 8^i are cubes of side 2^i.
     """
-    t, h, w = (a.ravel() for a in np.indices(grid))
+    front, back = layout.front, layout.back
+    t, h, w = (a.ravel() for a in np.indices(layout.grid))
     video = np.arange(t.size)
     if order == "cells":
         keys = (t // 4, h // 4, w // 8, t % 4 // 2, h % 4 // 2, w % 8 // 4, t % 2, h % 2, w % 4)
@@ -127,7 +163,7 @@ def token_order(
     elif order == "hilbert":
         video = np.argsort(hilbert_index((w, h, t)), kind="stable")
     sinks = np.r_[0:front, front + t.size : front + t.size + back]
-    return np.concatenate((video + front, sinks[~np.isin(sinks, absent)])).astype(np.int64)
+    return np.concatenate((video + front, sinks[~np.isin(sinks, layout.absent)])).astype(np.int64)
 
 
 def hilbert_index(axes: tuple[np.ndarray, ...]) -> np.ndarray:
@@ -158,30 +194,9 @@ def hilbert_index(axes: tuple[np.ndarray, ...]) -> np.ndarray:
     return index
 
 
-def octet_boxes(tokens: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray | None:
-    """First token * 4 + kind (FLAT, WIDE or DEEP) of each octet of positions; None if one is no box.
-
-    Args:
-        tokens: token at each position, int64 [L]. The box of a short last octet is FLAT and starts
-            earlier, so that its last tokens are those of the octet.
-        grid: (T, H, W) of the video: a row holds W tokens, a frame H * W.
-    """
-    (_, h, w), missing, four = grid, -len(tokens) % OCTET, np.arange(4)
-    whole = tokens[: len(tokens) // OCTET * OCTET].reshape(-1, OCTET)
-    short = tokens[len(whole) * OCTET:]
-    if missing:
-        whole = np.vstack((whole, short[0] - missing + np.arange(OCTET)))
-        if short[0] < missing or (short != whole[-1, missing:]).any():
-            return None
-    place, kinds = whole - whole[:, :1], np.full(len(whole), -1)
-    for kind, step in ((DEEP, h * w), (WIDE, w), (FLAT, 4)):
-        kinds[(place == np.r_[four, step + four]).all(1)] = kind
-    return None if (kinds < 0).any() else (whole[:, 0] * 4 + kinds).astype(np.int32)
-
-
-@functools.lru_cache(maxsize=32)
-def _geometry(grid, front, back, absent, start, order, queries, device) -> Geometry:
-    tokens = token_order(grid, front, back, order, absent)
+def _build(layout: TokenLayout, order: str, queries: int, device: torch.device) -> Geometry:
+    grid, start = layout.grid, layout.query_start
+    tokens = token_order(layout, order)
     length, video = len(tokens), grid[0] * grid[1] * grid[2]
     is_sink = np.arange(length) >= video  # by position
     cell = np.arange(length) // CELL
@@ -193,20 +208,6 @@ def _geometry(grid, front, back, absent, start, order, queries, device) -> Geome
     else:
         mine = (tokens >= start) & (tokens < start + queries)
         query_tokens, own_cell, sink_query = tokens[mine] - start, cell[mine], is_sink[mine]
-    boxes = octet_boxes(tokens, grid)
-    tensors = (query_tokens, tokens, own_cell, sink_query, sink_cell, boxes)
-    return Geometry(*(None if a is None else torch.from_numpy(a).to(device) for a in tensors), grid,
-                    (queries, front + video + back))
-
-
-@functools.lru_cache(maxsize=32)
-def _always_kept(geo: Geometry, tile_queries: int) -> torch.Tensor:
-    queries, cells = len(geo.query_tokens), len(geo.sink_cell)
-    tile = torch.arange(queries, device=geo.own_cell.device) // tile_queries
-    tiles = -(-queries // tile_queries)
-    kept = torch.zeros(tiles, cells + 1, dtype=torch.bool, device=tile.device)
-    kept[tile, geo.own_cell] = True  # -1 lands in the last column, which is spare
-    has_sink = torch.zeros(tiles, dtype=torch.bool, device=tile.device)
-    has_sink[tile[geo.sink_query]] = True
-    kept[:, :cells] |= geo.sink_cell | has_sink[:, None]
-    return kept[:, :cells]
+    arrays = query_tokens, tokens, own_cell, sink_query, sink_cell
+    tensors = (torch.from_numpy(array).to(device) for array in arrays)
+    return Geometry(*tensors, tokens, grid, (queries, layout.length))

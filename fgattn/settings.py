@@ -13,9 +13,10 @@ from .errors import InvalidArgument
 TILE_QUERIES = (16, 32, 64, 128)
 TILE_KEYS = (1, 2, 4, 8, 16, 32, 64, 128)
 ORDERS = ("cells", "raster", "hilbert")
+MARGIN = 1e-3  # a logit that equals the bound but for rounding is kept
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """How one attention call selects what it computes.
 
@@ -50,6 +51,10 @@ class Settings:
         _boolean("tail", self.tail)
         methods.check(self.method, self.method_parameter)
 
+    def log_bound(self, keys: int) -> float:
+        """What is added to a log-sum-exp over `keys` keys for the smallest logit that the threshold keeps."""
+        return (math.log(self.threshold) if self.threshold else -math.inf) - math.log(keys) - MARGIN
+
     @property
     def rule(self) -> str:
         """Method and strength in words, for reports."""
@@ -58,7 +63,7 @@ class Settings:
         return f"{self.method} {methods.strength(self.method, self.method_parameter):g}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Policy:
     """When attention may run sparse.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch.nn.functional import pad
 
-from .errors import InvalidArgument, Unsupported
+from .errors import InvalidArgument
 
 CHUNK_ELEMENTS = 16 << 20  # size of the largest temporary while a chunk of heads is processed
+OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -26,7 +28,7 @@ def declined(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
 
 
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Raise InvalidArgument or Unsupported unless q, k, v are attention inputs [B, H, L, D]."""
+    """Raise InvalidArgument unless q, k, v are attention inputs [B, H, L, D]; `declined` asks for more."""
     shapes = tuple(tuple(x.shape) for x in (q, k, v))
     if any(len(s) != 4 for s in shapes) or not (
         q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3] and k.shape == v.shape
@@ -37,19 +39,11 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     if len(kinds) > 1 or q.dtype not in DTYPES:
         raise InvalidArgument("dtype and device of q, k, v", sorted(map(str, kinds)),
                               "one of fp16, bf16, fp32, float64 on one device", "Convert them first.")
-    if reason := declined(q, k, v):
-        raise Unsupported("q, k, v", reason, "equal head counts, rows contiguous and 16-byte aligned",
-                          "Run this call dense.")
 
 
 def compute_type(x: torch.Tensor) -> torch.dtype:
     """The type products are computed in: bf16 for fp32 on a GPU, else the tensor's own."""
     return torch.bfloat16 if x.is_cuda and x.dtype == torch.float32 else x.dtype
-
-
-def head_parts(heads: int, parts: int) -> list[slice]:
-    """Slices of the heads, in that many parts of nearly equal size."""
-    return [slice(heads * i // parts, heads * (i + 1) // parts) for i in range(parts)]
 
 
 def head_chunks(batch: int, heads: int, elements: int) -> Iterator[tuple[int, slice]]:
@@ -66,3 +60,17 @@ def ordered(x: torch.Tensor, batch: int, heads: slice, tokens: torch.Tensor) -> 
     if tokens.ndim == 2 and len(tokens) > 1:
         return x.gather(1, tokens[..., None].long().expand(-1, -1, x.shape[2])).to(compute_type(x))
     return x.index_select(1, tokens.flatten()).to(compute_type(x))
+
+
+def any_of(kept: torch.Tensor, width: int) -> torch.Tensor:
+    """[..., n] -> [..., ceil(n / width)]: whether any of `width` neighbours is set."""
+    if width == 1:
+        return kept
+    return pad(kept, (0, -kept.shape[-1] % width)).unflatten(-1, (-1, width)).any(-1)
+
+
+def empty_like(q: torch.Tensor) -> torch.Tensor:
+    """An output for q that is stored as q is: [B, H, L, D] or [B, L, H, D]."""
+    if q.stride(1) < q.stride(2):
+        return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -1,23 +1,18 @@
 """The registry of selection methods; `plan_from_mask` takes everything else.
 
-"threshold", the default, is `selection` and its kernels. The others are torch code on any device, one file
-each with the source, the rule, and what in it is our reading. They run at any M x N, with sinks and in any
-order; what the project always keeps (sinks, a tile's own cells) is added to what they select.
+"threshold", the default, is planned by the backends themselves. The others are torch code on any device, one
+file each with the source, the rule, and what in it is our reading. They run at any M x N, with sinks and in
+any order; what the project always keeps (sinks, a tile's own cells) is added to what they select.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from ..errors import InvalidArgument
-from ..layout import CELL, Geometry, TokenLayout
+from ..layout import CELL
 from . import hierarchical, radial, sol, top_k
-from .common import Call, grouped
-
-if TYPE_CHECKING:
-    from ..settings import Settings
+from .common import Heads, folded
 
 METHODS = {"top_k": top_k.METHOD, "sol": sol.METHOD, "hierarchical": hierarchical.METHOD,
            "radial": radial.METHOD}
@@ -46,15 +41,11 @@ def strength(method: str, parameter: float) -> float:
     return parameter or METHODS[method].default
 
 
-def select(
-    q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None, geo: Geometry, layout: TokenLayout,
-    settings: Settings, scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `selection.select`, by the method of the settings."""
-    name, n = settings.method, settings.tile_keys
-    call = Call(q, k, valid, geo, layout, settings.tile_queries, n,
-                strength(name, settings.method_parameter), scale)
-    always = call.in_slices(geo.always_kept(settings.tile_queries) & (call.keys_in(CELL) > 0))
-    kept = (METHODS[name].select(call) | always) & (call.keys_in(n) > 0)
-    kept = kept.expand(len(q), -1, -1)
-    return kept, kept if n >= CELL else grouped(kept, CELL // n).any(3)
+def select(name: str, heads: Heads) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kept slices, bool [G, tiles, slices], and what tiles are joined by: the same, or cells where N < 16."""
+    geo, n, m = heads.geometry, heads.tile_keys, heads.tile_queries
+    always = geo.table(("always kept", m), lambda: geo.always_kept(m))
+    always = heads.in_slices(always & (heads.keys_in(CELL) > 0))
+    kept = (METHODS[name].select(heads) | always) & (heads.keys_in(n) > 0)
+    kept = kept.expand(len(heads.q), -1, -1)
+    return kept, kept if n >= CELL else folded(kept, CELL // n).any(3)

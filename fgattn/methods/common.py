@@ -1,4 +1,4 @@
-"""What selection methods share: the call, pooled rows, the best share, what stays whatever its score."""
+"""What selection methods share: the heads it is asked for, means of rows, the best share, what stays whatever its score."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ STEP_ELEMENTS = 4 << 20  # size of the largest temporary while some tiles are ju
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
-    """What a method sees of one planning call: some heads of one batch row.
+class Heads:
+    """What a selection method sees: some heads of one batch row of a call.
 
     | attribute | shape | meaning |
     |---|---|---|
@@ -53,7 +53,7 @@ class Call:
         return kept
 
     def keys_in(self, width: int) -> torch.Tensor:
-        """Valid keys in runs of `width`, int64 [runs]."""
+        """Valid keys among each `width` neighbours, int64 [ceil(L / width)]."""
         return counts(self.k.shape[1], width, self.valid, self.k.device)
 
     def candidates(self) -> torch.Tensor:
@@ -64,7 +64,7 @@ class Call:
         """[..., cells] -> [..., slices]: slices that have to do with one of these cells."""
         if self.tile_keys < CELL:
             return cells.repeat_interleave(CELL // self.tile_keys, -1)[..., : self.slices]
-        return grouped(cells, self.tile_keys // CELL).any(-1)
+        return folded(cells, self.tile_keys // CELL).any(-1)
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,20 @@ class Method:
     Attributes:
         parameter: what its strength is, with the unit's name.
         default, most: of the parameter; it is greater than 0.
-        select: Call -> bool [G or 1, tiles, slices]; sinks and own cells are added to it.
+        select: Heads -> bool [G or 1, tiles, slices]; sinks and own cells are added to it.
     """
 
     parameter: str
     default: float
     most: float
-    select: Callable[[Call], torch.Tensor]
+    select: Callable[[Heads], torch.Tensor]
 
 
-def pooled(x: torch.Tensor, width: int, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """Means of the valid rows in runs of `width`, [G, runs, D] in fp32 (float64 for float64), 0 for none."""
+def means(x: torch.Tensor, width: int, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """Means of the valid rows among each `width` neighbours, [G, ceil(L / width), D], 0 for none.
+
+    In fp32, or in float64 for float64.
+    """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = x.to(wide) if valid is None else x.to(wide).masked_fill(~valid[:, None], 0.0)
     rows = pad(rows, (0, 0, 0, -x.shape[1] % width)).unflatten(1, (-1, width)).sum(2)
@@ -92,12 +95,12 @@ def pooled(x: torch.Tensor, width: int, valid: torch.Tensor | None = None) -> to
 
 
 def counts(length: int, width: int, valid: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """Valid rows in runs of `width`, int64 [runs]."""
+    """Valid rows among each `width` neighbours, int64 [ceil(L / width)]."""
     exists = torch.ones(length, dtype=torch.bool, device=device) if valid is None else valid
-    return grouped(exists, width).sum(1)
+    return folded(exists, width).sum(1)
 
 
-def grouped(x: torch.Tensor, width: int) -> torch.Tensor:
+def folded(x: torch.Tensor, width: int) -> torch.Tensor:
     """[..., n] -> [..., ceil(n / width), width], zeros or False at the end."""
     return pad(x, (0, -x.shape[-1] % width)).unflatten(-1, (-1, width))
 

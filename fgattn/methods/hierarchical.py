@@ -14,24 +14,24 @@ from __future__ import annotations
 import torch
 
 from ..layout import CELL
-from .common import Call, Method, grouped, keep_top, pooled
+from .common import Heads, Method, folded, keep_top, means
 
 
-def select(call: Call) -> torch.Tensor:
-    width, runs = min(CELL, call.tile_keys), call.tile_queries // CELL
-    query = pooled(call.q, CELL)
-    key, count = pooled(call.k, width, call.valid), call.keys_in(width)
+def select(heads: Heads) -> torch.Tensor:
+    width, cells = min(CELL, heads.tile_keys), heads.tile_queries // CELL
+    query = means(heads.q, CELL)
+    key, count = means(heads.k, width, heads.valid), heads.keys_in(width)
     weight = count.to(key.dtype).log()
-    candidates = call.candidates()
+    candidates = heads.candidates()
 
     def keep(tile: slice) -> torch.Tensor:
-        logits = call.scale * torch.bmm(query[:, tile.start * runs : tile.stop * runs], key.transpose(1, 2))
+        logits = heads.scale * torch.bmm(query[:, tile.start * cells : tile.stop * cells], key.transpose(1, 2))
         shares = torch.softmax(logits + weight, 2)
-        shares = grouped(shares, call.tile_keys // width).sum(3)
-        shares = grouped(shares.transpose(1, 2), runs).sum(3).transpose(1, 2)
-        return keep_top(shares, candidates, call.parameter)
+        shares = folded(shares, heads.tile_keys // width).sum(3)
+        shares = folded(shares.transpose(1, 2), cells).sum(3).transpose(1, 2)
+        return keep_top(shares, candidates, heads.parameter)
 
-    return call.judge(runs * len(count), keep)
+    return heads.judge(cells * len(count), keep)
 
 
 METHOD = Method("share of the keys", 0.3, 1.0, select)

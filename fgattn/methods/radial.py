@@ -14,19 +14,15 @@ frame it only adds. Queries that are no tokens of the sequence, and sequences wi
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch.nn.functional import pad
 
-from ..layout import Geometry
-from .common import Call, Method, grouped, steps
+from .common import Heads, Method, folded, steps
 
 
-def select(call: Call) -> torch.Tensor:
-    layout = call.layout
-    return _mask(call.geometry, layout.front, layout.query_start, call.tile_queries, call.tile_keys,
-                 call.parameter)[None]
+def select(heads: Heads) -> torch.Tensor:
+    name = "radial", heads.layout.front, heads.tile_queries, heads.tile_keys, heads.parameter
+    return heads.geometry.table(name, lambda: _mask(heads))[None]
 
 
 def reach(frames: int, tokens: int, block: int, decay: float) -> list[int]:
@@ -45,13 +41,13 @@ def reach(frames: int, tokens: int, block: int, decay: float) -> list[int]:
 
 @functools.lru_cache(maxsize=8)  # 0.5 MB each at L = 32 760
 def _mask(geo: Geometry, front: int, start: int | None, m: int, n: int, decay: float) -> torch.Tensor:
-    """Bool [tiles, slices]; the same in every call on this layout."""
+    """Bool [tiles, slices]; the same in every heads on this layout."""
     (frames, height, width), device = geo.grid, geo.key_tokens.device
     tokens, queries, keys = height * width, len(geo.query_tokens), len(geo.key_tokens)
     tiles, slices = -(-queries // m), -(-keys // n)
     if start is None or not frames * tokens:
         return torch.ones(tiles, slices, dtype=torch.bool, device=device)
-    by_distance = torch.tensor(reach(frames, tokens, max(m, n), decay), dtype=torch.int32, device=device)
+    by_distance = torch.tensor(reach(frames, tokens, max(m, n), heads.parameter), dtype=torch.int32, device=device)
     frame = torch.arange(frames, device=device)
     table = by_distance[(frame[:, None] - frame).abs()]
     table[:, 0] = tokens
@@ -70,8 +66,8 @@ def _mask(geo: Geometry, front: int, start: int | None, m: int, n: int, decay: f
         row = slice(tile.start * m, tile.stop * m)
         limit = table[query_frame[row]].index_select(1, key_frame)
         seen = ((query_place[row, None] - key_place).abs_() <= limit).view(-1, m, keys).sum(1)
-        often = grouped(3 * seen > rows[tile, None], n).sum(2)
-        kept[tile] = 5 * often > 3 * grouped(seen > 0, n).sum(2)
+        often = folded(3 * seen > rows[tile, None], n).sum(2)
+        kept[tile] = 5 * often > 3 * folded(seen > 0, n).sum(2)
     return kept
 
 

@@ -17,36 +17,36 @@ import math
 
 import torch
 
-from .common import Call, Method, pooled
+from .common import Heads, Method, means
 
 EPSILON = 1e-6 * math.log(2) ** 2  # theirs is 1e-6 of squared base-2 scores
 
 
-def select(call: Call) -> torch.Tensor:
-    query = pooled(call.q, call.tile_queries)
-    key = pooled(call.k, call.tile_keys, call.valid)
-    exists = (call.keys_in(call.tile_keys) > 0)[:, None]
+def select(heads: Heads) -> torch.Tensor:
+    query = means(heads.q, heads.tile_queries)
+    key = means(heads.k, heads.tile_keys, heads.valid)
+    exists = (heads.keys_in(heads.tile_keys) > 0)[:, None]
     number = exists.sum().clamp(min=1)
     key = (key - key.sum(1, keepdim=True) / number).masked_fill(~exists, 0.0)
     variance = key.square().sum(1) / number
-    spread = torch.bmm(query.square(), variance[:, :, None]) * call.scale**2
-    bound = call.parameter * (spread + EPSILON).sqrt()
+    spread = torch.bmm(query.square(), variance[:, :, None]) * heads.scale**2
+    bound = heads.parameter * (spread + EPSILON).sqrt()
 
     def keep(tile: slice) -> torch.Tensor:
-        return ~(call.scale * torch.bmm(query[:, tile], key.transpose(1, 2)) <= bound[:, tile])
+        return ~(heads.scale * torch.bmm(query[:, tile], key.transpose(1, 2)) <= bound[:, tile])
 
-    return call.judge(call.slices, keep) | _beside(call)
+    return heads.judge(heads.slices, keep) | _beside(heads)
 
 
-def _beside(call: Call) -> torch.Tensor:
+def _beside(heads: Heads) -> torch.Tensor:
     """Bool [tiles, slices]: slices of the tile's own cells, and one more on each side."""
-    geo = call.geometry
-    tile = torch.arange(len(geo.own_cell), device=geo.own_cell.device) // call.tile_queries
+    geo = heads.geometry
+    tile = torch.arange(len(geo.own_cell), device=geo.own_cell.device) // heads.tile_queries
     cells = len(geo.sink_cell)
-    own = torch.zeros(call.tiles, cells + 1, dtype=torch.bool, device=tile.device)
+    own = torch.zeros(heads.tiles, cells + 1, dtype=torch.bool, device=tile.device)
     # -1 lands in the spare last column; an assignment by index would wait for the host.
     own.view(-1).scatter_(0, tile * (cells + 1) + geo.own_cell % (cells + 1), True)
-    own = call.in_slices(own[:, :-1])
+    own = heads.in_slices(own[:, :-1])
     beside = own.clone()
     beside[:, 1:] |= own[:, :-1]
     beside[:, :-1] |= own[:, 1:]

@@ -5,7 +5,7 @@ tile's queries times the mean of a slice's keys, the best int(share * slices) of
 of all keys from the keys first, which moves all scores of a row alike and is left out.
 
 Our reading: means are over the rows that exist; sink slices are kept and do not count, the tile's own cells
-come on top. In the order "hilbert" runs of 64 are VSA's cubes where 4 divides the grid. The trained linear
+come on top. In the order "hilbert" 64 neighbours are VSA's cubes where 4 divides the grid. The trained linear
 (SLA) and coarse (VSA) branches belong to their models; the tail stands in.
 """
 
@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import torch
 
-from .common import Call, Method, keep_top, pooled
+from .common import Heads, Method, keep_top, means
 
 
-def select(call: Call) -> torch.Tensor:
-    query = pooled(call.q, call.tile_queries)
-    key = pooled(call.k, call.tile_keys, call.valid)
-    candidates = call.candidates()
+def select(heads: Heads) -> torch.Tensor:
+    query = means(heads.q, heads.tile_queries)
+    key = means(heads.k, heads.tile_keys, heads.valid)
+    candidates = heads.candidates()
 
     def keep(tile: slice) -> torch.Tensor:
-        scores = call.scale * torch.bmm(query[:, tile], key.transpose(1, 2))
-        return keep_top(scores, candidates, call.parameter)
+        scores = heads.scale * torch.bmm(query[:, tile], key.transpose(1, 2))
+        return keep_top(scores, candidates, heads.parameter)
 
-    return call.judge(call.slices, keep)
+    return heads.judge(heads.slices, keep)
 
 
 METHOD = Method("share of the keys", 0.3, 1.0, select)

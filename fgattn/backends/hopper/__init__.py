@@ -1,1 +1,62 @@
-"""The Gluon kernels for compute capability 9.0."""
+"""The Gluon kernels for compute capability 9.0: keys come by TMA where they can, else row by row."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ...call import Call
+from ...plan import SparsePlan
+from ...settings import Settings
+from ..base import Backend, Planned, Tail
+from ..shared import available
+from ..shared.costs import costs
+from .boxes import OCTET, boxes_of
+
+CAPABILITY = (9, 0)
+
+
+def comes_by_rows(call: Call) -> bool:
+    """Whether keys are brought row by row: slices are finer than octets, or octets are no boxes."""
+    return (call.settings.tile_keys < OCTET or call.key_valid is not None
+            or boxes_of(call.geometry) is None)
+
+
+@functools.cache
+def device_reason(device: torch.device) -> str | None:
+    """Why the kernels cannot be tried on a device, or None."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"no Hopper GPU: {device.type if torch.version.hip is None else 'ROCm'}"
+    if (found := torch.cuda.get_device_capability(device)) != CAPABILITY:
+        return f"no Hopper GPU: compute capability {found[0]}.{found[1]}, not 9.0"
+    if absent := available.missing():
+        return absent
+    # Gluon is experimental: names and arguments come and go.
+    if failed := available.loading_error(f"{__package__}.attend"):
+        return f"this Triton lacks what the Hopper kernel needs: {failed}"
+    return None
+
+
+def _plan(call: Call) -> Planned:
+    from ..shared.select import plan_bits
+
+    return plan_bits(call)
+
+
+def _tail(call: Call, planned: Planned) -> Tail:
+    from .tail import tail
+
+    return tail(call, planned)
+
+
+def _attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -> None:
+    from .attend import attend
+
+    attend(call, plan, tail, out)
+
+
+BACKEND = Backend(
+    name="hopper", reason=lambda call: device_reason(call.device) or available.reason(call),
+    plan=_plan, tail=_tail, attend=_attend, gains_on=lambda device: device.type == "cuda", costs=costs,
+    probe=lambda call: Settings(threshold=1.5, tile_keys=1 if comes_by_rows(call) else 16))

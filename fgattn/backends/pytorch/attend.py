@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import torch
 
+from ...call import Call
 from ...layout import CELL
 from ...plan import SparsePlan, of_heads
 from ...tensors import ordered
+from ..base import Tail
 
 
-def attend_torch(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
-    """Write softmax over the plan's keys (and `tail` = (out, lse) of pooled_tail, or None) to out."""
+def attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -> None:
+    """Write softmax over the plan's keys, and the tail if there is one, to out."""
+    q, k, v = call.q, call.k, call.v
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     query_tokens, key_tokens = plan.query_tokens, plan.geometry.key_tokens
     for b in range(q.shape[0]):
@@ -26,8 +29,8 @@ def attend_torch(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
             if tail is None:
                 tail_out, tail_lse = torch.zeros_like(rows), rows.new_full((len(rows), 1), -torch.inf)
             else:
-                pooled = tail[0][b, h], tail[1][b, h, :, None]
-                tail_out, tail_lse = (x.repeat_interleave(CELL, 0)[: len(rows)] for x in pooled)
+                given = tail[0][b, h], tail[1][b, h, :, None]
+                tail_out, tail_lse = (x.repeat_interleave(CELL, 0)[: len(rows)] for x in given)
             result = torch.empty_like(rows)
             for tile, kept in enumerate(plan.kept_keys(b, one)[0]):
                 mine = slice(tile * plan.tile_rows, (tile + 1) * plan.tile_rows)

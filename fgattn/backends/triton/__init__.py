@@ -1,1 +1,38 @@
 """The portable Triton kernels: any GPU that Triton supports."""
+
+from __future__ import annotations
+
+import torch
+
+from ...call import Call
+from ...plan import SparsePlan
+from ...settings import Settings
+from ..base import Backend, Planned, Tail
+from ..shared import available
+from ..shared.costs import costs
+
+SPEED = 0.55  # of dense cuDNN on an H200; on other GPUs neither this kernel nor dense attention is measured
+
+
+def _plan(call: Call) -> Planned:
+    from ..shared.select import plan_bits
+
+    return plan_bits(call)
+
+
+def _tail(call: Call, planned: Planned) -> Tail:
+    from .tail import tail
+
+    return tail(call, planned)
+
+
+def _attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -> None:
+    from .attend import attend
+
+    attend(call, plan, tail, out)
+
+
+BACKEND = Backend(
+    name="triton", reason=available.reason, plan=_plan, tail=_tail, attend=_attend,
+    gains_on=lambda device: device.type == "cuda", costs=lambda call: costs(call, SPEED),
+    probe=lambda call: Settings(threshold=1.5))
