@@ -15,8 +15,9 @@ from fgattn import Settings, build_plan, sparse_attention
 from fgattn.backends import runtime
 from fgattn.backends.pytorch import scoring
 from fgattn.backends.pytorch.tail import pooled_tail
-from fgattn.backends.shared.summarise import position_rows, summarise
-from fgattn.backends.triton.attend import Lists
+from fgattn.backends.shared.launch import position_rows
+from fgattn.backends.shared.lists import Lists
+from fgattn.backends.shared.summarise import summarise
 from fgattn.backends.triton.tail import tail_triton
 from fgattn.layout import geometry
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from fgattn.backends.shared.launch_table import PLAN_TABLE, TABLE, launch_for
+from fgattn.backends.shared.plan_table import PLAN_TABLE
+from fgattn.backends.triton.launch_table import TABLE, launch_for
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 attend_fwd = pytest.importorskip("fgattn.backends.triton.attend")
 gluon = pytest.importorskip("triton.experimental.gluon._runtime", reason="this Triton has no Gluon")
 gluon_language = pytest.importorskip("triton.experimental.gluon.language")
+lists = pytest.importorskip("fgattn.backends.shared.lists")
 attend_hopper = pytest.importorskip("fgattn.backends.hopper.attend")
 hopper_lister = pytest.importorskip("fgattn.backends.hopper.lister")
 hopper_producers = pytest.importorskip("fgattn.backends.hopper.producers")
@@ -120,8 +122,8 @@ def test_attend_kernel(arch, dim, tile, unit, tmp_path):
 def test_list_kernel(arch, unit, tmp_path):
     """The list of every tile is made on the device."""
     constants = {"UNIT": unit, "SPLIT": 1, "HAS_ENTRIES": unit == 1, "CHECKED": False,
-                 "BLOCK": attend_fwd.LIST_BLOCK}
-    made = compiled(attend_fwd.list_kernel, arch, constants, num_warps=4)
+                 "BLOCK": lists.LIST_BLOCK}
+    made = compiled(lists.list_kernel, arch, constants, num_warps=4)
     assert resources(made, tmp_path)[1] == 0 and made.metadata.shared < 16 * 1024
 
 

@@ -138,7 +138,8 @@ def test_ragged_lengths(length, impl):
 @pytest.mark.parametrize("m", [16, 128])
 def test_tail_against_torch(m, n, dim, dtype, impl):
     """Ragged ends, orders of runs, batches, missing keys, a shared mask; summaries made before or not."""
-    from fgattn.backends.shared.summarise import position_rows, summarise
+    from fgattn.backends.shared.launch import position_rows
+    from fgattn.backends.shared.summarise import summarise
     from fgattn.backends.triton.tail import tail_triton
 
     layout = TokenLayout((9, 17, 25), front=5, back=9)  # 240 cells: more than a step
@@ -259,13 +260,13 @@ def test_any_call_selects_as_the_reference(call):
 
 def test_more_heads_than_one_launch(monkeypatch, impl):
     """Lists of many heads are made in several launches; the result is the same bits."""
-    from fgattn.backends.shared.compile_log import attend_fwd
+    from fgattn.backends.shared import lists
 
     q, k, v = tensors(2, 5, 600, 64)
     for n, units in ((1, 608), (8, 80)):
         plan = build_plan(q, k, Settings(tile_keys=n), TokenLayout.flat(600))
         expected = attend(q, k, v, plan, impl=impl)
-        monkeypatch.setattr(attend_fwd, "LIST_BYTES", 3 * 4 * 5 * units)
+        monkeypatch.setattr(lists, "LIST_BYTES", 3 * 4 * 5 * units)
         assert torch.equal(attend(q, k, v, plan, impl=impl), expected)
 
 

@@ -19,6 +19,8 @@ from makers import (
 from makers import tensors as make
 
 attend_fwd = pytest.importorskip("fgattn.backends.triton.attend", reason="no Triton: nothing to interpret")
+key_lists = pytest.importorskip("fgattn.backends.shared.lists")
+
 LAYOUT = TokenLayout((2, 5, 9), front=3, back=5)  # 98 tokens
 LENGTH = LAYOUT.length
 TYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -168,15 +170,15 @@ def test_groups_of_heads(group, monkeypatch):
     plan = build_plan(q, k, Settings(2.0, 64, 2), dataclasses.replace(LAYOUT, key_valid=valid))
     whole = attend(q, k, v, plan, impl="triton")
     made = []
-    kernel = attend_fwd.list_kernel
+    kernel = key_lists.list_kernel
 
     class Counting:
         def __getitem__(self, grid):
             made.append(grid[1])
             return kernel[grid]
 
-    monkeypatch.setattr(attend_fwd, "list_kernel", Counting())
-    monkeypatch.setattr(attend_fwd, "LIST_BYTES", 4 * 2 * 128 * group)  # 98 keys and the end, aligned
+    monkeypatch.setattr(key_lists, "list_kernel", Counting())
+    monkeypatch.setattr(key_lists, "LIST_BYTES", 4 * 2 * 128 * group)  # 98 keys and the end, aligned
     assert torch.equal(attend(q, k, v, plan, impl="triton"), whole)
     assert made == 2 * {1: [1, 1, 1], 2: [2, 1], 3: [3]}[group]
 
@@ -221,14 +223,14 @@ def test_large_scores():
 @pytest.mark.parametrize("keys", [1111, 1024, 64, 15])
 def test_lists_say_what_the_bits_say(n, unit, keys, monkeypatch):
     """Ascending and complete, across steps of the scan and programs that share a list; their ends marked."""
-    monkeypatch.setattr(attend_fwd, "LIST_BLOCK", 128)
-    monkeypatch.setattr(attend_fwd, "LIST_SPAN", 256)
+    monkeypatch.setattr(key_lists, "LIST_BLOCK", 128)
+    monkeypatch.setattr(key_lists, "LIST_SPAN", 256)
     valid = random_valid(1, keys) if unit == "key" else None
     layout = TokenLayout((1, 1, keys), key_valid=valid, query_start=None)
     mask = random_mask(3, -(-keys // n))
     mask[0], mask[1] = True, False
     plan = plan_from_mask(mask, 64, n, layout=layout, query_length=150, key_length=keys)
-    lists = attend_fwd.Lists(plan, 1, 1, plan.geometry.boxes if unit == "box" else None)
+    lists = key_lists.Lists(plan, 1, 1, plan.geometry.boxes if unit == "box" else None)
     assert list(lists.groups()) == [(0, 0, 1)]
     width = {"key": 1, "cell": min(n, 16), "box": 8}[unit]
     assert lists.unit == width

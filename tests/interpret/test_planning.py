@@ -17,7 +17,8 @@ from makers import CASES, assert_lists_agree, random_mask, random_valid
 from makers import tensors as make
 
 pytest.importorskip("triton", reason="no Triton: nothing to interpret")
-from fgattn.backends.shared.summarise import position_rows, summarise
+from fgattn.backends.shared.launch import position_rows
+from fgattn.backends.shared.summarise import summarise
 from fgattn.backends.triton.tail import tail_triton
 
 LAYOUT = TokenLayout((2, 5, 9), front=3, back=5)  # 98 tokens

@@ -28,8 +28,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ...layout import CELL
 from ...plan import SparsePlan
-from ..shared.summarise import COUNTS, LOG2_E
-from ..triton.attend import Lists, query_rows, scaled_tail
+from ..shared.launch import COUNTS, LOG2_E
+from ..shared.lists import Lists, query_rows, scaled_tail
 from .lister import SLOTS, STRIDES, Counts, enlist
 from .producers import PRODUCERS, ROWS, descriptors, fetch, gather
 

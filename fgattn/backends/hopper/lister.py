@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ...plan import SparsePlan
-from ..shared.summarise import COUNTS, shared_stride
+from ..shared.launch import COUNTS, shared_stride
 
 WINDOW = gl.constexpr(1024)  # keys
 LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))

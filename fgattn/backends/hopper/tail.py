@@ -24,7 +24,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...layout import CELL
 from ...plan import SparsePlan
-from ..shared.summarise import COUNTS, LOG2_E, Summaries, shared_stride
+from ..shared.launch import COUNTS, LOG2_E, shared_stride
+from ..shared.summarise import Summaries
 from .attend import _own_sums
 from .producers import TYPES
 

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ...joining import FARTHEST, KERNEL_ROWS, WINDOW
 from ...layout import CELL
-from .summarise import COUNTS, shared_stride
+from .launch import COUNTS, shared_stride
 
 BLOCK_BYTES, WARPS = 16, 2
 

@@ -13,8 +13,8 @@ import triton.language as tl
 from ...joining import KERNEL_ROWS
 from ...layout import CELL
 from ...plan import row_bytes
-from .launch_table import plan_launch, shares
-from .summarise import COUNTS, shared_stride
+from .launch import COUNTS, shared_stride
+from .plan_table import plan_launch, shares
 from .words import (
     WORDS,
     column_order,

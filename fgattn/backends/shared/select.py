@@ -24,9 +24,10 @@ from ...settings import Settings
 from ...tensors import compute_type
 from ..pytorch.select import log_bound
 from .join import grouped
-from .launch_table import plan_launch, shares
+from .launch import COUNTS, LOG2_E, on_device, position_rows, shared_stride
+from .plan_table import plan_launch, shares
 from .refine import refine
-from .summarise import COUNTS, LOG2_E, on_device, position_rows, shared_stride, summarise
+from .summarise import summarise
 from .words import WORDS, column_order, scores_of, share, tile_words
 
 SLICE_TILES, SLICE_BYTES = 4, 128  # of a program and of its step

@@ -12,95 +12,19 @@ with scores s and the tail's log-sum-exp t, all in base 2.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 
-from ...layout import CELL, OCTET
+from ...layout import CELL
 from ...plan import SparsePlan
 from ..shared import compile_log  # noqa: F401
-from ..shared.launch_table import capability, launch_for
-from ..shared.summarise import COUNTS, LOG2_E, on_device, position_rows, shared_stride
+from ..shared.launch import COUNTS, LOG2_E, on_device
+from ..shared.lists import Lists, query_rows, scaled_tail
+from ..shared.plan_table import capability
+from .launch_table import launch_for
 
 HEAD_DIMS = (64, 128)
-LIST_BYTES = 208 << 20  # scratch for lists; more heads than fit run in several launches
-LIST_BLOCK, LIST_SPAN = 256, 4096  # units: of a step, of a program
-
-
-@triton.jit
-def _ones_up_to(octet):
-    """For a byte, the number of bits set up to and with bit i as the i-th group of four bits, uint32."""
-    x = octet.to(tl.uint32)
-    x = (x | (x << 12)) & 0x000F000F
-    x = (x | (x << 6)) & 0x03030303
-    x = (x | (x << 3)) & 0x11111111  # bit i is now bit 4 * i
-    x += x << 4
-    x += x << 8
-    return x + (x << 16)
-
-
-@triton.jit(do_not_specialize=["stride_bits_b", "stride_bits_h", *COUNTS])
-def list_kernel(
-    bits, entries, lists, listed, stride_bits_b, stride_bits_h, stride_entries_b, stride_list, heads, first,
-    tiles, slices, units, keys, span, n_bytes,
-    SPLIT: tl.constexpr, UNIT: tl.constexpr, HAS_ENTRIES: tl.constexpr, CHECKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """List the units whose slice (unit // SPLIT) has its bit set, for one tile, in the order.
-
-    A unit is listed as its entry, or as itself without entries; if CHECKED, those with an entry below 0
-    are left out. One program writes `span` units; it counts the bits before them to know where. `listed`
-    is the number of keys; the list ends with 16 times -1.
-    """
-    tile = tl.program_id(0)
-    row = tl.program_id(1)
-    head = (first + row).to(tl.int64)
-    source = bits + (head // heads) * stride_bits_b + (head % heads) * stride_bits_h
-    source += tile.to(tl.int64) * n_bytes
-    out = lists + (row.to(tl.int64) * tiles + tile) * stride_list
-    begin = tl.program_id(2) * span  # a multiple of 8 * SPLIT
-    end = tl.minimum(begin + span, units)
-    behind = begin // (8 * SPLIT)
-    ones = tl.zeros([BLOCK // 8], tl.int32)
-    for start in range(0, behind, BLOCK // 8):
-        byte = start + tl.arange(0, BLOCK // 8)
-        ones += (_ones_up_to(tl.load(source + byte, mask=byte < behind, other=0)) >> 28).to(tl.int32)
-    count = tl.sum(ones, 0) * SPLIT
-    STEP: tl.constexpr = 1 if CHECKED else min(SPLIT, 8)  # units of one bit
-    i = tl.arange(0, 8)[:, None]  # [8, BLOCK // 8]: neighbouring lanes store to neighbouring places
-    eight = begin // 8 + tl.arange(0, BLOCK // 8)  # units whose bits lie in one byte
-    ahead = tl.load(source + eight // SPLIT, mask=eight * 8 < end, other=0)
-    for _ in range(begin, end, BLOCK):
-        octet = ahead.to(tl.int32) >> (eight * 8 // SPLIT % 8)
-        unit = eight[None, :] * 8 + i
-        eight += BLOCK // 8
-        ahead = tl.load(source + eight // SPLIT, mask=eight * 8 < end, other=0)
-        kept = (octet[None, :] >> (i // SPLIT)) & 1
-        entry = unit
-        if HAS_ENTRIES:
-            wanted = (kept > 0) & (unit < end)
-            entry = tl.load(entries + (head // heads) * stride_entries_b + unit, mask=wanted, other=-1)
-        if CHECKED:
-            kept &= (entry >= 0).to(tl.int32)
-            octet = tl.sum(kept << i, 0)
-        octet &= (1 << (8 // STEP)) - 1
-        ones_up_to = _ones_up_to(octet)
-        number = (ones_up_to >> 28).to(tl.int32) * STEP
-        before = ((ones_up_to << 4)[None, :] >> (4 * (i // STEP)).to(tl.uint32)).to(tl.int32) & 15
-        place = (count + tl.cumsum(number, 0) - number)[None, :] + before * STEP + i % STEP
-        tl.store(out + place, entry, mask=(kept > 0) & (unit < end))
-        count += tl.sum(number, 0)
-    if end == units:
-        n_keys = count * UNIT
-        if not CHECKED:  # the last slice was counted as if it filled its byte
-            last = (tl.load(source + (slices - 1) // 8).to(tl.int32) >> ((slices - 1) % 8)) & 1
-            count -= last * (tl.minimum(slices * SPLIT, tl.cdiv(units, 8) * 8) - units)
-            n_keys = count * UNIT - last * (units * UNIT - keys)
-        tl.store(out + count + tl.arange(0, 16), tl.full([16], -1, tl.int32))
-        tl.store(listed + row * tiles + tile, n_keys)
 
 
 @triton.jit
@@ -206,57 +130,3 @@ def attend_triton(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
                 tiles, -(-queries // CELL), plan.softmax_scale(dim) * LOG2_E,
                 BLOCK_M=plan.tile_rows, BLOCK_N=launch.block_keys, UNIT=lists.unit, D=dim,
                 HAS_TAIL=tail is not None, num_warps=launch.warps, num_stages=launch.stages)
-
-
-class Lists:
-    """The unit lists of a plan's tiles, made for one group of heads after the other.
-
-    Units are octets, listed as their box (see order.octet_boxes), if boxes are given; else up to 16 keys,
-    listed as their place in the order; else single keys, listed as their row of k and v.
-    """
-
-    def __init__(self, plan: SparsePlan, batch: int, heads: int, boxes: torch.Tensor | None = None):
-        bits = self.bits = plan.bits
-        self.batch, self.heads, self.tiles, self.keys = batch, heads, bits.shape[2], plan.keys
-        self.key_rows = position_rows(plan.geometry.key_tokens, plan.key_valid)
-        self.stride_rows = shared_stride(self.key_rows)
-        if boxes is not None:
-            self.unit, self.entries = OCTET, boxes
-        else:
-            self.unit = 1 if plan.key_valid is not None else min(plan.tile_keys, CELL)
-            self.entries = self.key_rows if self.unit == 1 else None
-        self.units, self.split = -(-plan.keys // self.unit), plan.tile_keys // self.unit
-        self.slices, self.is_checked = -(-plan.keys // plan.tile_keys), plan.key_valid is not None
-        # Where its bit alone says whether a unit is listed, several programs share a list.
-        self.span = self.units if self.is_checked else LIST_SPAN
-        self.stride = -(-self.units // 16) * 16 + 16  # lists start aligned: wide loads
-        fitting = max(1, LIST_BYTES // (4 * self.tiles * self.stride))
-        group = -(-heads // -(-heads // fitting))  # even groups
-        self.lists = torch.empty(group, self.tiles, self.stride, dtype=torch.int32, device=bits.device)
-        self.listed = torch.empty(group, self.tiles, dtype=torch.int32, device=bits.device)
-
-    def groups(self) -> Iterator[tuple[int, int, int]]:
-        """(batch row, first head, number of heads) whose lists were just made."""
-        bits, group = self.bits, len(self.lists)
-        strides = shared_stride(bits, 0), shared_stride(bits, 1)
-        for b, first in itertools.product(range(self.batch), range(0, self.heads, group)):
-            number = min(group, self.heads - first)
-            list_kernel[self.tiles, number, triton.cdiv(self.units, self.span)](
-                bits, self.entries, self.lists, self.listed, *strides, self.stride_rows, self.stride,
-                self.heads, b * self.heads + first, self.tiles, self.slices, self.units, self.keys, self.span,
-                bits.shape[3], SPLIT=self.split, UNIT=self.unit, HAS_ENTRIES=self.entries is not None,
-                CHECKED=self.is_checked, BLOCK=LIST_BLOCK, num_warps=1)
-            yield b, first, number
-
-
-def query_rows(plan: SparsePlan, batch: int, heads: int) -> tuple[torch.Tensor, int]:
-    """Rows of the queries in the order of execution, and the distance of one head's to the next's."""
-    tokens = plan.query_tokens
-    if plan.run_order is None:
-        return tokens, 0  # one order for all heads
-    return tokens.expand(batch, heads, -1).contiguous(), plan.queries
-
-
-def scaled_tail(tail):
-    """Output and log-sum-exp of a tail, the latter in base 2; twice None without a tail."""
-    return (None, None) if tail is None else (tail[0], tail[1] * LOG2_E)

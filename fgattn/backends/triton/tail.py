@@ -13,7 +13,8 @@ import triton.language as tl
 
 from ...layout import CELL
 from ...plan import SparsePlan
-from ..shared.summarise import COUNTS, Summaries, on_device, position_rows, shared_stride, summarise
+from ..shared.launch import COUNTS, on_device, position_rows, shared_stride
+from ..shared.summarise import Summaries, summarise
 
 BLOCK_RUNS, BLOCK_CELLS, WARPS, STAGES = 64, 32, 4, 2  # larger steps spill before sm_90, and are slower on it
 
