@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 from fgattn import Settings, build_plan
-from fgattn.backends.triton.tail import tail_triton
 from fgattn.runs.engine import Engine
 from fgattn.settings import Policy
 
 from . import peers
-from .measure import BUSY_CYCLES, sampled_error
+from .measure import BUSY_CYCLES, sampled_error, tail_of
 from .runner import Case, Run
 from .shapes import Shape, for_density, random_qkv
 
@@ -66,7 +65,7 @@ def sparse(q, k, v, settings: Settings, shape: Shape) -> Run:
     def error(out) -> float:
         return sampled_error(q, k, v, out, plan.tile_rows,
                              lambda head, tile: plan.kept_keys(0, slice(head, head + 1))[0, tile],
-                             plan.geometry, tail_triton(q, k, v, plan))
+                             plan.geometry, tail_of(q, k, v, plan))
 
     density = float(plan.executed_density)
     return Run("fgattn", call, error, peers.TOLERANCE,

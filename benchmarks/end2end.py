@@ -13,13 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from fgattn import Settings, attend
-from fgattn.backends.triton.tail import tail_triton
-from fgattn.plan import plan_call
+from fgattn import Settings
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import gelu, layer_norm, linear, rms_norm, scaled_dot_product_attention
 
-from .measure import sampled_error
+from .measure import planned_attention, sampled_error, tail_of
 from .peers import TOLERANCE
 from .runner import Case, Run
 from .shapes import LARGE_480P, LARGE_720P, Shape, for_density
@@ -92,15 +90,14 @@ class Planned:
     def __call__(self, q, k, v, block: int) -> torch.Tensor:
         if self.find:
             self.settings.append(for_density(q, k, Settings(), self.layout, DENSITY))
-        plan, summaries = plan_call(q, k, v, self.settings[block], self.layout)
-        out = attend(q, k, v, plan, summaries=summaries)
+        out, plan = planned_attention(q, k, v, self.settings[block], self.layout)
         if self.check:
             self.densities.append(plan.density)
         if self.check and block in CHECKED_BLOCKS:
             self.errors.append(sampled_error(
                 q, k, v, out, plan.tile_rows,
                 lambda head, tile: plan.kept_keys(0, slice(head, head + 1))[0, tile],
-                plan.geometry, tail_triton(q, k, v, plan)))
+                plan.geometry, tail_of(q, k, v, plan)))
         return out
 
 

@@ -11,17 +11,16 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
-from fgattn import Settings, TokenLayout, attend
+from fgattn import Settings, TokenLayout
 from fgattn.demo.generate import generate, psnr
 from fgattn.demo.model import CHANNELS, HEAD_DIM
 from fgattn.demo.quantise import load_model
 from fgattn.demo.scenes import conditioning, to_rgb
 from fgattn.layout import geometry
-from fgattn.plan import plan_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from .measure import relative_error
+from .measure import planned_attention, relative_error
 from .peers import SOL_BLOCK, in_order, sol_density
 from .targets import MEASURED
 
@@ -45,8 +44,8 @@ def dense(q, k, v, timed: Timed):
 
 def ours(q, k, v, timed: Timed, *, settings: Settings):
     def call():
-        plan, summaries = plan_call(q, k, v, settings, LAYOUT)
-        return attend(q, k, v, plan, summaries=summaries), plan.requested
+        out, plan = planned_attention(q, k, v, settings, LAYOUT)
+        return out, plan.requested
 
     out, requested = timed(call)
     return out, requested.sum() / (requested.numel() * q.shape[2] * k.shape[2])
@@ -125,7 +124,7 @@ def ways() -> Iterator[tuple[dict[str, object], Way]]:
     """Dense first."""
     yield {"impl": "cudnn"}, dense
     for m, n, threshold in SETTINGS:
-        settings = Settings(threshold, m, n)
+        settings = Settings(threshold=threshold, tile_queries=m, tile_keys=n)
         yield ({"impl": "fgattn", "M": m, "N": n, "order": settings.order, "threshold": threshold},
                functools.partial(ours, settings=settings))
     cells = geometry(LAYOUT, "cells", LAYOUT.length, torch.device("cuda")).key_tokens

@@ -7,29 +7,27 @@ are made in the timed call. Each row is checked against float64 on sampled query
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Iterator
 
 import torch
-from fgattn import TokenLayout, attend, plan_from_mask
-from fgattn.backends import runtime
-from fgattn.backends.triton.tail import tail_triton
+from fgattn import Settings, TokenLayout, attend, plan_from_mask
+from fgattn.backends import registry
+from fgattn.call import Call
 
 from . import peers
-from .measure import sampled_error
+from .measure import sampled_error, tail_of
 from .runner import Case, Run
 from .shapes import LARGE_720P, SMALL_480P, Shape, random_qkv
 
 DENSITY = 0.3
 TILE_KEYS = (1, 2, 4, 8, 16, 32, 64, 128)
 SPREAD = 20  # longest over shortest list of the skewed case
-LAUNCHES = {"hopper": "fgattn.backends.hopper.attend:attend_hopper",
-            "triton": "fgattn.backends.triton.attend:attend_triton"}
 
 
 def cases(quick: bool) -> Iterator[Case]:
     """Every line of the table of targets; peers and the portable kernel's rows unless quick."""
-    ours = ["triton"] if runtime.hopper_reason(torch.device("cuda")) else ["hopper", "triton"]
+    best = registry.on_device(torch.device("cuda"), Settings()).backend.name
+    ours = list(dict.fromkeys((best, "triton")))
     ours, repeats = (ours[:1], 10) if quick else (ours, 20)
     shape = SMALL_480P
 
@@ -96,13 +94,11 @@ def given_tail(shape: Shape, dim: int, impl: str) -> list[Run]:
     q, k, v = random_qkv(shape, dim)
     mask = random_mask(shape, 128, 16, DENSITY)
     plan = plan_from_mask(mask, 128, 16, query_length=shape.length, key_length=shape.length)
-    tail = tail_triton(q, k, v, plan)
-    module, launch = LAUNCHES[impl].split(":")
-    launch = getattr(importlib.import_module(module), launch)
+    tail, backend = tail_of(q, k, v, plan), registry.by_name(impl)
 
     def call(tail):
         out = torch.empty_like(q)
-        launch(q, k, v, plan, tail, out)
+        backend.attend(Call.under(plan, q, k, v), plan, tail, out)
         return out
 
     return [ours(q, k, v, mask, 128, 16, impl, name=f"{impl}, no tail", call=lambda: call(None)),

@@ -11,7 +11,13 @@ from pathlib import Path
 
 import torch
 import triton
+from fgattn import Settings, SparsePlan, TokenLayout
+from fgattn.backends import registry
+from fgattn.backends.base import Planned, Tail
+from fgattn.backends.execute import attend, plan_of
+from fgattn.call import Call
 from fgattn.layout import CELL
+from fgattn.tensors import empty_like
 
 RESULTS = Path(__file__).parent / "results"
 FLUSH_BYTES = 256 << 20  # larger than any L2
@@ -118,3 +124,17 @@ def write(path: Path, rows: Iterable[dict[str, object]], where: dict[str, str]) 
 
 def short(value: object) -> object:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else value
+
+
+def planned_attention(q, k, v, settings: Settings, layout: TokenLayout) -> tuple[torch.Tensor, SparsePlan]:
+    """A sparse call as a run makes it: the plan's summaries serve the tail. Its output and its plan."""
+    call = Call.to_plan(q, k, v, settings, layout)
+    backend = registry.required(call, None)
+    planned = plan_of(call, backend)
+    return attend(call, backend, planned, empty_like(q)), planned.plan
+
+
+def tail_of(q, k, v, plan: SparsePlan, impl: str | None = None) -> Tail:
+    """The tail of a plan, with means made for it, by the fastest backend or a named one."""
+    call = Call.under(plan, q, k, v)
+    return registry.required(call, impl).tail(call, Planned(plan))

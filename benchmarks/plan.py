@@ -12,17 +12,18 @@ from collections.abc import Iterator
 
 import torch
 from fgattn import Settings, build_plan, sparse_attention
-from fgattn.backends import runtime
+from fgattn.backends import registry
+from fgattn.backends.base import Planned
+from fgattn.backends.hopper.boxes import boxes_for
 from fgattn.backends.pytorch import scoring
-from fgattn.backends.pytorch.tail import pooled_tail
-from fgattn.backends.shared.launch import position_rows
+from fgattn.backends.shared.launch import key_rows, query_rows
 from fgattn.backends.shared.lists import Lists
 from fgattn.backends.shared.summarise import summarise
-from fgattn.backends.triton.tail import tail_triton
+from fgattn.call import Call
 from fgattn.layout import geometry
 
 from . import peers
-from .measure import relative_error, sampled_error
+from .measure import relative_error, sampled_error, tail_of
 from .runner import Case, Run
 from .shapes import LARGE_720P, SMALL_480P, Shape, for_density, random_qkv
 
@@ -47,13 +48,13 @@ def stages(shape: Shape) -> list[Run]:
     q, k, v = random_qkv(shape)
     layout = shape.layout
     geo = geometry(layout, Settings().order, shape.length, q.device)
-    rows = position_rows(geo.query_tokens), position_rows(geo.key_tokens)
+    rows = query_rows(geo), key_rows(geo)
     error = functools.partial(summary_error, q, k, v, geo)
     runs = [peers.cudnn(q, k, v)] + [
         Run(name, functools.partial(summarise, q, k, x, *rows, second=True), error, ROUNDING)
         for name, x in (("summarise q, k", None), ("summarise q, k, v", v))]
     summaries = summarise(q, k, v, *rows)
-    tail = functools.partial(tail_triton, q, k, v, hopper=runtime.hopper_missing(q.device) is None)
+    backend = registry.on_device(q.device, Settings()).backend
     for n in (16, 1):
         settings = for_density(q, k, Settings(tile_keys=n), layout, DENSITY)
         plan = build_plan(q, k, settings, layout)
@@ -61,9 +62,9 @@ def stages(shape: Shape) -> list[Run]:
         runs += [
             Run("plan", functools.partial(build_plan, q, k, settings, layout),
                 functools.partial(bits_error, q, k, settings, layout), BITS_TOLERANCE, columns),
-            Run("lists", functools.partial(make_lists, plan), functools.partial(lists_error, plan), EXACT,
+            Run("lists", functools.partial(make_lists, Call.under(plan, q, k, v), plan), functools.partial(lists_error, plan), EXACT,
                 columns),
-            *(Run(name, functools.partial(tail, plan, given),
+            *(Run(name, functools.partial(backend.tail, Call.under(plan, q, k, v), Planned(plan, given)),
                   functools.partial(tail_error, q, k, v, settings, layout), ROUNDING, columns)
               for name, given in (("tail", summaries), ("means and tail", None)))]
     return runs
@@ -89,7 +90,7 @@ def memory(shape: Shape, n: int) -> list[Run]:
     def error(out) -> float:
         return sampled_error(q, k, v, out, plan.tile_rows,
                              lambda head, tile: plan.kept_keys(0, slice(head, head + 1))[0, tile],
-                             plan.geometry, tail_triton(q, k, v, plan))
+                             plan.geometry, tail_of(q, k, v, plan))
 
     call = functools.partial(sparse_attention, q, k, v, settings, shape.layout)
     return [Run("plan and attend", call, error, peers.TOLERANCE,
@@ -97,18 +98,19 @@ def memory(shape: Shape, n: int) -> list[Run]:
                  "extra_mb": extra / 1e6, "kept_plans_gb": kept_plans / 1e9})]
 
 
-def make_lists(plan):
+def make_lists(call: Call, plan):
     """Numbers of keys of the last heads' tiles, and the first of these heads.
 
     As an attention call makes them: with the lists, of the last group of heads; where the attention kernel
     lists single keys itself, alone.
     """
     shape = plan.bits.shape[:2]
-    if plan.gathers and not runtime.hopper_reason(plan.bits.device, True):
+    boxes = boxes_for(call)
+    if boxes is None and registry.on_device(plan.bits.device, Settings()).backend.name == "hopper":
         from fgattn.backends.hopper.lister import Counts
 
         return Counts(plan, *shape).listed, 0
-    lists = Lists(plan, *shape, None if plan.gathers else plan.geometry.boxes)
+    lists = Lists(plan, *shape, boxes)
     *_, (_, first, number) = lists.groups()
     return lists.listed[:number], first
 
@@ -132,7 +134,7 @@ def tail_error(q, k, v, settings, layout, tail) -> float:
     """Of the pooled outputs, relative to the torch implementation's for the same plan."""
     heads = slice(0, CHECKED_HEADS)
     q, k, v = (x[:, heads] for x in (q, k, v))
-    expected = pooled_tail(q, k, v, build_plan(q, k, settings, layout))
+    expected = tail_of(q, k, v, build_plan(q, k, settings, layout), "torch")
     return max(relative_error(got[:, heads], known) for got, known in zip(tail, expected, strict=True))
 
 

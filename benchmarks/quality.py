@@ -30,10 +30,10 @@ SIZE = (21, 60, 104)  # T, H, W of the latent
 LAYOUT = TokenLayout((SIZE[0], SIZE[1] // 2, SIZE[2] // 2))  # 32 760 tokens
 SEEDS, STEPS, BLOCKS = (1, 2), (5, 10, 15), (1, 4, 7)
 REPEAT_HEADS = 4  # 3 heads to 12, as in a model of 1.3 B parameters
-SETTINGS = [Settings(threshold) for threshold in (0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)]
-SETTINGS += [Settings(threshold, tail=False) for threshold in (1.0, 2.0)]
-SETTINGS += [Settings(2.0, 128, 1), Settings(2.0, 64, 16)]
-SETTINGS += [Settings(1.0, m, n) for m in TILE_QUERIES for n in TILE_KEYS if (m, n) != (128, 16)]
+SETTINGS = [Settings(threshold=threshold) for threshold in (0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)]
+SETTINGS += [Settings(threshold=threshold, tail=False) for threshold in (1.0, 2.0)]
+SETTINGS += [Settings(threshold=2.0, tile_keys=1), Settings(threshold=2.0, tile_queries=64)]
+SETTINGS += [Settings(tile_queries=m, tile_keys=n) for m in TILE_QUERIES for n in TILE_KEYS if (m, n) != (128, 16)]
 SOL_TAUS = (0.7, 1.0, 1.3, 1.7, 2.2)
 WRONG = 0.5  # above this error something is broken
 COMPILERS = 12  # processes

@@ -47,7 +47,7 @@ def plan_of_density(q, k, m: int, layout: TokenLayout):
     low, high = 0.01, 100.0
     for _ in range(30):
         threshold = (low * high) ** 0.5
-        plan = build_plan(q, k, Settings(threshold, m, 16, tail=False), layout)
+        plan = build_plan(q, k, Settings(threshold=threshold, tile_queries=m, tile_keys=16, tail=False), layout)
         off = float(plan.density) - DENSITY
         if abs(off) < ALLOWED:
             return threshold, plan

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from .backends import runtime
+from .backends import registry
+from .backends.base import Eligible
+from .settings import Settings
 
 DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -41,13 +43,12 @@ def doctor() -> str:
 
 
 def _implementation(device: torch.device) -> str:
-    """What the nodes' engine runs on a device."""
-    if device.type == "cpu":
-        return "torch: no Triton kernel runs on a CPU"
-    reason = runtime.missing() or runtime.device_reason(device)
-    if reason:
-        return f"dense attention: {reason}"
-    return f"{runtime.gpu_kernel(device)}: the kernel's self-test passed"
+    """What runs sparse calls on a device in a run with default settings."""
+    answer = registry.on_device(device, Settings())
+    if not isinstance(answer, Eligible):
+        return f"dense attention: {answer}"
+    tested = ": its self-test passed" if answer.backend.probe else ""
+    return answer.text + tested
 
 
 def _version(*names: str) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from .errors import InvalidArgument
 from .layout import Geometry, TokenLayout, geometry
-from .plan import KERNEL_ROWS, SparsePlan
+from .plan import SparsePlan
 from .settings import Settings
 from .tensors import check_tensors, compute_type, declined
 

@@ -38,8 +38,8 @@ def select(
     for b in range(batch):
         for h in range(heads):
             rows, key_rows = q[b, h, geo.query_tokens], k[b, h, geo.key_tokens]
-            centroids = _runs(rows, torch.ones_like(rows[:, 0], dtype=torch.bool))[0]
-            means, variances, counts = _runs(key_rows, valid[b])
+            centroids = _cells(rows, torch.ones_like(rows[:, 0], dtype=torch.bool))[0]
+            means, variances, counts = _cells(key_rows, valid[b])
             real = counts > 0
             logits = scale * _rounded(centroids, q) @ _rounded(means, q).T
             logits += scale**2 / 2 * (_rounded(centroids.square(), q) @ _rounded(variances, q).T)
@@ -49,9 +49,9 @@ def select(
             key_scores = scale * _rounded(centroids, q) @ key_rows.to(compute_type(q)).double().T
             above_key = _nan_keeps(key_scores - bound[:, None])
             for tile in range(result.shape[2]):
-                run = slice(tile * m // CELL, (tile + 1) * m // CELL)
+                query_cell = slice(tile * m // CELL, (tile + 1) * m // CELL)
                 query = slice(tile * m, (tile + 1) * m)
-                cell = above_cell[run].amax(0)
+                cell = above_cell[query_cell].amax(0)
                 always = geo.sink_cell.clone()
                 always[geo.own_cell[query][geo.own_cell[query] >= 0]] = True
                 if geo.sink_query[query].any():
@@ -59,7 +59,7 @@ def select(
                 cell[always] = math.inf
                 above = cell.repeat_interleave(CELL)[:keys]
                 if n < CELL:
-                    key = above_key[run].amax(0)
+                    key = above_key[query_cell].amax(0)
                     key[always.repeat_interleave(CELL)[:keys]] = math.inf
                     above = torch.minimum(above, key)
                 above = above.masked_fill(~valid[b], -math.inf)
@@ -87,14 +87,14 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SparsePlan) 
             scores = scores.masked_fill(~mask, -math.inf)
             entries = values.double()
             if plan.tail and plan.keys:
-                centroids = _runs(rows, torch.ones_like(rows[:, 0], dtype=torch.bool))[0]
-                means, _, counts = _runs(keys, valid)
+                centroids = _cells(rows, torch.ones_like(rows[:, 0], dtype=torch.bool))[0]
+                means, _, counts = _cells(keys, valid)
                 skipped = counts - torch.stack([c.sum(1) for c in mask.split(CELL, 1)], 1)
                 tail = scale * _rounded(centroids, q) @ _rounded(means, q).T
                 tail = tail.repeat_interleave(CELL, 0)[: len(rows)]
                 tail = torch.where(skipped > 0, tail + skipped.double().log(), -math.inf)
                 scores = torch.cat((scores, tail), 1)
-                entries = torch.cat((entries, _rounded(_runs(values, valid)[0], q)))
+                entries = torch.cat((entries, _rounded(_cells(values, valid)[0], q)))
             # Rows without any entry are zero; entries that do not count must not spread their NaN.
             weights = torch.softmax(scores, 1).masked_fill(scores == -math.inf, 0.0)
             result = weights @ entries.masked_fill((weights == 0).all(0)[:, None], 0.0)
@@ -102,16 +102,16 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SparsePlan) 
     return out
 
 
-def _runs(rows: torch.Tensor, valid: torch.Tensor):
-    """Mean and biased variance [runs, D] over the valid rows of runs of 16, and their number."""
+def _cells(rows: torch.Tensor, valid: torch.Tensor):
+    """Mean and biased variance [runs, D] over the valid rows of cells of 16, and their number."""
     rows = rows if rows.dtype == torch.float64 else rows.to(compute_type(rows)).float()
     means, variances, counts = [], [], []
-    for run, ok in zip(rows.split(CELL), valid.split(CELL), strict=True):
-        run = run[ok]
-        mean = run.sum(0) / max(1, len(run))
+    for cell, ok in zip(rows.split(CELL), valid.split(CELL), strict=True):
+        cell = cell[ok]
+        mean = cell.sum(0) / max(1, len(cell))
         means.append(mean)
-        variances.append((run - mean).square().sum(0) / max(1, len(run)))
-        counts.append(len(run))
+        variances.append((cell - mean).square().sum(0) / max(1, len(cell)))
+        counts.append(len(cell))
     return torch.stack(means), torch.stack(variances), torch.tensor(counts, device=rows.device)
 
 

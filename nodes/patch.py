@@ -57,6 +57,8 @@ class Patch:
         model = model.clone()
         for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL):
             model.remove_wrappers_with_key(kind, KEY)
+        model.remove_callbacks_with_key(CallbacksMP.ON_DETACH, KEY)
+        model.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, self.unloaded)
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.outer_sample)
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.apply_model)
         options = model.model_options["transformer_options"]
@@ -113,6 +115,10 @@ class Patch:
             return executor(*args, **kwargs)
         finally:
             self.thread.mask = None
+
+    def unloaded(self, patcher, unpatch_all: bool) -> None:
+        """ComfyUI takes the model off its device."""
+        self.engine.release()
 
     def _lost(self, what: str) -> None:
         log.exception("FG-Attn %s; this run is dense or unreported", what)

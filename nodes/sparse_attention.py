@@ -1,11 +1,15 @@
 """The node "FG-Attn Sparse Attention": checks the settings and patches the model."""
 
+import dataclasses
+
 from comfy_api.latest import io
 
 from ..fgattn.errors import InvalidArgument
 from ..fgattn.methods import METHOD_NAMES, check
 from ..fgattn.settings import ORDERS, TILE_KEYS, TILE_QUERIES, Policy, Settings, parse_blocks
 from .patch import Patch
+
+READ = {"tile_queries": int, "tile_keys": int, "dense_blocks": parse_blocks}  # from what the page has to a field
 
 
 class FGAttnPatch(io.ComfyNode):
@@ -22,61 +26,63 @@ class FGAttnPatch(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A video diffusion model, such as Wan 2.1 or 2.2."),
                 io.Float.Input(
-                    "threshold", default=1.0, min=0.0, max=8.0, step=0.05,
+                    "threshold", default=Settings.threshold, min=0.0, max=8.0, step=0.05,
                     display_mode=io.NumberDisplay.slider,
                     tooltip="Keeps what is expected to get at least this many times the average attention. "
                     "0 keeps everything (dense); 0.7 is careful, 1 balanced, 2 fast."),
                 io.Combo.Input(
-                    "tile_queries", options=[str(m) for m in TILE_QUERIES], default="128",
+                    "tile_queries", options=[str(m) for m in TILE_QUERIES],
+                    default=str(Settings.tile_queries),
                     tooltip="M: neighbouring video tokens that share one selection. 128 is the fastest; "
                     "smaller tiles select more precisely and run slower."),
                 io.Combo.Input(
-                    "tile_keys", options=[str(n) for n in TILE_KEYS], default="16",
+                    "tile_keys", options=[str(n) for n in TILE_KEYS],
+                    default=str(Settings.tile_keys),
                     tooltip="N: neighbouring keys that are kept or skipped together. 16 is a good start; "
                     "below 16 each key is judged on its own, which costs planning time."),
                 io.Int.Input(
-                    "warmup_steps", default=2, min=0, max=50, display_mode=io.NumberDisplay.slider,
+                    "warmup_steps", default=Policy.warmup_steps, min=0, max=50, display_mode=io.NumberDisplay.slider,
                     tooltip="Dense steps at the start, where the picture is laid out; at most a quarter of "
                     "the run's steps. Only in runs that begin at full noise, so not in a second sampler."),
                 io.Int.Input(
-                    "min_tokens", default=0, min=0, max=1_000_000, optional=True, advanced=True,
+                    "min_tokens", default=Policy.min_tokens, min=0, max=1_000_000, optional=True, advanced=True,
                     tooltip="Shortest sequence that runs sparse. 0 is automatic: on CUDA, calls that would "
                     "not be faster, too short or keeping too much, run dense; none on CPU."),
                 io.String.Input(
                     "dense_blocks", default="", optional=True, advanced=True,
                     tooltip='Transformer blocks that stay dense, such as "0, 1, 38-39". Empty: none.'),
                 io.Int.Input(
-                    "final_dense_steps", default=0, min=0, max=50, optional=True, advanced=True,
+                    "final_dense_steps", default=Policy.final_dense_steps, min=0, max=50, optional=True, advanced=True,
                     tooltip="Dense steps at the end of a run that ends without noise; 0 for none."),
                 io.Boolean.Input(
-                    "tail", default=True, optional=True, advanced=True,
+                    "tail", default=Settings.tail, optional=True, advanced=True,
                     tooltip="Adds a pooled estimate of what is skipped: two to three times less error."),
                 io.Combo.Input(
-                    "order", options=list(ORDERS), default="cells", optional=True, advanced=True,
+                    "order", options=list(ORDERS), default=Settings.order, optional=True, advanced=True,
                     tooltip="Token order for tiles and slices: cells are 16 tokens, compact in time, height "
                     "and width; raster is the model's own order; hilbert follows a 3-D Hilbert curve."),
                 io.Combo.Input(
-                    "method", options=list(METHOD_NAMES), default="threshold", optional=True, advanced=True,
+                    "method", options=list(METHOD_NAMES), default=Settings.method, optional=True, advanced=True,
                     tooltip="How keys are selected. The other ones are published methods to compare with: "
                     "they plan more slowly, take their strength from method_parameter, ignore threshold."),
                 io.Float.Input(
-                    "method_parameter", default=0.0, min=0.0, max=8.0, step=0.05, optional=True,
+                    "method_parameter", default=Settings.method_parameter, min=0.0, max=8.0, step=0.05, optional=True,
                     advanced=True,
                     tooltip="Strength of a method other than threshold; 0 is its own default. top_k and "
                     "hierarchical: share of the keys, up to 1 (0.3); sol: tau, higher is faster (1.3); "
                     "radial: decay factor (0.2)."),
                 io.Int.Input(
-                    "reuse_steps", default=1, min=1, max=50, optional=True, advanced=True,
+                    "reuse_steps", default=Policy.reuse_steps, min=1, max=50, optional=True, advanced=True,
                     tooltip="Steps that one choice of scores is reused for; 1 chooses anew in every "
                     "call. More saves planning time, most with tile_keys below 16, but costs memory, "
                     "and accuracy as the video changes from step to step."),
                 io.Int.Input(
-                    "reuse_memory_mb", default=1200, min=0, max=1_000_000, optional=True, advanced=True,
+                    "reuse_memory_mb", default=Policy.reuse_memory_mb, min=0, max=1_000_000, optional=True, advanced=True,
                     tooltip="Most GPU memory for what reuse_steps keeps, in MB. When it is full, the other "
                     "calls choose anew. Wan 14B at 720p, 81 frames, needs 1118 with tile_keys 16, "
                     "16 times as much with 1."),
                 io.Boolean.Input(
-                    "estimate_error", default=True, optional=True, advanced=True,
+                    "estimate_error", default=Policy.estimate_error, optional=True, advanced=True,
                     tooltip="Computes 64 random query rows of one block in four densely and compares: the "
                     "estimated error on the node. Costs at most 0.5 % of dense attention; the picture is "
                     "the same with and without."),
@@ -109,14 +115,20 @@ class FGAttnPatch(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(
-        cls, model, threshold: float, tile_queries: str, tile_keys: str, warmup_steps: int,
-        min_tokens: int = 0, dense_blocks: str = "", final_dense_steps: int = 0, tail: bool = True,
-        order: str = "cells", method: str = "threshold", method_parameter: float = 0.0, reuse_steps: int = 1,
-        reuse_memory_mb: int = 1200, estimate_error: bool = True, live: bool = False,
-    ) -> io.NodeOutput:
-        settings = Settings(
-            threshold, int(tile_queries), int(tile_keys), tail, order, method, method_parameter)
-        policy = Policy(warmup_steps, final_dense_steps, parse_blocks(dense_blocks), min_tokens,
-                        reuse_steps, reuse_memory_mb, estimate_error)
+    def execute(cls, model, live: bool = False, **inputs) -> io.NodeOutput:
+        """Inputs that the page leaves out have the defaults of Settings and Policy."""
+        settings, policy = chosen(inputs)
         return io.NodeOutput(Patch(settings, policy, cls.hidden.unique_id, live).install(model))
+
+
+def chosen(inputs: dict[str, object]) -> tuple[Settings, Policy]:
+    """What the inputs of the node choose; each has the name of a field.
+
+    Raises:
+        InvalidArgument: for values that the settings do not take.
+        TypeError: for names that are no field.
+    """
+    values = {name: READ[name](value) if name in READ else value for name, value in inputs.items()}
+    own = {field.name for field in dataclasses.fields(Settings)}
+    return (Settings(**{name: value for name, value in values.items() if name in own}),
+            Policy(**{name: value for name, value in values.items() if name not in own}))

@@ -89,7 +89,7 @@ class PlanCall:
 
 # c^2 is infinite in fp16, and so are the log-sum-exp and the bound: by definition no key reaches it.
 INFINITE_BOUND = PlanCall(
-    Settings(0.5, 16, 1), (2, 1, 6), 0, 0, None, 2, "none", 2, 1, "fp16", None, "huge query", 0)
+    Settings(threshold=0.5, tile_queries=16, tile_keys=1), (2, 1, 6), 0, 0, None, 2, "none", 2, 1, "fp16", None, "huge query", 0)
 
 
 @st.composite
@@ -105,8 +105,8 @@ def plan_calls(draw, largest=(4, 7, 13), most_sinks=20, dtypes=tuple(DTYPES)) ->
         start = draw(st.integers(0, keys - 1))
         queries = draw(st.integers(1, keys - start))
     settings = Settings(
-        draw(st.sampled_from((0.0, 0.5, 0.9, 1.3, 2.0, 4.0, 1.0, 1e6))), draw(st.sampled_from(TILE_QUERIES)),
-        draw(st.sampled_from(TILE_KEYS)), order=draw(st.sampled_from(("cells", "raster", "hilbert"))))
+        threshold=draw(st.sampled_from((0.0, 0.5, 0.9, 1.3, 2.0, 4.0, 1.0, 1e6))), tile_queries=draw(st.sampled_from(TILE_QUERIES)),
+        tile_keys=draw(st.sampled_from(TILE_KEYS)), order=draw(st.sampled_from(("cells", "raster", "hilbert"))))
     return PlanCall(
         settings, grid, front, back, start, queries,
         missing=draw(st.sampled_from(("none", "none", "none", "some", "some", "most", "all"))),

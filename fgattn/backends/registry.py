@@ -44,11 +44,21 @@ def named(call: Call, name: str) -> Eligible | str:
     Raises:
         InvalidArgument: there is no such backend.
     """
-    backend = next((backend for backend in BACKENDS if backend.name == name), None)
-    if backend is None:
-        raise InvalidArgument("impl", name, ", ".join(backend.name for backend in BACKENDS),
-                              "None chooses the fastest.")
+    backend = by_name(name)
     return call.declined or backend.reason(call) or Eligible(backend)
+
+
+def by_name(name: str) -> Backend:
+    """The backend of a name.
+
+    Raises:
+        InvalidArgument: there is none.
+    """
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    raise InvalidArgument("impl", name, ", ".join(backend.name for backend in BACKENDS),
+                          "None chooses the fastest.")
 
 
 def required(call: Call, impl: str | None) -> Backend:

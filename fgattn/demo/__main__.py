@@ -86,7 +86,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _checked(options: argparse.Namespace) -> tuple[Settings, int]:
     """Settings and steps; the folder exists afterwards."""
-    settings = Settings(options.threshold, options.tile_queries, options.tile_keys)
+    settings = Settings(
+        threshold=options.threshold, tile_queries=options.tile_queries, tile_keys=options.tile_keys)
     steps = options.steps
     if steps is None:
         steps = CUDA_STEPS if torch.cuda.is_available() else CPU_STEPS

@@ -1,4 +1,4 @@
-"""What selection methods share: the heads it is asked for, means of rows, the best share, what stays whatever its score."""
+"""What selection methods share: what they see, means of rows, the best share of the slices."""
 
 from __future__ import annotations
 

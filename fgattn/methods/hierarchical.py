@@ -25,7 +25,8 @@ def select(heads: Heads) -> torch.Tensor:
     candidates = heads.candidates()
 
     def keep(tile: slice) -> torch.Tensor:
-        logits = heads.scale * torch.bmm(query[:, tile.start * cells : tile.stop * cells], key.transpose(1, 2))
+        mine = query[:, tile.start * cells : tile.stop * cells]
+        logits = heads.scale * torch.bmm(mine, key.transpose(1, 2))
         shares = torch.softmax(logits + weight, 2)
         shares = folded(shares, heads.tile_keys // width).sum(3)
         shares = folded(shares.transpose(1, 2), cells).sum(3).transpose(1, 2)

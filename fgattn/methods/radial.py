@@ -39,15 +39,17 @@ def reach(frames: int, tokens: int, block: int, decay: float) -> list[int]:
     return result
 
 
-@functools.lru_cache(maxsize=8)  # 0.5 MB each at L = 32 760
-def _mask(geo: Geometry, front: int, start: int | None, m: int, n: int, decay: float) -> torch.Tensor:
-    """Bool [tiles, slices]; the same in every heads on this layout."""
+def _mask(heads: Heads) -> torch.Tensor:
+    """Bool [tiles, slices]; the same in every call on this layout, 0.5 MB at L = 32 760."""
+    geo, m, n = heads.geometry, heads.tile_queries, heads.tile_keys
+    front, start = heads.layout.front, heads.layout.query_start
     (frames, height, width), device = geo.grid, geo.key_tokens.device
     tokens, queries, keys = height * width, len(geo.query_tokens), len(geo.key_tokens)
     tiles, slices = -(-queries // m), -(-keys // n)
     if start is None or not frames * tokens:
         return torch.ones(tiles, slices, dtype=torch.bool, device=device)
-    by_distance = torch.tensor(reach(frames, tokens, max(m, n), heads.parameter), dtype=torch.int32, device=device)
+    distances = reach(frames, tokens, max(m, n), heads.parameter)
+    by_distance = torch.tensor(distances, dtype=torch.int32, device=device)
     frame = torch.arange(frames, device=device)
     table = by_distance[(frame[:, None] - frame).abs()]
     table[:, 0] = tokens

@@ -18,18 +18,18 @@ from dataclasses import replace
 
 import torch
 
-from ..attention import attend, empty_like
-from ..backends import runtime
-from ..backends.runtime import OutOfMemory
-from ..layout import TokenLayout
-from ..plan import SparsePlan, parts_for, plan_call
+from ..backends import compile_log, execute, registry
+from ..backends.base import Costs, Eligible, Planned
+from ..call import Call
+from ..layout import TokenLayout, release
+from ..planning import parts_for
 from ..settings import Policy, Settings, ranges
-from ..tensors import declined, head_parts
-from .break_even import TOO_DENSE, TOO_SHORT, Costs, costs, faster
+from ..tensors import OutOfMemory, empty_like
+from .break_even import TOO_DENSE, TOO_SHORT, faster
 from .maps import MIDDLE, Maps
 from .plan_store import MADE, REUSED, PlanStore
 from .run import Run, step_of
-from .stats import UNKNOWN_BLOCK, Clock, RunReport, RunStats
+from .stats import UNKNOWN_BLOCK, CallPlace, Clock, RunReport, RunStats
 from .watch import Watch
 
 log = logging.getLogger("fgattn")
@@ -73,18 +73,26 @@ class Engine:
             full_noise: the run begins where the model's noise schedule does; only then warm up.
             device: where attention will run.
         """
-        self._run = self.last_report = self.last_maps = None  # nothing of an earlier run, should this fail
+        self._close()
+        self.last_report = self.last_maps = None  # nothing of an earlier run, should this fail
         sigmas = tuple(sigmas)
         final = self.policy.final_dense_steps if sigmas and sigmas[-1] == 0 else 0
-        with self._scope():
-            stats = RunStats(Clock(device), scheduled=max(1, len(sigmas) - 1),
-                             sliders=[(0, self.settings.threshold, self.policy.warmup_steps)])
-            plans = PlanStore(self.policy.reuse_steps, self.policy.reuse_memory_mb * 10**6)
-            watch = Watch(stats, self.place, self.policy.estimate_error, self._passthrough)
-            self._run = Run(sigmas, full_noise, self.settings, self.policy, final, stats,
-                             _device_reason(device), plans, self._has_rule(device), watch)
-            if self._run.device_reason:
-                log.warning("FG-Attn runs dense: %s", self._run.device_reason)
+        compile_log.start()
+        try:
+            with self._scope():
+                stats = RunStats(Clock(device), scheduled=max(1, len(sigmas) - 1),
+                                 sliders=[(0, self.settings.threshold, self.policy.warmup_steps)])
+                self._run = Run(
+                    sigmas=sigmas, full_noise=full_noise, settings=self.settings, policy=self.policy,
+                    final=final, stats=stats, answer=registry.on_device(device, self.settings),
+                    plans=PlanStore(self.policy.reuse_steps, self.policy.reuse_memory_mb * 10**6),
+                    rule=self._has_rule(device),
+                    watch=Watch(stats, self.place, self.policy.estimate_error, self._passthrough))
+        except BaseException:
+            compile_log.stop()
+            raise
+        if self._run.device_reason:
+            log.warning("FG-Attn runs dense: %s", self._run.device_reason)
 
     def begin_evaluation(self, sigma: float) -> None:
         """Note that the model is evaluated at this noise level; finds the step it belongs to."""
@@ -116,18 +124,29 @@ class Engine:
         """The books of the run that is going on, as far as they can be read without waiting."""
         if run := self._run:
             with self._scope():
-                return run.stats.so_far(self._describe(run), self._implementation(run))
+                return run.stats.so_far(self._describe(run), run.implementation)
         return None
 
     def end_run(self) -> RunReport | None:
         """Read the books, which waits for the device; None if no run was going on."""
-        run, self._run = self._run, None
+        run = self._close()
         if run is None:
             return None
         self._check_blocks(run)
-        self.last_report = run.stats.report(self._describe(run), self._implementation(run))
+        self.last_report = run.stats.report(self._describe(run), run.implementation)
         self.last_maps = run.watch.end()
         return self.last_report
+
+    def _close(self) -> Run | None:
+        """Take the run that is going on out of the engine, if there is one."""
+        run, self._run = self._run, None
+        if run is not None:
+            compile_log.stop()
+        return run
+
+    def release(self) -> None:
+        """Give back what is kept for later calls: the model leaves the device."""
+        release()
 
     def decline(self, reason: str) -> None:
         """Count a call that is left to dense attention before it gets here."""
@@ -158,49 +177,64 @@ class Engine:
         run = self._run
         if run is None:
             return dense()
-        stats = run.stats
+        stats, at = run.stats, CallPlace(run.step, block, branch)
         stats.tokens = max(stats.tokens, q.shape[2])
         run.blocks.add(block)
-        if reason := self._unable(run, q, k, v):
-            stats.calls[reason] += 1
-            run.watch.dense(run.step, block, reason)
+        answer: Eligible | str | None = run.device_reason
+        if answer is None:
+            try:
+                with self._scope():
+                    call = Call.to_plan(q, k, v, run.settings, layout, scale)
+                    answer = self._answer(run, call)
+            except self._passthrough:
+                raise
+            except Exception as error:
+                self._failed(run, error, at)
+        if answer is None:
             return dense()
-        if reason := self._dense_by_policy(run, block) or self._too_dense(run, q, k, block):
+        if isinstance(answer, str):
+            stats.calls[answer] += 1
+            run.watch.dense(at, answer)
+            return dense()
+        if reason := self._dense_by_policy(run, at) or self._too_dense(run, call, answer, at):
             stats.calls[reason] += 1
-            run.watch.dense(run.step, block, reason)
+            run.watch.dense(at, reason)
             start = stats.clock.mark()
             out = dense()
             stats.timed(run.step, False, [(start, start, stats.clock.mark())])
             return out
         try:
             with self._scope():
-                out = self._sparse(run, q, k, v, layout, block, branch, scale)
+                out = self._sparse(run, call, answer, at)
             stats.calls["sparse"] += 1
             return out
         except self._passthrough:
             run.plans.clear()
             raise
         except Exception as error:
-            run.plans.clear()
-            stats.error = f"{type(error).__name__}: {error}"
-            log.exception("FG-Attn failed; the rest of this run is dense")
-            self._notify(f"dense: {stats.error}")
-            stats.calls["error"] += 1
-            run.watch.dense(run.step, block, "error")
+            self._failed(run, error, at)
         return dense()  # after the handler, which holds what was made until then
 
-    def _sparse(self, run: Run, q, k, v, layout, block, branch, scale) -> torch.Tensor:
+    def _failed(self, run: Run, error: Exception, at: CallPlace) -> None:
+        """Note a failure, after which the run is dense."""
+        run.plans.clear()
+        run.stats.error = f"{type(error).__name__}: {error}"
+        log.exception("FG-Attn failed; the rest of this run is dense")
+        self._notify(f"dense: {run.stats.error}")
+        run.stats.calls["error"] += 1
+        run.watch.dense(at, "error")
+
+    def _sparse(self, run: Run, call: Call, answer: Eligible, at: CallPlace) -> torch.Tensor:
         """Plan and attend. Out of memory drops the kept plans and halves the heads at a time, for good."""
-        heads = q.shape[1]
+        heads = call.q.shape[1]
         while True:
-            out = plan = None  # what is made next shall have the room of what was made before
-            parts = max(run.parts, parts_for(q, k.shape[2], run.settings))
+            out = planned = None  # what is made next shall have the room of what was made before
+            parts = max(run.parts, parts_for(call))
             try:
-                out, spans = empty_like(q), []
-                for of in head_parts(heads, parts):
-                    plan = None
-                    plan, span = self._part(
-                        run, q[:, of], k[:, of], v[:, of], out[:, of], layout, block, branch, scale)
+                out, spans = empty_like(call.q), []
+                for of, part in call.in_parts(parts):
+                    planned = None
+                    planned, span = self._part(run, part, answer, at, out[:, of])
                     spans.append(span)
                 run.stats.timed(run.step, True, spans)
                 break
@@ -210,55 +244,51 @@ class Engine:
             run.plans.close()
             run.parts = min(heads, 2 * parts)
             self.remark(SHORT_OF_MEMORY)
-        look_at = plan if parts == 1 else IN_PARTS
-        run.watch.sparse(run.step, block, q, k, v, out, look_at, layout, self.settings.order, scale)
+        run.watch.sparse(at, call, out, planned.plan if parts == 1 else IN_PARTS)
         return out
 
-    def _part(self, run: Run, q, k, v, out, layout, block, branch, scale):
+    def _part(self, run: Run, call: Call, answer: Eligible, at: CallPlace, out: torch.Tensor):
         """Write the output of some heads; their plan, and marks before and after planning and at the end."""
-        start, summaries = run.stats.clock.mark(), None
-
-        def build() -> SparsePlan:
-            nonlocal summaries
-            plan, summaries = plan_call(q, k, v, run.settings, layout, scale=scale)
-            return plan
-
-        plan, outcome = self._plan(run, build, q, k, layout, block, branch, scale)
-        planned = start if outcome == REUSED else run.stats.clock.mark()
-        attend(q, k, v, plan, summaries=summaries, out=out)
-        run.stats.add_plan(run.step, _number(block), plan)
+        start = run.stats.clock.mark()
+        planned, outcome = self._planned(run, call, answer, at)
+        after = start if outcome == REUSED else run.stats.clock.mark()
+        execute.attend(call, answer.backend, planned, out)
+        run.stats.add_plan(run.step, _number(at.block), planned.plan)
         run.stats.plans[outcome] += 1
-        return plan, (start, planned, run.stats.clock.mark())
+        return planned, (start, after, run.stats.clock.mark())
 
-    def _plan(self, run: Run, build, q, k, layout, block, branch, scale) -> tuple[SparsePlan, str]:
+    def _planned(self, run: Run, call: Call, answer: Eligible, at: CallPlace) -> tuple[Planned, str]:
         """A kept plan or a new one, and which."""
-        if self.policy.reuse_steps == 1:
-            return build(), MADE
-        missing = ("an unknown block" if block is None else "an unknown conditioning branch" if branch is None
-                   else "padded keys" if layout.key_valid is not None else None)
+        if run.policy.reuse_steps == 1:
+            return execute.plan_of(call, answer.backend), MADE
+        missing = ("an unknown block" if at.block is None
+                   else "an unknown conditioning branch" if at.branch is None
+                   else "padded keys" if call.key_valid is not None else None)
         if missing:
-            run.stats.remarks[f"plans are not kept for calls with {missing}"] = None
-            return build(), MADE
+            self.remark(f"plans are not kept for calls with {missing}")
+            return execute.plan_of(call, answer.backend), MADE
+        layout = call.layout
         place = layout.grid, layout.front, layout.back, layout.absent, layout.query_start
-        return run.plans.plan((block, branch, place, q.shape, k.shape[2], scale, str(q.device)), build)
+        key = at.block, at.branch, place, call.q.shape, call.k.shape[2], call.scale, str(call.device)
+        return run.plans.plan(key, lambda: execute.plan_of(call, answer.backend))
 
-    def _unable(self, run: Run, q, k, v) -> str | None:
-        """Why this call cannot run sparse, whatever the step."""
-        if run.device_reason:
-            return run.device_reason
-        if q.is_cuda and run.stats.clock.device.index not in (None, q.device.index):
+    def _answer(self, run: Run, call: Call) -> Eligible | str:
+        """Whether this call can run sparse, whatever the step: asked once a call."""
+        device = call.device
+        if device.type == "cuda" and run.stats.clock.device.index not in (None, device.index):
             return OTHER_GPU
-        if q.shape[2] < self.policy.min_tokens:
-            return f"fewer than {self.policy.min_tokens} tokens"
-        if q.is_cuda and (reason := runtime.unavailable(q)):
-            return reason
-        if run.rule and not faster(self._costs(q), q, k.shape[2]):
+        if call.q.shape[2] < run.policy.min_tokens:
+            return f"fewer than {run.policy.min_tokens} tokens"
+        answer = registry.choose(call, gain=True)
+        if not isinstance(answer, Eligible):
+            return answer
+        if (costs := self._costs(run, call, answer)) and not faster(costs, call):
             return TOO_SHORT
-        if q.is_cuda and q.dtype == torch.float32:
-            run.stats.remarks["fp32 tensors are computed in bf16"] = None
-        return declined(q, k, v)
+        if device.type == "cuda" and call.q.dtype == torch.float32:
+            self.remark("fp32 tensors are computed in bf16")
+        return answer
 
-    def _dense_by_policy(self, run: Run, block: int | None) -> str | None:
+    def _dense_by_policy(self, run: Run, at: CallPlace) -> str | None:
         """Why a call that could run sparse shall not."""
         if run.stats.error:
             return "after an error"
@@ -266,7 +296,7 @@ class Engine:
             return "warm-up step"
         if run.step >= run.steps - run.final:
             return "final dense step"
-        if block in self.policy.dense_blocks:
+        if at.block in run.policy.dense_blocks:
             return "listed in dense_blocks"
         return None
 
@@ -274,17 +304,18 @@ class Engine:
         """Whether the break-even rule decides; else `min_tokens` does."""
         return device.type == "cuda" and not self.policy.min_tokens
 
-    def _costs(self, q) -> Costs:
-        return costs(self.settings, q.shape[3], runtime.gpu_kernel(q.device))
+    def _costs(self, run: Run, call: Call, answer: Eligible) -> Costs | None:
+        """Figures for the break-even rule, if it is in force and the backend has any."""
+        return answer.backend.costs(call) if run.rule and answer.backend.costs else None
 
-    def _too_dense(self, run: Run, q, k, block: int | None) -> str | None:
+    def _too_dense(self, run: Run, call: Call, answer: Eligible, at: CallPlace) -> str | None:
         """Whether the block has kept so much in the steps before that dense attention is faster."""
-        density = run.densities.get(_number(block))
-        return None if density is None or faster(self._costs(q), q, k.shape[2], density) else TOO_DENSE
+        density, costs = run.densities.get(_number(at.block)), self._costs(run, call, answer)
+        return TOO_DENSE if density is not None and costs and not faster(costs, call, density) else None
 
     def _check_blocks(self, run: Run) -> None:
         """Say which of dense_blocks the run did not have, if it reached its last step."""
-        absent = self.policy.dense_blocks - run.blocks
+        absent = run.policy.dense_blocks - run.blocks
         if not absent or not run.blocks or run.step < run.steps - 1:
             return
         numbered = run.blocks != {None}
@@ -304,21 +335,6 @@ class Engine:
                 f"tail {'on' if s.tail else 'off'}, "
                 f"warm-up {run.warmup(self.policy)} of {run.steps} steps{kept}{moved}")
 
-    def _implementation(self, run: Run) -> str:
-        if run.device_reason:
-            return f"dense ({run.device_reason})"
-        device = run.stats.clock.device
-        return runtime.gpu_kernel(device) if device.type == "cuda" else "torch"
-
 
 def _number(block: int | None) -> int:
     return UNKNOWN_BLOCK if block is None else block
-
-
-def _device_reason(device: torch.device) -> str | None:
-    """Why nothing can run sparse on this device, or None."""
-    if device.type == "cpu":
-        return None
-    if device.type != "cuda":
-        return f"no sparse kernel for device type {device.type}"
-    return runtime.missing() or runtime.device_reason(device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..layout import TokenLayout, geometry
+from ..call import Call
+from ..layout import geometry
 
 ROWS = 64  # random queries of an estimated call, the same ones in all heads
 EVERY = 4  # of a step's blocks one is estimated, in the next step another one
@@ -21,19 +22,15 @@ class Estimate:
         self._generators: dict[torch.device, torch.Generator] = {}
         self._unnamed = 0  # calls of unknown blocks
 
-    def due(self, step: int, block: int | None, q: torch.Tensor, masked: bool) -> bool:
+    def due(self, step: int, block: int | None, call: Call) -> bool:
         """Whether to estimate this call."""
         if block is None:
             block = self._unnamed = self._unnamed + 1
-        return (block + step) % every(q, masked) == 0
+        return (block + step) % every(call) == 0
 
-    def error(self, q, k, v, out, layout: TokenLayout, scale: float | None) -> torch.Tensor:
-        """Relative L2 error of some rows of the output, 0-d float32 on its device.
-
-        Args:
-            q, out: [B, H, L_q, D]; k, v: [B, H, L_k, D].
-            layout: of the keys.
-        """
+    def error(self, call: Call, out: torch.Tensor) -> torch.Tensor:
+        """Relative L2 error of some rows of the output [B, H, L_q, D], 0-d float32 on its device."""
+        q, k, layout = call.q, call.k, call.layout
         if q.device not in self._generators:
             self._generators[q.device] = torch.Generator(q.device).manual_seed(0)
         geo = geometry(layout, "raster", q.shape[2], q.device)
@@ -44,17 +41,18 @@ class Estimate:
             there = torch.zeros(1, k.shape[2], dtype=torch.bool, device=k.device)
             there.index_fill_(1, geo.key_tokens, True)
             valid = there if valid is None else there & valid.to(k.device)
-        expected = exact(q.index_select(2, rows), k, v, valid, scale).float()
+        expected = exact(q.index_select(2, rows), k, call.v, valid, call.scale).float()
         missed = out.index_select(2, rows).float() - expected
         return torch.linalg.vector_norm(missed) / torch.linalg.vector_norm(expected)
 
 
-def every(q: torch.Tensor, masked: bool) -> int:
+def every(call: Call) -> int:
     """One of so many blocks is estimated: on a GPU an estimate takes 0.1 ms at any length, dense does not."""
-    calls = EVERY * (MASKED if masked else 1)
-    if not q.is_cuda:
+    is_masked = bool(call.layout.absent) or call.layout.key_valid is not None
+    calls = EVERY * (MASKED if is_masked else 1)
+    if not call.q.is_cuda:
         return calls
-    return min(calls * max(1, round((LONG / q.shape[2]) ** 2)), max(calls, SELDOM))
+    return min(calls * max(1, round((LONG / call.q.shape[2]) ** 2)), max(calls, SELDOM))
 
 
 def exact(q, k, v, key_valid: torch.Tensor | None, scale: float | None) -> torch.Tensor:

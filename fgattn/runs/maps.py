@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import InvalidArgument
-from ..layout import Geometry, TokenLayout, token_order
+from ..layout import TokenLayout, token_order
 from ..plan import SparsePlan
 
 LIMIT = 64 << 20  # bytes of a run's maps; Wan 14B at 720p, 81 frames, M = 128, N = 16, needs 0.95 MB a step
@@ -48,7 +47,7 @@ class TileMap:
         layout = self.layout
         kept = np.unpackbits(self.bits[head].numpy(), bitorder="little").astype(bool).repeat(self.tile_keys)
         by_token = np.zeros(layout.length, bool)
-        order = token_order(layout.grid, layout.front, layout.back, self.order, layout.absent)
+        order = token_order(layout, self.order)
         by_token[order] = kept[: len(order)]
         return by_token
 
@@ -89,8 +88,9 @@ class Maps:
             return self._skip(at, FULL)
         self._size += heads * width
         token = token_at(self.place, layout)
-        if plan.run_order is None:
-            tile, rows = _tile_in_order(plan.geometry, token, plan.tile_rows)
+        if plan.cell_order is None:
+            geo, size = plan.geometry, plan.tile_rows
+            tile, rows = geo.table(("tile", token, size), lambda: _tile(geo.query_tokens[None], token, size))
         else:
             tile, rows = _tile(plan.query_tokens[0].long(), token, plan.tile_rows)
         index = tile.expand(heads)[:, None, None].expand(heads, 1, width)
@@ -173,11 +173,6 @@ def listed(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in runs)
-
-
-@functools.lru_cache(maxsize=8)
-def _tile_in_order(geo: Geometry, token: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return _tile(geo.query_tokens[None], token, size)
 
 
 def _tile(tokens: torch.Tensor, token: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
+from ..backends.base import Planned
 from ..plan import SparsePlan
 
 MADE, REUSED, NOT_KEPT = "made", "reused", "not kept"  # what became of a call's plan
@@ -47,18 +48,18 @@ class PlanStore:
         self._kept = {place: kept for place, kept in self._kept.items()
                       if kept.step <= step < kept.step + self._steps}
 
-    def plan(self, key: Hashable, build: Callable[[], SparsePlan]) -> tuple[SparsePlan, str]:
+    def plan(self, key: Hashable, build: Callable[[], Planned]) -> tuple[Planned, str]:
         """The plan of this evaluation's next call with this key: kept, or built; and which."""
         place = key, self._calls[key]
         self._calls[key] += 1
         if place in self._kept:
-            return self._kept[place].plan, REUSED
-        plan = build()
-        size = size_of(plan)
+            return Planned(self._kept[place].plan), REUSED
+        planned = build()
+        size = size_of(planned.plan)
         if self.size + size > self._limit:
-            return plan, NOT_KEPT
-        self._kept[place] = _Kept(plan, self._step, size)
-        return plan, MADE
+            return planned, NOT_KEPT
+        self._kept[place] = _Kept(planned.plan, self._step, size)
+        return planned, MADE
 
     def clear(self) -> None:
         self._kept.clear()
@@ -71,5 +72,5 @@ class PlanStore:
 
 def size_of(plan: SparsePlan) -> int:
     """Bytes that a plan holds by itself; its geometry is shared."""
-    held = (plan.bits, plan.requested, plan.executed, plan.run_order, plan.key_valid)
+    held = (plan.bits, plan.requested, plan.executed, plan.cell_order, plan.key_valid)
     return sum(x.untyped_storage().nbytes() for x in held if x is not None)

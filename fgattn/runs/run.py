@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..backends.base import Eligible
 from ..settings import Policy, Settings
 from .plan_store import PlanStore
 from .stats import RunStats
 from .watch import Watch
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
-    """State of one sampling run."""
+    """State of one sampling run.
+
+    `settings` and `policy` are those in force now; the engine has those that the next run begins with.
+    """
 
     sigmas: tuple[float, ...]
     full_noise: bool  # it begins where the model's noise schedule does
@@ -21,7 +25,7 @@ class Run:
     policy: Policy
     final: int  # dense steps at the end
     stats: RunStats
-    device_reason: str | None  # why the device cannot run sparse
+    answer: Eligible | str  # what runs sparse calls on the run's device, or why nothing can
     plans: PlanStore
     rule: bool  # of break_even, in force
     watch: Watch
@@ -30,6 +34,16 @@ class Run:
     densities: dict[int, float] = field(default_factory=dict)  # executed, by block, before this step
     parts: int = 1  # that the heads are computed in
     moved: tuple[Settings, Policy] | None = None  # for the steps that have not begun
+
+    @property
+    def device_reason(self) -> str | None:
+        """Why nothing can run sparse on the run's device, or None."""
+        return self.answer if isinstance(self.answer, str) else None
+
+    @property
+    def implementation(self) -> str:
+        """What runs sparse calls, and why not what comes before it."""
+        return self.answer.text if isinstance(self.answer, Eligible) else f"dense ({self.answer})"
 
     @property
     def steps(self) -> int:

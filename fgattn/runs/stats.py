@@ -10,9 +10,9 @@ import copy
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import astuple, dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -21,6 +21,17 @@ from .sums import Sums
 
 UNKNOWN_BLOCK = -1  # number of all blocks that have none
 Kind = Literal["warm-up", "dense", "sparse", "reused"]
+
+
+class CallPlace(NamedTuple):
+    """Where in a run a call is made.
+
+    `branch` is what tells it from others of the block in a step: conditionings, context window.
+    """
+
+    step: int
+    block: int | None  # None where the model does not number its blocks
+    branch: Hashable | None  # None if unknown
 
 
 class Clock:

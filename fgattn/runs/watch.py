@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import torch
+
+from ..call import Call
 from ..plan import SparsePlan
 from .estimate import Estimate
 from .maps import Maps, Place
-from .stats import UNKNOWN_BLOCK, RunStats
+from .stats import UNKNOWN_BLOCK, CallPlace, RunStats
 
 log = logging.getLogger("fgattn")
 
@@ -32,23 +35,20 @@ class Watch:
         self._estimate = Estimate() if estimate_error else None
         self._on = True
 
-    def dense(self, step: int, block: int | None, reason: str) -> None:
+    def dense(self, at: CallPlace, reason: str) -> None:
         """A call was dense."""
-        self._guarded(lambda: self.maps.skip(step, block, reason))
+        self._guarded(lambda: self.maps.skip(at.step, at.block, reason))
 
-    def sparse(
-        self, step: int, block: int | None, q, k, v, out, plan: SparsePlan | str, layout, order: str, scale,
-    ) -> None:
+    def sparse(self, at: CallPlace, call: Call, out: torch.Tensor, plan: SparsePlan | str) -> None:
         """A call was sparse, with this plan; or why there is no plan of the whole call."""
         def look():
             if isinstance(plan, str):
-                self.maps.skip(step, block, plan)
+                self.maps.skip(at.step, at.block, plan)
             else:
-                self.maps.keep(step, block, plan, layout, order)
-            masked = bool(layout.absent) or layout.key_valid is not None
-            if self._estimate and self._estimate.due(step, block, q, masked):
-                self._stats.add_error(step, UNKNOWN_BLOCK if block is None else block,
-                                      self._estimate.error(q, k, v, out, layout, scale))
+                self.maps.keep(at.step, at.block, plan, call.layout, call.settings.order)
+            if self._estimate and self._estimate.due(at.step, at.block, call):
+                self._stats.add_error(at.step, UNKNOWN_BLOCK if at.block is None else at.block,
+                                      self._estimate.error(call, out))
 
         self._guarded(look)
 

@@ -174,7 +174,7 @@ def evaluate(pack):
         with torch.no_grad():
             if threshold is None:
                 return Executor()(*args, **rest), None
-            patch = nodes.Patch(settings.Settings(threshold, 16, 16), settings.Policy(0))
+            patch = nodes.Patch(settings.Settings(threshold=threshold, tile_queries=16, tile_keys=16), settings.Policy(warmup_steps=0))
             if record is not None:
                 attention = patch.engine.attention
                 patch.engine.attention = lambda q, k, v, **call: (

@@ -79,7 +79,7 @@ def test_split_conditioning(wan, pack):
     ours = sys.modules["fgattn_pack.nodes.patch"]
     settings = sys.modules["fgattn_pack.fgattn.settings"]
     dense = run(wan)
-    model = ours.Patch(settings.Settings(0.0, 16, 16), settings.Policy(0)).install(wan)
+    model = ours.Patch(settings.Settings(threshold=0.0, tile_queries=16, tile_keys=16), settings.Policy(warmup_steps=0)).install(wan)
     got = run(model)
     assert ((got - dense).norm() / dense.norm()).item() < 1e-4
     assert ours.patch_of(model).engine.last_report.calls["sparse"] == 2 * 4 * BLOCKS

@@ -20,12 +20,12 @@ LAYOUT = TokenLayout((3, 7, 13), front=5, back=9)  # 287 tokens: no tile, slice 
 
 def plans(q, k, m, n):
     """A plan from scores with the tail, one from a mask without, and one with keys that do not exist."""
-    yield build_plan(q, k, Settings(1.3, m, n), LAYOUT, impl="triton")
+    yield build_plan(q, k, Settings(threshold=1.3, tile_queries=m, tile_keys=n), LAYOUT, impl="triton")
     mask = torch.rand(q.shape[1], -(-LAYOUT.length // m), -(-LAYOUT.length // n), device=q.device) < 0.3
     mask[0, 0], mask[-1, -1] = False, True
     yield plan_from_mask(mask, m, n, query_length=LAYOUT.length, key_length=LAYOUT.length)
     valid = torch.rand(q.shape[0], LAYOUT.length, device=q.device) > 0.2
-    yield build_plan(q, k, Settings(1.3, m, n), TokenLayout(LAYOUT.grid, LAYOUT.front, LAYOUT.back,
+    yield build_plan(q, k, Settings(threshold=1.3, tile_queries=m, tile_keys=n), TokenLayout(LAYOUT.grid, LAYOUT.front, LAYOUT.back,
                                                            key_valid=valid), impl="triton")
 
 

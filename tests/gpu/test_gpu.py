@@ -147,8 +147,8 @@ def test_tail_against_torch(m, n, dim, dtype, impl):
     valid = torch.rand(2, layout.length, device="cuda") < 0.9
     valid[1, 3000:] = False
     mask = skewed_mask(1, m, n, layout.length, layout.length)
-    for plan in (build_plan(q, k, Settings(1.2, m, n), layout, scale=0.1),
-                 build_plan(q, k, Settings(1.2, m, n), dataclasses.replace(layout, key_valid=valid)),
+    for plan in (build_plan(q, k, Settings(threshold=1.2, tile_queries=m, tile_keys=n), layout, scale=0.1),
+                 build_plan(q, k, Settings(threshold=1.2, tile_queries=m, tile_keys=n), dataclasses.replace(layout, key_valid=valid)),
                  plan_from_mask(mask, m, n, query_length=layout.length, key_length=layout.length, tail=True,
                                 scale=-0.1)):
         keys, values = k, v
@@ -214,11 +214,11 @@ def test_absent_tokens(impl, front, back, absent, m, n):
     short = [x.index_select(2, there) for x in (q, k, v)]
     fewer = TokenLayout(
         layout.grid, front - sum(t < front for t in absent), back - sum(t > front for t in absent))
-    plan = build_plan(*short[:2], Settings(1.5, m, n), fewer)
+    plan = build_plan(*short[:2], Settings(threshold=1.5, tile_queries=m, tile_keys=n), fewer)
     expected = attend(*short, plan, impl=impl)
     for x in (q, k, v):
         x[:, :, gone] = torch.nan
-    whole = build_plan(q, k, Settings(1.5, m, n), layout)
+    whole = build_plan(q, k, Settings(threshold=1.5, tile_queries=m, tile_keys=n), layout)
     assert torch.equal(whole.bits, plan.bits) and whole.gathers == plan.gathers
     got = attend(q, k, v, whole, impl=impl)
     assert torch.equal(got.index_select(2, there), expected) and not got[:, :, gone].any()
@@ -341,8 +341,8 @@ def random_layout(r, generator, batch):
 
 def random_plan(r, generator, q, k, layout):
     """A plan from a mask of any density and skew, or from scores; the latter equal to torch's."""
-    settings = Settings(r.choice((0.0, 0.5, 1.0, 1.5, 3.0)), r.choice(TILE_QUERIES), r.choice(TILE_KEYS),
-                        r.random() < 0.5, r.choice(("cells", "raster")))
+    settings = Settings(threshold=r.choice((0.0, 0.5, 1.0, 1.5, 3.0)), tile_queries=r.choice(TILE_QUERIES), tile_keys=r.choice(TILE_KEYS),
+                        tail=r.random() < 0.5, order=r.choice(("cells", "raster")))
     (batch, heads, queries, _), m, n = q.shape, settings.tile_queries, settings.tile_keys
     scale = r.choice((None, None, 0.05, -0.1))
     if r.random() < 0.5:
@@ -452,7 +452,7 @@ def test_methods_on_the_gpu(method, m, n):
     layout = TokenLayout((5, 24, 40), back=17)
     q, k, v = tensors(1, 3, layout.length, 128)
     q += k.roll(1, 1)  # some structure
-    settings = Settings(1.0, m, n, order="hilbert", method=method)
+    settings = Settings(threshold=1.0, tile_queries=m, tile_keys=n, order="hilbert", method=method)
     first = build_plan(q, k, settings, layout)
     attend(q, k, v, first)  # the first use tests the kernels
     torch.cuda.synchronize()
@@ -507,7 +507,7 @@ def test_heads_in_parts(monkeypatch):
     layout = TokenLayout((8, 16, 16))
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(1, 6, layout.length, 128))
     for n in (1, 16):
-        settings = Settings(1.5, 128, n)
+        settings = Settings(threshold=1.5, tile_queries=128, tile_keys=n)
         whole = sparse_attention(q, k, v, settings, layout)
         expected = attend(q, k, v, build_plan(q, k, settings, layout))
         assert torch.equal(whole, expected)
@@ -526,7 +526,7 @@ def test_memory_of_a_large_call():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        out = sparse_attention(q, k, v, Settings(1.0, 128, 1), layout)
+        out = sparse_attention(q, k, v, Settings(threshold=1.0, tile_queries=128, tile_keys=1), layout)
         extra = torch.cuda.max_memory_allocated() - before - out.nbytes
         del out
     assert extra <= 256e6, f"{extra / 1e6:.0f} MB"
@@ -639,7 +639,7 @@ def test_estimates_and_maps_do_not_wait():
     """Nor do they use the sampler's random numbers; the estimate is near the error of all rows."""
     q, k, v = tensors(1, 2, 8192, 128)
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    one, layout = Engine(Settings(2.0), Policy(warmup_steps=0, min_tokens=1)), TokenLayout((8, 32, 32))
+    one, layout = Engine(Settings(threshold=2.0), Policy(warmup_steps=0, min_tokens=1)), TokenLayout((8, 32, 32))
     before = torch.cuda.get_rng_state()
     one.begin_run([1.0, 0.5, 0.0], True, q.device)
     for strict in (False, True):  # compilation and the first use of a geometry may wait

@@ -44,7 +44,7 @@ def test_this_is_the_interpreter():
 def test_every_tile_shape(m, n, dtype):
     """Planned lists, sinks on both sides, ragged last tile, slice and cell; with and without tail."""
     q, k, v = make(1, LENGTH, dtype=TYPES[dtype], seed=n)
-    plan = build_plan(q, k, Settings(3.0, m, n), LAYOUT)
+    plan = build_plan(q, k, Settings(threshold=3.0, tile_queries=m, tile_keys=n), LAYOUT)
     assert_kernel(q, k, v, plan if (m + n) % 3 else without_tail(plan))
 
 
@@ -54,14 +54,14 @@ def test_every_kind_of_sequence(case):
     case = dataclasses.replace(case, heads=1)
     dim, n = (128, 1) if case.padded else (64, 4)
     q, k, v = case.tensors(dim)
-    assert_kernel(q, k, v, build_plan(q, k, Settings(2.0, 64, n), case.layout()))
+    assert_kernel(q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=n), case.layout()))
 
 
 @pytest.mark.parametrize("n", [1, 16, 128])
 def test_head_size_128(n):
     """The size of the large video models."""
     q, k, v = make(1, LENGTH, dim=128, dtype=torch.float16)
-    assert_kernel(q, k, v, build_plan(q, k, Settings(2.0, 128, n), LAYOUT))
+    assert_kernel(q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=128, tile_keys=n), LAYOUT))
 
 
 @pytest.mark.parametrize("has_tail", [False, True], ids=["no tail", "tail"])
@@ -92,7 +92,7 @@ def test_missing_keys(n, has_tail):
     valid = random_valid(2, LENGTH)
     layout = dataclasses.replace(LAYOUT, key_valid=valid)
     q, k, v = make(1, LENGTH, batch=2)
-    plan = build_plan(q, k, Settings(1.5, 64, n, tail=has_tail), layout)
+    plan = build_plan(q, k, Settings(threshold=1.5, tile_queries=64, tile_keys=n, tail=has_tail), layout)
     clean = attend(q, k, v, plan, impl="triton")
     k, v = poisoned(k, valid), poisoned(v, valid)
     assert torch.equal(assert_kernel(q, k, v, plan), clean)
@@ -105,11 +105,11 @@ def test_absent_tokens(m, n):
     there = torch.tensor([t for t in range(layout.length) if t not in layout.absent])
     q, k, v = make(2, layout.length)
     short = [x.index_select(2, there) for x in (q, k, v)]
-    plan = build_plan(*short[:2], Settings(1.5, m, n), TokenLayout((3, 6, 10), 15, 11), impl="triton")
+    plan = build_plan(*short[:2], Settings(threshold=1.5, tile_queries=m, tile_keys=n), TokenLayout((3, 6, 10), 15, 11), impl="triton")
     expected = attend(*short, plan, impl="triton")
     for x in (q, k, v):
         x[:, :, list(layout.absent)] = float("nan")
-    whole = build_plan(q, k, Settings(1.5, m, n), layout, impl="triton")
+    whole = build_plan(q, k, Settings(threshold=1.5, tile_queries=m, tile_keys=n), layout, impl="triton")
     assert torch.equal(whole.bits, plan.bits) and torch.equal(whole.executed, plan.executed)
     got = attend(q, k, v, whole, impl="triton")
     assert torch.equal(got.index_select(2, there), expected) and not got[:, :, list(layout.absent)].any()
@@ -122,7 +122,7 @@ def test_no_valid_key(has_tail):
     q, k, v = make(1, 70)
     layout = TokenLayout((1, 1, 70), key_valid=valid)
     k, v = poisoned(k, valid), poisoned(v, valid)
-    plan = build_plan(q, k, Settings(1.0, 64, 1, tail=has_tail), layout)
+    plan = build_plan(q, k, Settings(threshold=1.0, tile_queries=64, tile_keys=1, tail=has_tail), layout)
     assert (attend(q, k, v, plan, impl="triton") == 0).all()
 
 
@@ -167,7 +167,7 @@ def test_groups_of_heads(group, monkeypatch):
     valid = random_valid(2, LENGTH)
     q, k, v = make(3, LENGTH, batch=2)
     k, v = poisoned(k, valid), poisoned(v, valid)
-    plan = build_plan(q, k, Settings(2.0, 64, 2), dataclasses.replace(LAYOUT, key_valid=valid))
+    plan = build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=2), dataclasses.replace(LAYOUT, key_valid=valid))
     whole = attend(q, k, v, plan, impl="triton")
     made = []
     kernel = key_lists.list_kernel
@@ -198,7 +198,7 @@ def test_strides(view):
             wide = torch.full((2, 2, 2 * LENGTH, 72), float("nan"))
             wide[:, :, ::2, :64] = x
             views.append(wide[:, :, ::2, :64])
-    plan = build_plan(q, k, Settings(2.0, 64, 4), LAYOUT)
+    plan = build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=4), LAYOUT)
     assert torch.equal(attend(*views, plan, impl="triton"), attend(q, k, v, plan, impl="triton"))
 
 
@@ -206,7 +206,7 @@ def test_strides(view):
 def test_scale(scale):
     """Folded into base 2 once."""
     q, k, v = make(1, LENGTH)
-    assert_kernel(q, k, v, build_plan(q, k, Settings(2.0, 64, 4), LAYOUT, scale=scale))
+    assert_kernel(q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=4), LAYOUT, scale=scale))
 
 
 def test_large_scores():

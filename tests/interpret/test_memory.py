@@ -44,7 +44,7 @@ class Held(TorchDispatchMode):
 def test_call_bytes(m, n):
     """Small counts, and rows of bits that are mostly padding at this size, are not counted."""
     q, k, v = tensors(1, 4 * 18 * 20, dtype=torch.float16)
-    settings, layout = Settings(1.5, m, n), TokenLayout(GRID)
+    settings, layout = Settings(threshold=1.5, tile_queries=m, tile_keys=n), TokenLayout(GRID)
     plan_call(q, k, v, settings, layout, impl="triton")  # fills the caches of the geometry
     with Held() as held:
         plan, summaries = plan_call(q, k, v, settings, layout, impl="triton")

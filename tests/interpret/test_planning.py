@@ -54,7 +54,7 @@ def test_summaries(padded, dim):
 def test_lists_of_every_tile_shape(m, n):
     """Bits and counts against the reference."""
     q, k, _ = make(2, 98, seed=m + n)
-    settings = Settings(2.0, m, n)
+    settings = Settings(threshold=2.0, tile_queries=m, tile_keys=n)
     plan = build_plan(q, k, settings, LAYOUT, impl="triton")
     assert_lists_agree(plan, reference.select(q, k, settings, LAYOUT), m)
 
@@ -63,8 +63,8 @@ def test_lists_of_every_tile_shape(m, n):
 def test_lists_of_every_kind_of_sequence(case):
     """Grids, sinks, missing keys, partial and foreign queries: equal to the torch path."""
     q, k, _ = case.tensors()
-    for settings in (Settings(2.0, 64, 16), Settings(1.0, 128, 32), Settings(0.0, 32, 16),
-                     Settings(1.5, 32, 2)):
+    for settings in (Settings(threshold=2.0, tile_queries=64, tile_keys=16), Settings(threshold=1.0, tile_queries=128, tile_keys=32), Settings(threshold=0.0, tile_queries=32, tile_keys=16),
+                     Settings(threshold=1.5, tile_queries=32, tile_keys=2)):
         plan = build_plan(q, k, settings, case.layout(), impl="triton")
         assert_lists_agree(plan, reference.select(q, k, settings, case.layout()), settings.tile_queries)
 
@@ -82,13 +82,13 @@ def test_more_than_one_block():
     """1 300 tokens: two blocks of centroids, two of cells."""
     layout = TokenLayout((5, 10, 26))
     q, k, v = make(1, layout.length, dtype=torch.float16)
-    plan = build_plan(q, k, Settings(2.5), layout, impl="triton")
-    expected = build_plan(q, k, Settings(2.5), layout, impl="torch")
+    plan = build_plan(q, k, Settings(threshold=2.5), layout, impl="triton")
+    expected = build_plan(q, k, Settings(threshold=2.5), layout, impl="torch")
     assert 0.05 < plan.density < 0.9
     assert torch.equal(plan.bits, expected.bits) and torch.equal(plan.requested, expected.requested)
     assert_same_tail(q, k, v, plan, 2e-3)
-    fine = build_plan(q, k, Settings(2.5, 64, 1), layout, impl="triton")
-    assert torch.equal(fine.bits, build_plan(q, k, Settings(2.5, 64, 1), layout, impl="torch").bits)
+    fine = build_plan(q, k, Settings(threshold=2.5, tile_queries=64, tile_keys=1), layout, impl="triton")
+    assert torch.equal(fine.bits, build_plan(q, k, Settings(threshold=2.5, tile_queries=64, tile_keys=1), layout, impl="torch").bits)
 
 
 def test_missing_keys_far_above_all_scores():
@@ -98,8 +98,8 @@ def test_missing_keys_far_above_all_scores():
     q, k, _ = make(1, 98)
     q[..., 0], k[..., 0] = 40.0, -40.0
     for n in (4, 16):
-        plan = build_plan(q, k, Settings(2.0, 64, n), layout, impl="triton")
-        expected = build_plan(q, k, Settings(2.0, 64, n), layout, impl="torch")
+        plan = build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=n), layout, impl="triton")
+        expected = build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=n), layout, impl="torch")
         assert 0 < plan.density < 0.9 and torch.equal(plan.bits, expected.bits)
 
 
@@ -109,7 +109,7 @@ def test_tiles_are_grouped_as_in_torch(m, n):
     """More tiles than a window, a short one at the end: the same order, lists, counts and tail."""
     layout = TokenLayout((4, 17, 19))
     q, k, v = make(2, layout.length, dtype=torch.float16)
-    plan, expected = (build_plan(q, k, Settings(2.0, m, n), layout, impl=i) for i in ("triton", "torch"))
+    plan, expected = (build_plan(q, k, Settings(threshold=2.0, tile_queries=m, tile_keys=n), layout, impl=i) for i in ("triton", "torch"))
     assert torch.equal(plan.run_order, expected.run_order)
     assert torch.equal(plan.bits, expected.bits)
     assert torch.equal(plan.requested, expected.requested) and torch.equal(plan.executed, expected.executed)
@@ -124,8 +124,8 @@ def test_extreme_queries_and_keys(value):
         tensors[side][0, 0, 40, 3] = value
         q, k, _ = tensors
         for n in (4, 16):
-            plan = build_plan(q, k, Settings(2.0, 64, n), LAYOUT, impl="triton")
-            assert torch.equal(plan.bits, build_plan(q, k, Settings(2.0, 64, n), LAYOUT, impl="torch").bits)
+            plan = build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=n), LAYOUT, impl="triton")
+            assert torch.equal(plan.bits, build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=n), LAYOUT, impl="torch").bits)
 
 
 def assert_same_tail(q, k, v, plan, tolerance=1e-5):
@@ -140,15 +140,15 @@ def test_tail_of_every_slice_width(n):
     """Ragged cells and slices; 64-row and 128-row tiles; -inf where nothing is skipped."""
     q, k, v = make(2, 98, seed=n)
     for m in (32, 128):
-        assert_same_tail(q, k, v, build_plan(q, k, Settings(2.0, m, n), LAYOUT))
-    assert tail_triton(q, k, v, build_plan(q, k, Settings(0.0, 64, n), LAYOUT))[1].isneginf().all()
+        assert_same_tail(q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=m, tile_keys=n), LAYOUT))
+    assert tail_triton(q, k, v, build_plan(q, k, Settings(threshold=0.0, tile_queries=64, tile_keys=n), LAYOUT))[1].isneginf().all()
 
 
 @pytest.mark.parametrize("scale", [None, -0.2])
 def test_summaries_of_a_plan_serve_its_tail(scale):
     """What planning summarised is not read again, and changes nothing; a negative scale has none to offer."""
     q, k, v = make(2, 98)
-    plan, summaries = plan_call(q, k, v, Settings(2.0, 64, 4), LAYOUT, scale=scale, impl="triton")
+    plan, summaries = plan_call(q, k, v, Settings(threshold=2.0, tile_queries=64, tile_keys=4), LAYOUT, scale=scale, impl="triton")
     assert (summaries is None) == (scale is not None)
     assert torch.equal(attend(q, k, v, plan, impl="triton", summaries=summaries),
                        attend(q, k, v, plan, impl="triton"))
@@ -157,11 +157,11 @@ def test_summaries_of_a_plan_serve_its_tail(scale):
 def test_kernels_write_a_part_of_the_heads():
     """As large calls do: slices of q, k, v and the output, all stored by token."""
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in make(3, 98))
-    whole = attend(q, k, v, build_plan(q, k, Settings(2.0, 64, 4), LAYOUT, impl="triton"))
+    whole = attend(q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=4), LAYOUT, impl="triton"))
     out = torch.empty_like(q)
     for of in (slice(0, 1), slice(1, 3)):
         mine = q[:, of], k[:, of], v[:, of]
-        plan, summaries = plan_call(*mine, Settings(2.0, 64, 4), LAYOUT, impl="triton")
+        plan, summaries = plan_call(*mine, Settings(threshold=2.0, tile_queries=64, tile_keys=4), LAYOUT, impl="triton")
         attend(*mine, plan, impl="triton", summaries=summaries, out=out[:, of])
     torch.testing.assert_close(out, whole, atol=1e-5, rtol=1e-5)
 
@@ -171,7 +171,7 @@ def test_tail_of_every_kind_of_sequence(case):
     """Missing keys, other lengths, batches."""
     q, k, v = case.tensors()
     for n in (2, 16):
-        assert_same_tail(q, k, v, build_plan(q, k, Settings(2.0, 64, n), case.layout()))
+        assert_same_tail(q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=n), case.layout()))
 
 
 @pytest.mark.parametrize(("m", "tiles"), [(64, 2), (16, 7)])

@@ -125,7 +125,7 @@ def test_reference_is_the_definition(m, n, dtype, has_tail):
 def test_every_tile_shape(m, n, dim, case, has_tail):
     """All M x N, each on another kind of sequence, planned from the data."""
     q, k, v = case.tensors(dim, seed=n)
-    plan = build_plan(q, k, Settings(1.5, m, n, tail=has_tail), case.layout())
+    plan = build_plan(q, k, Settings(threshold=1.5, tile_queries=m, tile_keys=n, tail=has_tail), case.layout())
     assert_like_reference(q, k, v, plan)
 
 
@@ -135,7 +135,7 @@ def test_every_kind_of_sequence(case, dtype):
     """Sinks, ragged grids, missing keys and partial queries in every type."""
     for dim, m, n in ((64, 128, 16), (40, 16, 2)):
         q, k, v = case.tensors(dim, dtype, seed=dim)
-        plan = build_plan(q, k, Settings(2.0, m, n), case.layout())
+        plan = build_plan(q, k, Settings(threshold=2.0, tile_queries=m, tile_keys=n), case.layout())
         for chosen in (plan, without_tail(plan)):
             assert_like_reference(q, k, v, chosen)
 
@@ -155,7 +155,7 @@ def test_other_lengths_of_q_and_k(queries, keys):
     """Cross-attention: text keys, or few queries."""
     q, k, v = make(2, queries, keys)
     layout = TokenLayout.flat(keys, None)
-    for settings in (Settings(2.0, 64, 16), Settings(2.0, 32, 2), Settings(2.0, 128, 128, tail=False)):
+    for settings in (Settings(threshold=2.0, tile_queries=64, tile_keys=16), Settings(threshold=2.0, tile_queries=32, tile_keys=2), Settings(threshold=2.0, tile_queries=128, tile_keys=128, tail=False)):
         assert_like_reference(q, k, v, build_plan(q, k, settings, layout))
 
 
@@ -166,7 +166,7 @@ def test_keep_all_is_dense_attention(case, impl):
     q, k, v = case.tensors(dtype=torch.float64)
     layout = case.layout()
     for n in (1, 16, 128):
-        plan = build_plan(q, k, Settings(0.0, 64, n), layout)
+        plan = build_plan(q, k, Settings(threshold=0.0, tile_queries=64, tile_keys=n), layout)
         inputs = {"query": q, "key": k.nan_to_num(0), "value": v.nan_to_num(0)}
         if layout.key_valid is not None:
             inputs["attn_mask"] = layout.key_valid[:, None, None]
@@ -256,11 +256,11 @@ def with_gaps(*tensors):
 def test_strides(view, impl):
     """Models hand over views; values must not depend on how they are stored."""
     tensors = make(3, LENGTH, batch=2, seed=4)
-    plan = build_plan(*tensors[:2], Settings(1.5, 64, 4), LAYOUT)
+    plan = build_plan(*tensors[:2], Settings(threshold=1.5, tile_queries=64, tile_keys=4), LAYOUT)
     views = view(*tensors)
     assert not all(x.is_contiguous() for x in views)
     assert all(torch.equal(a, b) for a, b in zip(views, tensors, strict=True))
-    assert torch.equal(build_plan(*views[:2], Settings(1.5, 64, 4), LAYOUT).bits, plan.bits)
+    assert torch.equal(build_plan(*views[:2], Settings(threshold=1.5, tile_queries=64, tile_keys=4), LAYOUT).bits, plan.bits)
     assert torch.equal(attend(*views, plan, impl=impl), attend(*tensors, plan, impl=impl))
 
 
@@ -293,7 +293,7 @@ def test_nothing_to_attend_gives_zeros(impl, has_tail):
     layout = TokenLayout((1, 1, 100), key_valid=nothing_valid)
     k, v = poisoned(k, nothing_valid), poisoned(v, nothing_valid)
     for n in (1, 16, 64):
-        plan = build_plan(q, k, Settings(1.0, 64, n, tail=has_tail), layout)
+        plan = build_plan(q, k, Settings(threshold=1.0, tile_queries=64, tile_keys=n, tail=has_tail), layout)
         assert plan.executed_density == 0
         assert (attend(q, k, v, plan, impl=impl) == 0).all()
 
@@ -321,7 +321,7 @@ def test_missing_keys_do_not_leak(m, n, impl):
     valid = random_valid(2, LENGTH)
     layout = dataclasses.replace(LAYOUT, key_valid=valid)
     q, k, v = make(2, LENGTH, batch=2)
-    settings = Settings(1.5, m, n)
+    settings = Settings(threshold=1.5, tile_queries=m, tile_keys=n)
     clean = attend(q, k, v, build_plan(q, k, settings, layout), impl=impl)
     k, v = poisoned(k, valid), poisoned(v, valid)
     assert torch.equal(attend(q, k, v, build_plan(q, k, settings, layout), impl=impl), clean)
@@ -331,7 +331,7 @@ def test_padding_equals_a_shorter_sequence():
     """A padded prompt attends as the unpadded one does."""
     q, k, v = make(2, 160, 160, dtype=torch.float64)
     valid = torch.arange(160)[None] < 130
-    settings = Settings(1.5, 64, 16)
+    settings = Settings(threshold=1.5, tile_queries=64, tile_keys=16)
     padded = TokenLayout((1, 1, 160), query_start=None, key_valid=valid)
     plan = build_plan(q, k, settings, padded)
     got = attend(q, k, v, plan)
@@ -348,11 +348,11 @@ def test_batch_rows_and_heads_are_independent(impl):
     valid = random_valid(2, LENGTH)
     layout = dataclasses.replace(LAYOUT, key_valid=valid)
     q, k, v = make(3, LENGTH, batch=2)
-    together = attend(q, k, v, build_plan(q, k, Settings(1.5, 64, 4), layout), impl=impl)
+    together = attend(q, k, v, build_plan(q, k, Settings(threshold=1.5, tile_queries=64, tile_keys=4), layout), impl=impl)
     for b, h in itertools.product(range(2), range(3)):
         one = [x[b:b + 1, h:h + 1] for x in (q, k, v)]
         alone = dataclasses.replace(LAYOUT, key_valid=valid[b:b + 1])
-        got = attend(*one, build_plan(*one[:2], Settings(1.5, 64, 4), alone), impl=impl)
+        got = attend(*one, build_plan(*one[:2], Settings(threshold=1.5, tile_queries=64, tile_keys=4), alone), impl=impl)
         assert (got[0, 0] - together[b, h]).abs().max() < 1e-6
 
 
@@ -360,7 +360,7 @@ def test_batch_rows_and_heads_are_independent(impl):
 def test_same_call_twice_is_identical(dtype):
     """Two equal renders must be equal to the bit."""
     q, k, v = make(2, LENGTH, dtype=dtype)
-    first, second = (sparse_attention(q, k, v, Settings(1.5, 32, 4), LAYOUT) for _ in range(2))
+    first, second = (sparse_attention(q, k, v, Settings(threshold=1.5, tile_queries=32, tile_keys=4), LAYOUT) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -377,7 +377,7 @@ def test_large_scores_do_not_overflow():
 def test_tolerance_can_fail():
     """The data-derived tolerance must notice one key more or less, and a tail that is not there."""
     q, k, v = make(2, LENGTH, dtype=torch.bfloat16)
-    plan = build_plan(q, k, Settings(2.0, 64, 1), LAYOUT)
+    plan = build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=1), LAYOUT)
     good = attend(q, k, v, plan, impl="torch")
     assert_error_of_rounding(good, q, k, v, plan)
     assert_error_of_rounding(low_precision(q, k, v, plan), q, k, v, plan)
@@ -465,7 +465,7 @@ def test_absent_tokens(order, m, n, impl):
     layout = TokenLayout((3, 6, 10), front=30, back=12, absent=(0, 1, *range(17, 30), 215))
     there = torch.tensor([t for t in range(layout.length) if t not in layout.absent])
     q, k, v = make(2, layout.length)
-    settings = Settings(1.5, m, n, order=order)
+    settings = Settings(threshold=1.5, tile_queries=m, tile_keys=n, order=order)
     short = [x.index_select(2, there) for x in (q, k, v)]
     expected = torch.zeros_like(q).index_copy_(2, there, sparse_attention(
         *short, settings, TokenLayout((3, 6, 10), front=15, back=11), impl=impl))
@@ -486,7 +486,7 @@ def test_only_sinks_can_be_absent(absent):
 def test_sparse_attention_is_plan_and_attend():
     """The one-call form has no behaviour of its own."""
     q, k, v = make(2, LENGTH)
-    settings = Settings(2.0, 32, 4)
+    settings = Settings(threshold=2.0, tile_queries=32, tile_keys=4)
     expected = attend(q, k, v, build_plan(q, k, settings, LAYOUT, scale=0.2), impl="reference")
     assert torch.equal(sparse_attention(q, k, v, settings, LAYOUT, scale=0.2, impl="reference"), expected)
 
@@ -496,9 +496,9 @@ def test_sparse_attention_is_plan_and_attend():
 def test_heads_in_parts(parts, by_token, monkeypatch):
     """A call that would need much memory takes its heads in parts: the same result, stored as q is."""
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) if by_token else x for x in make(5, LENGTH))
-    whole = sparse_attention(q, k, v, Settings(1.5, 32, 4), LAYOUT)
+    whole = sparse_attention(q, k, v, Settings(threshold=1.5, tile_queries=32, tile_keys=4), LAYOUT)
     monkeypatch.setattr("fgattn.attention.parts_for", lambda *_: parts)
-    out = sparse_attention(q, k, v, Settings(1.5, 32, 4), LAYOUT)
+    out = sparse_attention(q, k, v, Settings(threshold=1.5, tile_queries=32, tile_keys=4), LAYOUT)
     torch.testing.assert_close(out, whole)
     assert out.stride() == q.stride()
 
@@ -517,8 +517,8 @@ def test_parts_do_not_add_up(monkeypatch):
         monkeypatch.setattr(f"fgattn.{module}.parts_for", lambda *_: 3)
         monkeypatch.setattr(f"fgattn.{module}.plan_call", watched)
     q, k, v = make(3, LENGTH)
-    sparse_attention(q, k, v, Settings(1.5, 32, 4), LAYOUT)
-    one = Engine(Settings(1.5, 32, 4), Policy(warmup_steps=0))
+    sparse_attention(q, k, v, Settings(threshold=1.5, tile_queries=32, tile_keys=4), LAYOUT)
+    one = Engine(Settings(threshold=1.5, tile_queries=32, tile_keys=4), Policy(warmup_steps=0))
     one.begin_run([1.0, 0.0], True, q.device)
     one.attention(q, k, v, layout=LAYOUT, dense=None, block=0)
     assert len(made) == 6
@@ -544,15 +544,15 @@ def test_parts_of_a_large_call():
         is_cuda = True
 
     q = torch.empty(1, 40, 75600, 128, device="meta").as_subclass(OnGPU)
-    assert [parts_for(q, 75600, Settings(1.0, 128, n)) for n in (1, 4, 8, 16)] == [2, 2, 2, 1]
-    assert parts_for(q[:, :1], 75600, Settings(1.0, 128, 1)) == 1
-    assert parts_for(torch.empty(q.shape, device="meta"), 75600, Settings(1.0, 128, 1)) == 1
+    assert [parts_for(q, 75600, Settings(threshold=1.0, tile_queries=128, tile_keys=n)) for n in (1, 4, 8, 16)] == [2, 2, 2, 1]
+    assert parts_for(q[:, :1], 75600, Settings(threshold=1.0, tile_queries=128, tile_keys=1)) == 1
+    assert parts_for(torch.empty(q.shape, device="meta"), 75600, Settings(threshold=1.0, tile_queries=128, tile_keys=1)) == 1
 
 
 def test_reference_needs_no_other_stage(monkeypatch):
     """The specification must not share the code it judges."""
     q, k, v = make(1, LENGTH)
-    plan = build_plan(q, k, Settings(2.0, 64, 16), LAYOUT)
+    plan = build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=16), LAYOUT)
 
     def fail(*_):
         raise AssertionError("the reference called an implementation")
@@ -562,4 +562,4 @@ def test_reference_needs_no_other_stage(monkeypatch):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, fail)
     reference.attend(q, k, v, plan)
-    reference.select(q, k, Settings(2.0, 64, 16), LAYOUT)
+    reference.select(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=16), LAYOUT)

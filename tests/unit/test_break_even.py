@@ -85,13 +85,13 @@ def run(engine, lengths=(512,), blocks=(0,), thresholds=None):
 
 def test_short_calls_are_left_dense():
     """Too short at any density: dense, with the reason."""
-    report = run(Ruled(Settings(1.5), Policy(0)), lengths=(512, 64))
+    report = run(Ruled(Settings(threshold=1.5), Policy(warmup_steps=0)), lengths=(512, 64))
     assert report.calls[TOO_SHORT] == 3 and report.density is not None
 
 
 def test_blocks_that_keep_too_much_go_dense():
     """From the step after the first, by block; the others stay sparse."""
-    report = run(Ruled(Settings(1.0, 16, 16), Policy(0)), blocks=(0, 1))
+    report = run(Ruled(Settings(threshold=1.0, tile_queries=16, tile_keys=16), Policy(warmup_steps=0)), blocks=(0, 1))
     density = {b.block: b.executed_density for b in report.blocks}
     assert density[0] > 0.8 > density[1]
     assert report.calls == {"sparse": 4, TOO_DENSE: 2}
@@ -100,7 +100,7 @@ def test_blocks_that_keep_too_much_go_dense():
 
 def test_a_moved_slider_ends_what_was_learnt():
     """What a threshold kept says nothing of the next one."""
-    engine = Ruled(Settings(0.0, 16, 16), Policy(0))
+    engine = Ruled(Settings(threshold=0.0, tile_queries=16, tile_keys=16), Policy(warmup_steps=0))
     engine.begin_run([1.0, 0.6, 0.3, 0.0], False, CPU)
     q, k, v = torch.randn(3, 1, 1, LAYOUT.length, 64, generator=torch.Generator().manual_seed(0))
     for sigma in (1.0, 0.6, 0.3):
@@ -112,17 +112,17 @@ def test_a_moved_slider_ends_what_was_learnt():
 
 
 def test_a_run_that_keeps_too_much_says_so():
-    report = run(Ruled(Settings(0.0), Policy(0)))
+    report = run(Ruled(Settings(threshold=0.0), Policy(warmup_steps=0)))
     assert report.calls == {"sparse": 1, TOO_DENSE: 2}
     assert headline(report) == f"mostly dense: {TOO_DENSE}"
 
 
 def test_min_tokens_overrides_the_rule():
     """Any other value than 0 is the user's word."""
-    report = run(Ruled(Settings(0.0), Policy(0, min_tokens=64)), lengths=(512, 64))
+    report = run(Ruled(Settings(threshold=0.0), Policy(warmup_steps=0, min_tokens=64)), lengths=(512, 64))
     assert report.calls == {"sparse": 6}
 
 
 def test_there_is_no_rule_on_a_cpu():
-    assert not Engine(Settings(), Policy(0))._has_rule(CPU)
-    assert Engine(Settings(), Policy(0))._has_rule(torch.device("cuda"))
+    assert not Engine(Settings(), Policy(warmup_steps=0))._has_rule(CPU)
+    assert Engine(Settings(), Policy(warmup_steps=0))._has_rule(torch.device("cuda"))

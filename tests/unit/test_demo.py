@@ -144,8 +144,8 @@ def test_keeping_everything_is_dense(model):
         return sampling.generate(model, *start(), Engine(settings, policy), 2)[0]
 
     dense = latent(Settings(), Policy(dense_blocks=frozenset(range(8))))
-    assert sampling.relative_error(latent(Settings(0.0), Policy(0)), dense) < 1e-4
-    assert sampling.relative_error(latent(Settings(5.0), Policy(0)), dense) > 1e-2
+    assert sampling.relative_error(latent(Settings(threshold=0.0), Policy(warmup_steps=0)), dense) < 1e-4
+    assert sampling.relative_error(latent(Settings(threshold=5.0), Policy(warmup_steps=0)), dense) > 1e-2
 
 
 def test_conditioning_is_the_training_s():

@@ -19,7 +19,7 @@ from makers import tensors
 
 CPU = torch.device("cpu")
 LAYOUT = TokenLayout((4, 4, 8))  # 128 tokens
-SETTINGS = Settings(2.0, 64, 4)
+SETTINGS = Settings(threshold=2.0, tile_queries=64, tile_keys=4)
 Q, K, V = tensors(2, 128)
 DENSE = torch.full_like(Q, 7.0)  # the mark of the dense callable
 
@@ -198,7 +198,7 @@ def test_final_steps(wanted, last, dense):
 
 def test_dense_blocks():
     """Blocks named by the user stay dense, unknown ones run sparse."""
-    one = engine(Policy(0, 0, frozenset({0, 2})))
+    one = engine(Policy(warmup_steps=0, final_dense_steps=0, dense_blocks=frozenset({0, 2})))
     one.begin_run(falling(4), True, CPU)
     one.begin_evaluation(1.0)
     assert [call(one, block=b) for b in (0, 1, 2, 3, None)] == [False, True, False, True, True]
@@ -213,14 +213,14 @@ def test_dense_blocks():
 def test_dense_blocks_that_are_not_there(seen, remark):
     """A slip in the block list is said, but not of a run that was stopped before all blocks were seen."""
     for evaluations in (4, 1):
-        one = engine(Policy(0, 0, frozenset({0, 2})))
+        one = engine(Policy(warmup_steps=0, final_dense_steps=0, dense_blocks=frozenset({0, 2})))
         ran_sparse(one, falling(4), evaluations=falling(4)[:evaluations], blocks=seen)
         assert [*one.end_run().remarks] == ([remark] if remark and evaluations == 4 else [])
 
 
 def test_a_short_sequence_is_counted():
     """The report says how many tokens were too few."""
-    one = engine(Policy(0, min_tokens=129))
+    one = engine(Policy(warmup_steps=0, min_tokens=129))
     assert ran_sparse(one, falling(4)) == [False] * 4
     assert one.end_run().tokens == 128
 
@@ -228,7 +228,7 @@ def test_a_short_sequence_is_counted():
 @pytest.mark.parametrize(("minimum", "sparse"), [(0, True), (128, True), (129, False)])
 def test_min_tokens(minimum, sparse):
     """Short sequences gain nothing."""
-    one = engine(Policy(0, min_tokens=minimum))
+    one = engine(Policy(warmup_steps=0, min_tokens=minimum))
     one.begin_run(falling(4), True, CPU)
     one.begin_evaluation(1.0)
     assert call(one) == sparse
@@ -286,14 +286,14 @@ def test_absent_tokens_are_left_out():
     """No keys, zeros as queries, the others as with a mask over keys; in the maps and the estimate, too."""
     layout = TokenLayout((4, 4, 6), front=32, absent=tuple(range(20, 32)))
     there = torch.cat((torch.arange(20), torch.arange(32, 128)))
-    one = Engine(Settings(0.0, 16, 16), Policy(0, reuse_steps=2))
+    one = Engine(Settings(threshold=0.0, tile_queries=16, tile_keys=16), Policy(warmup_steps=0, reuse_steps=2))
     one.begin_run(falling(4), True, CPU)
     one.begin_evaluation(1.0)
     out = one.attention(Q, K, V, layout=layout, dense=lambda: DENSE, block=0)
     valid = torch.zeros(len(Q), 128, dtype=torch.bool)
     valid[:, there] = True
     masked = TokenLayout((4, 4, 6), front=32, key_valid=valid)
-    expected = attend(Q, K, V, build_plan(Q, K, Settings(0.0, 16, 16), masked))
+    expected = attend(Q, K, V, build_plan(Q, K, Settings(threshold=0.0, tile_queries=16, tile_keys=16), masked))
     assert out.shape == Q.shape and not out[:, :, 20:32].any()
     assert torch.allclose(out[:, :, there], expected[:, :, there], atol=1e-5)
     report = one.end_run()
@@ -452,7 +452,7 @@ def test_report_counts_steps_and_calls():
 
 def test_engines_are_independent():
     """Two patched models in one graph (high and low noise) keep their own books and errors."""
-    first, second = engine(Policy(warmup_steps=2)), engine(Policy(0, 0, frozenset({0})))
+    first, second = engine(Policy(warmup_steps=2)), engine(Policy(warmup_steps=0, final_dense_steps=0, dense_blocks=frozenset({0})))
     first.begin_run(falling(8), True, CPU)
     second.begin_run(falling(4), True, CPU)
     for one in (first, second):
@@ -481,7 +481,7 @@ def test_device_without_a_kernel_runs_dense(caplog):
 
 def test_empty_schedule():
     """A sampler that is called with no schedule at all."""
-    one = engine(Policy(2, 2))
+    one = engine(Policy(warmup_steps=2, final_dense_steps=2))
     one.begin_run([], True, CPU)
     one.begin_evaluation(0.7)
     assert call(one)
@@ -539,7 +539,7 @@ class Watched:
 
     def __init__(self, monkeypatch, steps, sigmas=None, **policy):
         self.engine, self.made, self.step, self.plans = engine(
-            Policy(0, reuse_steps=steps, **policy)), [], 0, weakref.WeakSet()
+            Policy(warmup_steps=0, reuse_steps=steps, **policy)), [], 0, weakref.WeakSet()
         monkeypatch.setattr("fgattn.runs.engine.plan_call", self.build)
         self.engine.begin_run(sigmas or falling(6), True, CPU)
 
@@ -883,7 +883,7 @@ def test_interrupts_pass_through_the_looking(monkeypatch):
 
 def test_maps_are_of_the_last_run():
     """At the place that was asked for before it began; dropped when the next one begins."""
-    one = engine(Policy(1, 0, frozenset({1})))
+    one = engine(Policy(warmup_steps=1, final_dense_steps=0, dense_blocks=frozenset({1})))
     assert one.last_maps is None
     one.place = (2, 3, 4)
     for steps in (4, 8):

@@ -14,7 +14,7 @@ LAYOUT = TokenLayout((4, 8, 16))  # 512 tokens
 
 
 def sparse(q, k, v, threshold=2.0, layout=LAYOUT):
-    return attend(q, k, v, build_plan(q, k, Settings(threshold, 64, 16), layout))
+    return attend(q, k, v, build_plan(q, k, Settings(threshold=threshold, tile_queries=64, tile_keys=16), layout))
 
 
 def true_error(q, k, v, out):

@@ -82,7 +82,7 @@ def test_sink_queries_run_together():
     """Tiles that keep everything would make their neighbours do so."""
     layout = TokenLayout((4, 8, 16), front=64)
     q, k, _ = make(1, layout.length)
-    plan = build_plan(q, k, Settings(4.0, 16, 16), layout)
+    plan = build_plan(q, k, Settings(threshold=4.0, tile_queries=16, tile_keys=16), layout)
     whole = plan.kept_slices(0, slice(None))[0].all(1)
     assert whole.sum() == 1
     tile = whole.nonzero().item()
@@ -95,11 +95,11 @@ def test_tokens_get_their_own_result(m, n):
     layout = TokenLayout((4, 8, 9), front=3, back=7)
     q, k, v = make(2, layout.length, batch=2, dtype=torch.float64)
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    sparse = build_plan(q, k, Settings(3.0, m, n), layout)
+    sparse = build_plan(q, k, Settings(threshold=3.0, tile_queries=m, tile_keys=n), layout)
     assert sparse.run_order.shape[:2] == (2, 2)
     assert any(not torch.equal(o, torch.arange(len(o))) for o in sparse.run_order.flatten(0, 1))
     for impl in ("torch", "reference"):
-        plan = build_plan(q, k, Settings(0.0, m, n), layout)
+        plan = build_plan(q, k, Settings(threshold=0.0, tile_queries=m, tile_keys=n), layout)
         assert (attend(q, k, v, plan, impl=impl) - dense).abs().max() < 1e-12
     error = (attend(q, k, v, sparse, impl="torch") - reference.attend(q, k, v, sparse)).abs().max()
     assert error < 1e-12

@@ -16,7 +16,7 @@ GRID = (4, 6, 10)
 
 def kept(settings=None, layout=None, place=MIDDLE, heads=2, batch=1):
     """A map and the plan it is of."""
-    settings, layout = settings or Settings(2.0, 64, 16), layout or TokenLayout(GRID)
+    settings, layout = settings or Settings(threshold=2.0, tile_queries=64, tile_keys=16), layout or TokenLayout(GRID)
     q, k, _ = tensors(heads, layout.length, batch=batch)
     plan = build_plan(q, k, settings, layout)
     one = Maps(place)
@@ -33,7 +33,7 @@ def kept(settings=None, layout=None, place=MIDDLE, heads=2, batch=1):
 @pytest.mark.parametrize("place", [MIDDLE, (1, 1, 1), (4, 6, 10), (2, 5, 3)], ids=str)
 def test_keys_are_those_of_the_tile_at_the_place(layout, m, n, order, place):
     """Against the scores that the plan computes, as stored, head by head."""
-    found, plan = kept(Settings(2.0, m, n, order=order), layout, place)
+    found, plan = kept(Settings(threshold=2.0, tile_queries=m, tile_keys=n, order=order), layout, place)
     token = token_at(place, layout)
     for head in range(2):
         mask = in_memory_order(executed_mask(plan, 0, head), plan, 0, head)
@@ -49,7 +49,7 @@ def test_queries_that_start_inside_the_sequence():
     layout = TokenLayout((4, 4, 8), 32, query_start=32)
     q, k, _ = tensors(1, 128, 160)
     one = Maps((4, 4, 8))
-    one.keep(0, 0, build_plan(q, k, Settings(2.0, 64, 16), layout), layout, "cells")
+    one.keep(0, 0, build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=16), layout), layout, "cells")
     one.to_host()
     found = one.find(0, 0, 0)[1]
     assert found.queries(0)[159] and not found.queries(0)[:32].any() and found.keys(0)[:32].all()
@@ -67,7 +67,7 @@ def test_places(place, token):
 def one_plan(batch=1):
     layout = TokenLayout((2, 4, 8))
     q, k, _ = tensors(2, 64, batch=batch)
-    return build_plan(q, k, Settings(2.0, 64, 16), layout), layout, "cells"
+    return build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=16), layout), layout, "cells"
 
 
 def test_the_first_call_of_a_block_is_the_one():

@@ -66,7 +66,7 @@ def test_top_k_is_sla(share):
     layout, q, k, rows, keys = case_of((1, 12, 73), "raster")  # 876 tokens, the last block is short
     scores = block_means(rows, 64) @ block_means(keys.double() - keys.double().mean(0), 64).T
     chosen, unclear = (torch.stack(x) for x in zip(*(best(r, share) for r in scores), strict=True))
-    got = requested(q, k, Settings(1.0, 64, 64, True, "raster", "top_k", share), layout)[0, 0]
+    got = requested(q, k, Settings(threshold=1.0, tile_queries=64, tile_keys=64, tail=True, order="raster", method="top_k", method_parameter=share), layout)[0, 0]
     assert_equal_where_clear(got, chosen | torch.eye(14, dtype=torch.bool), unclear)
 
 
@@ -83,7 +83,7 @@ def test_top_k_is_vsa():
     pooled = [torch.stack([x[0, 0, c].double().mean(0) for c in runs]) for x in (q, k)]
     scores = pooled[0] @ pooled[1].T
     chosen, unclear = (torch.stack(x) for x in zip(*(best(r, 0.4) for r in scores), strict=True))
-    got = requested(q, k, Settings(1.0, 64, 64, True, "hilbert", "top_k", 0.4), layout)[0, 0]
+    got = requested(q, k, Settings(threshold=1.0, tile_queries=64, tile_keys=64, tail=True, order="hilbert", method="top_k", method_parameter=0.4), layout)[0, 0]
     assert_equal_where_clear(got, chosen | torch.eye(len(runs), dtype=torch.bool), unclear)
 
 
@@ -101,7 +101,7 @@ def test_sol_is_sol_attn(tau):
         sigma = math.sqrt(float((block.mean(0) ** 2 * centred.square().mean(0)).sum()) * unit**2 + 1e-6)
         expected[i], unclear[i] = score > tau * sigma, (score - tau * sigma).abs() < TOO_CLOSE
         expected[i, max(0, i - 1):i + 2] = True
-    got = requested(q, k, Settings(1.0, 64, 64, True, "raster", "sol", tau), layout)[0, 0]
+    got = requested(q, k, Settings(threshold=1.0, tile_queries=64, tile_keys=64, tail=True, order="raster", method="sol", method_parameter=tau), layout)[0, 0]
     assert_equal_where_clear(got, expected, unclear)
 
 
@@ -112,7 +112,7 @@ def test_hierarchical_is_dfsattn(share):
     pools = torch.softmax(block_means(rows, 16) @ block_means(keys, 16).T * 64**-0.5, 1)
     scores = torch.stack([torch.stack([b.sum() for b in r.split(8, 1)]) for r in pools.split(8)])
     chosen, unclear = (torch.stack(x) for x in zip(*(best(r, share) for r in scores), strict=True))
-    got = requested(q, k, Settings(1.0, 128, 128, True, "hilbert", "hierarchical", share), layout)[0, 0]
+    got = requested(q, k, Settings(threshold=1.0, tile_queries=128, tile_keys=128, tail=True, order="hilbert", method="hierarchical", method_parameter=share), layout)[0, 0]
     assert_equal_where_clear(got, chosen | torch.eye(15, dtype=torch.bool), unclear)
 
 
@@ -139,7 +139,7 @@ def test_radial_is_radial_attention(grid, decay):
             share = mask.double().unflatten(0, (-1, 128)).mean(1).unflatten(1, (-1, 128))
             row.append((share > 1 / 3).sum(2) / ((share > 0).sum(2) + 1e-9) > 0.6)
         rows.append(torch.cat(row, 1))
-    got = requested(q, k, Settings(1.0, 128, 128, True, "raster", "radial", decay), TokenLayout(grid))[0, 0]
+    got = requested(q, k, Settings(threshold=1.0, tile_queries=128, tile_keys=128, tail=True, order="raster", method="radial", method_parameter=decay), TokenLayout(grid))[0, 0]
     expected = torch.cat(rows)
     assert torch.equal(got, expected | torch.eye(len(expected), dtype=torch.bool))
     assert not expected.all()
@@ -156,7 +156,7 @@ def test_every_sequence(method, why, m, n):
     layout = case.layout()
     q, k, v = case.tensors(seed=m + n)
     order = ("cells", "raster", "hilbert")[(m + n) % 3]
-    settings = Settings(1.0, m, n, True, order, method)
+    settings = Settings(threshold=1.0, tile_queries=m, tile_keys=n, tail=True, order=order, method=method)
     got = requested(q, k, settings, layout)
     assert got.shape == (case.batch, 2, -(-case.query_count // m), -(-case.keys // n))
     geo = geometry(layout, order, case.query_count, q.device)
@@ -185,7 +185,7 @@ def test_stronger_keeps_a_superset(method, m, n):
     """The parameter is a slider."""
     layout, order = TokenLayout((4, 16, 32)), "raster" if method == "radial" else "cells"
     q, k, _ = make(2, layout.length, seed=n)
-    kept = [requested(q, k, Settings(1.0, m, n, True, order, method, p), layout) for p in STRENGTHS[method]]
+    kept = [requested(q, k, Settings(threshold=1.0, tile_queries=m, tile_keys=n, tail=True, order=order, method=method, method_parameter=p), layout) for p in STRENGTHS[method]]
     for sparser, denser in itertools.pairwise(kept):
         assert not (sparser & ~denser).any()
     assert kept[0].sum() < kept[-1].sum()
@@ -196,7 +196,7 @@ def test_radial_in_any_order_only_gets_denser(m, n):
     """Where tiles span frames a slice at an edge may go, but never the density down."""
     q, k, _ = make(1, LAYOUT.length)
     for order in ("cells", "hilbert"):
-        shares = [requested(q, k, Settings(1.0, m, n, True, order, "radial", p), LAYOUT).double().mean()
+        shares = [requested(q, k, Settings(threshold=1.0, tile_queries=m, tile_keys=n, tail=True, order=order, method="radial", method_parameter=p), LAYOUT).double().mean()
                   for p in STRENGTHS["radial"]]
         assert shares == sorted(shares)
 
@@ -208,7 +208,7 @@ def test_share_is_exact(method, m, n):
     layout = TokenLayout((3, 7, 10), query_start=None)
     q, k, _ = make(2, 75, 210, seed=3)
     for keys in (k, k[:, :, :1].expand_as(k).contiguous()):
-        got = requested(q, keys, Settings(1.0, m, n, True, "cells", method, 0.35), layout)
+        got = requested(q, keys, Settings(threshold=1.0, tile_queries=m, tile_keys=n, tail=True, order="cells", method=method, method_parameter=0.35), layout)
         assert (got.sum(3) == max(1, int(0.35 * -(-210 // n)))).all()
 
 
@@ -216,7 +216,7 @@ def test_share_is_exact(method, m, n):
 @pytest.mark.parametrize("n", [1, 16, 64])
 def test_bad_values(method, n):
     """NaN is computed, never dropped; nothing huge or infinite disturbs other heads or what always stays."""
-    settings = Settings(1.0, 64, n, True, "cells", method)
+    settings = Settings(threshold=1.0, tile_queries=64, tile_keys=n, tail=True, order="cells", method=method)
     for which, value in itertools.product("qk", (math.nan, math.inf, -math.inf, 6e4, -6e4)):
         q, k, _ = make(2, 222, seed=7)
         before = requested(q, k, settings, LAYOUT)
@@ -237,7 +237,7 @@ def test_equal_keys_and_one_huge_key(method):
         keys = k[:, :, :1].expand_as(k).contiguous() if change == "equal" else k.clone()
         if change == "huge":
             keys[:, :, 100] *= 1e4
-        made = build_plan(q, keys, Settings(1.0, 64, 16, True, "cells", method), LAYOUT)
+        made = build_plan(q, keys, Settings(threshold=1.0, tile_queries=64, tile_keys=16, tail=True, order="cells", method=method), LAYOUT)
         assert 0 < made.density <= 1 and attend(q, keys, v, made).isfinite().all()
 
 
@@ -257,7 +257,7 @@ def test_steps_rows_and_heads_are_independent(method, n, monkeypatch):
     q, k, _ = make(3, 222, batch=2, seed=n)
     layout = dataclasses.replace(LAYOUT, key_valid=random_valid(2, 222))
     k = poisoned(k, layout.key_valid)
-    settings = Settings(1.0, 32, n, True, "cells", method)
+    settings = Settings(threshold=1.0, tile_queries=32, tile_keys=n, tail=True, order="cells", method=method)
     whole = requested(q, k, settings, layout)
     monkeypatch.setattr(common, "STEP_ELEMENTS", 3000)
     radial._mask.cache_clear()
@@ -272,7 +272,7 @@ def test_steps_rows_and_heads_are_independent(method, n, monkeypatch):
 def test_scale(method):
     """Models that normalise q and k bring their own softmax scale: a scale of the scores, nothing else."""
     q, k, _ = make(2, 222, dim=40, seed=3)
-    settings = Settings(1.0, 64, 16, True, "cells", method)
+    settings = Settings(threshold=1.0, tile_queries=64, tile_keys=16, tail=True, order="cells", method=method)
     scaled = requested(q, k * 3, settings, LAYOUT, 40**-0.5)
     assert (requested(q, k, settings, LAYOUT, 3 * 40**-0.5) != scaled).double().mean() < 0.005
 
@@ -282,7 +282,7 @@ def test_scale(method):
 def test_types(method, dtype):
     """Half precision selects nearly what double precision does."""
     q, k, _ = (x.to(dtype) for x in make(2, 222, seed=4))
-    settings = Settings(1.0, 64, 16, True, "cells", method)
+    settings = Settings(threshold=1.0, tile_queries=64, tile_keys=16, tail=True, order="cells", method=method)
     exact = requested(q.double(), k.double(), settings, LAYOUT)
     assert (requested(q, k, settings, LAYOUT) != exact).sum() <= 2
 
@@ -320,7 +320,7 @@ def test_nonsense_is_refused(method, parameter, says):
 
 def test_rule_in_words():
     """Reports name the method and the strength that took effect."""
-    assert Settings(0.7).rule == "threshold 0.7"
+    assert Settings(threshold=0.7).rule == "threshold 0.7"
     assert [Settings(method=m).rule for m in METHODS] == [
         "top_k 0.3", "sol 1.3", "hierarchical 0.3", "radial 0.2"]
-    assert Settings(0.7, method="sol", method_parameter=2).rule == "sol 2"
+    assert Settings(threshold=0.7, method="sol", method_parameter=2).rule == "sol 2"

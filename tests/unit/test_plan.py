@@ -62,7 +62,7 @@ def test_slices_without_valid_keys_are_not_listed(n):
     layout = dataclasses.replace(layout, key_valid=valid)
     q, k, _ = make(1, LENGTH)
     everything = torch.ones(tiles_and_slices(64, n), dtype=torch.bool)
-    for made in (build_plan(q, k, Settings(0.0, 64, n), layout),
+    for made in (build_plan(q, k, Settings(threshold=0.0, tile_queries=64, tile_keys=n), layout),
                  plan_from_mask(everything, 64, n, query_length=LENGTH, layout=layout)):
         kept = made.kept_slices(0, slice(None))[0]
         assert kept[:, :-(-100 // n)].all() and not kept[:, -(-100 // n):].any()
@@ -196,7 +196,7 @@ def test_bits_of_slices_past_the_end_are_zero():
     """The kernel reads whole bytes; a stray bit would be a key that does not exist."""
     q, k, _ = make(1, 222)
     for n in TILE_KEYS:
-        bits = build_plan(q, k, Settings(0.0, 64, n), LAYOUT).bits
+        bits = build_plan(q, k, Settings(threshold=0.0, tile_queries=64, tile_keys=n), LAYOUT).bits
         places = torch.arange(8, dtype=torch.uint8)
         unpacked = (bits[..., None] >> places & 1).flatten(-2)
         slices = -(-222 // n)

@@ -113,7 +113,7 @@ def test_reference_is_the_definition(name, m, n, dtype):
     layout = TokenLayout(layout.grid, layout.front, layout.back, layout.query_start, valid)
     decided = kept = 0
     for threshold, scale in ((0.8, None), (4.0, None), (1.5, 0.11)):
-        settings = Settings(threshold, m, n, order=order)
+        settings = Settings(threshold=threshold, tile_queries=m, tile_keys=n, order=order)
         values = reference.select(q, poisoned(k, valid), settings, layout, scale)[0, 0]
         expected = defined_slices(q[0, 0], k[0, 0], settings, layout, valid[0].tolist(),
                                   24**-0.5 if scale is None else scale)
@@ -133,7 +133,7 @@ def test_lists_are_those_of_the_reference(why, m, n, dtype, threshold):
     """Element for element, executed and requested, for every tile shape on every kind of sequence."""
     case = CASES[why]
     q, k, _ = case.tensors(dtype=DTYPES[dtype], seed=m + n)
-    settings = Settings(threshold, m, n, order="raster" if (m + n) % 3 == 0 else "cells")
+    settings = Settings(threshold=threshold, tile_queries=m, tile_keys=n, order="raster" if (m + n) % 3 == 0 else "cells")
     made = build_plan(q, k, settings, case.layout())
     assert_lists_agree(made, reference.select(q, k, settings, case.layout()), m)
 
@@ -152,7 +152,7 @@ def test_any_call_selects_as_the_reference(call):
 def test_requested_slices_before_the_union(n, dtype):
     """Small tiles one by one: the union in a plan could hide a slice on the wrong tile."""
     q, k, _ = make(2, 222, dtype=DTYPES[dtype], seed=n)
-    settings = Settings(1.5, 16, n)
+    settings = Settings(threshold=1.5, tile_queries=16, tile_keys=n)
     got = requested_of(q, k, settings)
     values = reference.select(q, k, settings, LAYOUT)[0]
     assert ((got == (values >= 0)) | (values.abs() < 1e-4)).all()
@@ -162,7 +162,7 @@ def test_requested_slices_before_the_union(n, dtype):
 def test_cases_are_sparse(case):
     """A table of cases that keep everything would prove nothing."""
     q, k, _ = case.tensors()
-    dense, sparse = (build_plan(q, k, Settings(t, 64, 16), case.layout()).density.item() for t in (0.7, 4.0))
+    dense, sparse = (build_plan(q, k, Settings(threshold=t, tile_queries=64, tile_keys=16), case.layout()).density.item() for t in (0.7, 4.0))
     assert 0.1 < sparse < min(dense - 0.05, 0.75)
 
 
@@ -171,7 +171,7 @@ def test_cases_are_sparse(case):
 def test_higher_threshold_keeps_a_subset(m, n):
     """The slider's promise: to the right is sparser, never different."""
     q, k, _ = make(2, 222, seed=n)
-    steps = [requested_of(q, k, Settings(t, m, n)) for t in (0.0, 0.3, 0.7, 1.0, 1.5, 2.5, 5.0, 1e9)]
+    steps = [requested_of(q, k, Settings(threshold=t, tile_queries=m, tile_keys=n)) for t in (0.0, 0.3, 0.7, 1.0, 1.5, 2.5, 5.0, 1e9)]
     for denser, sparser in itertools.pairwise(steps):
         assert not (sparser & ~denser).any()
     assert steps[0].all() and (n == 128 or steps[-1].sum() < steps[0].sum())
@@ -182,7 +182,7 @@ def test_threshold_zero_keeps_every_valid_key(case):
     """The way to compare with dense attention."""
     q, k, _ = case.tensors()
     for m, n in ((16, 1), (128, 16), (32, 64)):
-        made = build_plan(q, k, Settings(0.0, m, n), case.layout())
+        made = build_plan(q, k, Settings(threshold=0.0, tile_queries=m, tile_keys=n), case.layout())
         valid = made.key_valid
         share = 1.0 if valid is None else valid.double().mean().item()
         assert made.density.item() == made.executed_density.item() == pytest.approx(share, abs=1e-12)
@@ -193,7 +193,7 @@ def test_threshold_zero_keeps_every_valid_key(case):
 def test_own_cells_and_sinks_are_kept(case, n):
     """At a threshold that no probability reaches, exactly what must stay stays."""
     q, k, _ = case.tensors()
-    got = kept_of(q, k, Settings(1e9, 64, n), case.layout())
+    got = kept_of(q, k, Settings(threshold=1e9, tile_queries=64, tile_keys=n), case.layout())
     tokens = restated_order(case.grid, case.front, case.back, "cells")
     sinks = {*range(case.front), *range(case.keys - case.back, case.keys)}
     valid = random_valid(case.batch, case.keys) if case.padded else torch.ones(case.batch, case.keys).bool()
@@ -216,9 +216,9 @@ def test_equal_keys(n, dtype):
     """All keys have the uniform probability: a threshold of 1 keeps them despite rounding, 1.01 none."""
     q, k, _ = make(2, 222, dtype=DTYPES[dtype], seed=5)
     k[:] = k[:, :, :1]
-    assert kept_of(q, k, Settings(1.0, 64, n)).all()
-    assert kept_of(q, k, Settings(1.0009, 64, n)).all()
-    assert torch.equal(kept_of(q, k, Settings(1.01, 64, n)), kept_of(q, k, Settings(1e9, 64, n)))
+    assert kept_of(q, k, Settings(threshold=1.0, tile_queries=64, tile_keys=n)).all()
+    assert kept_of(q, k, Settings(threshold=1.0009, tile_queries=64, tile_keys=n)).all()
+    assert torch.equal(kept_of(q, k, Settings(threshold=1.01, tile_queries=64, tile_keys=n)), kept_of(q, k, Settings(threshold=1e9, tile_queries=64, tile_keys=n)))
 
 
 BAD = {
@@ -235,9 +235,9 @@ def test_bad_values(name, n, dtype):
     """What overflows or is no number is computed, never dropped; other heads do not notice."""
     which, value = BAD[name]
     q, k, _ = make(2, 222, dtype=DTYPES[dtype], seed=7)
-    before = kept_of(q, k, Settings(1.5, 64, n))
+    before = kept_of(q, k, Settings(threshold=1.5, tile_queries=64, tile_keys=n))
     (q if which == "q" else k)[0, 1, 40, 3] = value
-    settings = Settings(1.5, 64, n)
+    settings = Settings(threshold=1.5, tile_queries=64, tile_keys=n)
     got = kept_of(q, k, settings)
     values = reference.select(q, k, settings, LAYOUT)
     assert ((got == (values >= 0)) | (values.abs() < 1e-4)).all()
@@ -254,11 +254,11 @@ def test_rows_and_heads_are_independent(n):
     q, k, _ = make(3, 222, batch=2, seed=n)
     valid = random_valid(2, 222)
     layout = TokenLayout(LAYOUT.grid, 3, 9, 0, valid)
-    together = kept_of(q, k, Settings(1.5, 32, n), layout)
+    together = kept_of(q, k, Settings(threshold=1.5, tile_queries=32, tile_keys=n), layout)
     for b in range(2):
         for h in range(3):
             one = TokenLayout(LAYOUT.grid, 3, 9, 0, valid[b:b + 1])
-            alone = kept_of(q[b:b + 1, h:h + 1], k[b:b + 1, h:h + 1], Settings(1.5, 32, n), one)
+            alone = kept_of(q[b:b + 1, h:h + 1], k[b:b + 1, h:h + 1], Settings(threshold=1.5, tile_queries=32, tile_keys=n), one)
             assert torch.equal(together[b, h], alone[0, 0])
 
 
@@ -267,11 +267,11 @@ def test_chunks_do_not_show(n, monkeypatch):
     """Long videos are planned a few heads and tiles at a time, with the same result."""
     q, k, _ = make(5, 222, batch=2, seed=n)
     layout = TokenLayout(LAYOUT.grid, 3, 9, 0, random_valid(2, 222))
-    whole = build_plan(q, k, Settings(1.2, 16, n), layout)
+    whole = build_plan(q, k, Settings(threshold=1.2, tile_queries=16, tile_keys=n), layout)
     monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", 30_000)
     monkeypatch.setattr(plan, "CHUNK_ELEMENTS", 100)
     monkeypatch.setattr(selection, "REFINE_ELEMENTS", 1500)
-    parts = build_plan(q, k, Settings(1.2, 16, n), layout)
+    parts = build_plan(q, k, Settings(threshold=1.2, tile_queries=16, tile_keys=n), layout)
     for name in ("bits", "requested", "executed"):
         assert torch.equal(getattr(whole, name), getattr(parts, name))
 
@@ -281,7 +281,7 @@ def test_scale(scale):
     """Models that normalise q and k bring their own softmax scale."""
     q, k, _ = make(2, 222, dim=40, seed=3)
     for n in (1, 16):
-        settings = Settings(1.5, 64, n)
+        settings = Settings(threshold=1.5, tile_queries=64, tile_keys=n)
         made = build_plan(q, k, settings, LAYOUT, scale=scale)
         assert_lists_agree(made, reference.select(q, k, settings, LAYOUT, scale), 64)
         default = build_plan(q, k, settings, LAYOUT, scale=40**-0.5)
@@ -292,7 +292,7 @@ def test_scale(scale):
 def test_same_call_twice():
     """Two equal renders must be equal to the bit."""
     q, k, _ = make(2, 222, dtype=torch.bfloat16)
-    first, second = (build_plan(q, k, Settings(1.2, 32, 4), LAYOUT) for _ in range(2))
+    first, second = (build_plan(q, k, Settings(threshold=1.2, tile_queries=32, tile_keys=4), LAYOUT) for _ in range(2))
     assert torch.equal(first.bits, second.bits) and torch.equal(first.requested, second.requested)
 
 
@@ -300,5 +300,5 @@ def test_selection_has_no_hidden_randomness():
     """Planning must leave the sampler's random numbers alone."""
     q, k, _ = make(2, 222)
     before = torch.get_rng_state()
-    build_plan(q, k, Settings(1.2, 32, 4), LAYOUT)
+    build_plan(q, k, Settings(threshold=1.2, tile_queries=32, tile_keys=4), LAYOUT)
     assert torch.equal(torch.get_rng_state(), before)

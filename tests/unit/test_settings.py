@@ -67,13 +67,13 @@ def test_bad_value_is_named(kind, what, got, allowed, remedy):
 @pytest.mark.parametrize("n", TILE_KEYS)
 def test_every_tile_is_allowed(m, n):
     """All combinations are offered, so none may be refused."""
-    assert Settings(tile_queries=m, tile_keys=n) == Settings(1.0, m, n, True, "cells")
+    assert Settings(tile_queries=m, tile_keys=n) == Settings(threshold=1.0, tile_queries=m, tile_keys=n, tail=True, order="cells")
 
 
 def test_settings_are_values():
     """Plans and caches rely on settings that cannot change under them."""
     assert Settings(threshold=0) == Settings(threshold=0.0)
-    assert hash(Policy()) == hash(Policy(2, 0, frozenset(), 0, 1, 1200))
+    assert hash(Policy()) == hash(Policy(warmup_steps=2, final_dense_steps=0, dense_blocks=frozenset(), min_tokens=0, reuse_steps=1, reuse_memory_mb=1200))
     with pytest.raises(AttributeError):
         Settings().threshold = 2.0
 

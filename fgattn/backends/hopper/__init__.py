@@ -12,15 +12,9 @@ from ...settings import Settings
 from ..base import Backend, Planned, Tail
 from ..shared import available
 from ..shared.costs import costs
-from .boxes import OCTET, boxes_of
+from .boxes import boxes_for
 
 CAPABILITY = (9, 0)
-
-
-def comes_by_rows(call: Call) -> bool:
-    """Whether keys are brought row by row: slices are finer than octets, or octets are no boxes."""
-    return (call.settings.tile_keys < OCTET or call.key_valid is not None
-            or boxes_of(call.geometry) is None)
 
 
 @functools.cache
@@ -59,4 +53,4 @@ def _attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) 
 BACKEND = Backend(
     name="hopper", reason=lambda call: device_reason(call.device) or available.reason(call),
     plan=_plan, tail=_tail, attend=_attend, gains_on=lambda device: device.type == "cuda", costs=costs,
-    probe=lambda call: Settings(threshold=1.5, tile_keys=1 if comes_by_rows(call) else 16))
+    probe=lambda call: Settings(threshold=1.5, tile_keys=1 if boxes_for(call) is None else 16))

@@ -26,10 +26,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ...call import Call
 from ...layout import CELL
 from ...plan import SparsePlan
-from ..shared.launch import COUNTS, LOG2_E
-from ..shared.lists import Lists, query_rows, scaled_tail
+from ..base import Tail
+from ..shared.launch import COUNTS, LOG2_E, key_rows
+from ..shared.lists import Lists, execution_rows, scaled_tail
+from .boxes import boxes_for
 from .lister import SLOTS, STRIDES, Counts, enlist
 from .producers import PRODUCERS, ROWS, descriptors, fetch, gather
 
@@ -259,29 +262,28 @@ def hopper_kernel(
         ], [4, 1, 1, 1, 1], [REGISTERS[0], REGISTERS[1], REGISTERS[1], REGISTERS[1], REGISTERS[1]])
 
 
-def attend_hopper(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
-    """Write softmax over the plan's keys (and `tail` = (out, lse) of tail_triton, or None) to out."""
+def attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -> None:
+    """Write softmax over the plan's keys, and the tail if there is one, to out."""
+    q, k, v = call.tensors
     (batch, heads, _, dim), (*_, tiles, n_bytes), queries = q.shape, plan.bits.shape, plan.queries
     scale = plan.softmax_scale(dim) * LOG2_E
     if scale < 0:  # the kernel scales the largest score, not every score
         q, scale = -q, -scale
     tail_out, tail_lse = scaled_tail(tail)
-    tokens, stride_queries = query_rows(plan, batch, heads)
+    tokens, stride_queries = execution_rows(plan, batch, heads)
     launch = TABLE[dim, plan.tile_rows]
-    boxes = None if plan.gathers else plan.geometry.boxes
-    if any(n > 1 and stride == 0 for x in (k, v) for n, stride in zip(x.shape, x.stride(), strict=True)):
-        boxes = None  # expanded tensors have no boxes
+    boxes = boxes_for(call)
     with torch.cuda.device(q.device):
         if boxes is None:
-            counts, key_rows = Counts(plan, batch, heads), plan.geometry.key_tokens.to(torch.int32)
+            counts, rows = Counts(plan, batch, heads), key_rows(plan.geometry)
             bits, strides, registers = (counts.bits, counts.valid), counts.strides, launch.registers
             launches = [((None,) * 6, None, counts.listed, 0, 0, batch * heads)]
         else:
-            key_rows, bits, strides, registers = None, (None, None), (0, 0, 0), BOX_REGISTERS
+            rows, bits, strides, registers = None, (None, None), (0, 0, 0), BOX_REGISTERS
             launches = _boxed(k, v, plan, boxes)
         for described, lists, listed, stride_list, first, group in launches:
             hopper_kernel[tiles, group](
-                q, k, v, *described, out, lists, *bits, listed, tokens, key_rows, tail_out, tail_lse,
+                q, k, v, *described, out, lists, *bits, listed, tokens, rows, tail_out, tail_lse,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], stride_queries,
                 stride_list, *strides, heads, first, queries, plan.keys, tiles, -(-queries // CELL), n_bytes,
                 scale, CONSUMERS=plan.tile_rows // 64, BLOCK_N=launch.block_keys,

@@ -5,14 +5,25 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ...layout import Geometry
+from ...call import Call
 
 OCTET = 8  # key positions of a box
 FLAT, WIDE, DEEP = 0, 1, 2  # kinds: 8 tokens of a row, 4 in two rows of a frame, 4 in two frames
 
 
-def boxes_of(geometry: Geometry) -> torch.Tensor | None:
-    """First token * 4 + kind of each octet of key positions, int32 [ceil(L_k / 8)]; None if one is no box."""
+def boxes_for(call: Call) -> torch.Tensor | None:
+    """First token * 4 + kind of each octet of key positions, int32 [ceil(L_k / 8)].
+
+    None where keys are brought row by row: slices are finer than octets, keys are missing, k or v is expanded
+    along a dimension, or the tokens of an octet are no box.
+    """
+    if call.settings.tile_keys < OCTET or call.key_valid is not None:
+        return None
+    if any(n > 1 and stride == 0 for x in (call.k, call.v) if x is not None
+           for n, stride in zip(x.shape, x.stride(), strict=True)):
+        return None
+    geometry = call.geometry
+
     def build() -> torch.Tensor | None:
         boxes = octet_boxes(geometry.host_tokens, geometry.grid)
         return None if boxes is None else torch.from_numpy(boxes).to(geometry.key_tokens.device)

@@ -1,6 +1,6 @@
 """Producers of the Hopper kernel: bring the listed rows of k and v into rings of shared tiles, in Gluon.
 
-`fetch` has the copy engine (TMA) bring octets that lie in memory as boxes (order.octet_boxes); four
+`fetch` has the copy engine (TMA) bring octets that lie in memory as boxes (boxes.octet_boxes); four
 warps fetch a quarter of each tile. `gather` copies single rows with cp.async; hopper_lister says which.
 The keys that do not fill a step, the last ones, come first.
 """
@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ...layout import DEEP, OCTET, WIDE
+from .boxes import DEEP, OCTET, WIDE
 from .lister import SLOTS
 
 PRODUCERS = gl.constexpr(4)  # warps that fetch
@@ -109,7 +109,7 @@ def fetch(
 
 
 def descriptors(x: torch.Tensor, grid: tuple[int, int, int]) -> list[TensorDescriptor]:
-    """Boxes of 2 x 4 tokens by 64 columns of x [H, L, D]: FLAT, WIDE and DEEP (see order.octet_boxes).
+    """Boxes of 2 x 4 tokens by 64 columns of x [H, L, D]: FLAT, WIDE and DEEP (see boxes.octet_boxes).
 
     Each is a view of x whose tokens overlap: [H, L, 2, 4, D], the third dimension being the next four
     tokens, those below, or those of the next frame.

@@ -22,10 +22,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ...call import Call
 from ...layout import CELL
-from ...plan import SparsePlan
+from ..base import Planned, Tail
 from ..shared.launch import COUNTS, LOG2_E, shared_stride
-from ..shared.summarise import Summaries
+from ..shared.summarise import tail_room
 from .attend import _own_sums
 from .producers import TYPES
 
@@ -212,9 +213,10 @@ def tail_hopper_kernel(
     ], [4, 4, 4], REGISTERS)
 
 
-def tail_hopper(made: Summaries, plan: SparsePlan, key_rows: torch.Tensor, out, lse) -> None:
-    """Write the tail to out [B, H, runs, D] and lse [B, H, runs]; key_rows as for summarise."""
-    (batch, heads, runs, dim), bits, order = out.shape, plan.bits, plan.run_order
+def tail(call: Call, planned: Planned) -> Tail:
+    """The tail of a call under a plan."""
+    plan, (made, key_rows, (out, lse)) = planned.plan, tail_room(call, planned)
+    (batch, heads, runs, dim), bits, order = out.shape, plan.bits, plan.cell_order
     block, valid = [1, STEP.value, dim], None
     layout = gl.NVMMASharedLayout.get_default_for(block, TYPES[made.mean.dtype])
     described = (TensorDescriptor.from_tensor(x, block, layout) for x in (made.mean, made.value))
@@ -228,3 +230,4 @@ def tail_hopper(made: Summaries, plan: SparsePlan, key_rows: torch.Tensor, out, 
             heads, runs, made.mean.shape[1], plan.keys, bits.shape[2], bits.shape[3],
             plan.softmax_scale(dim) * LOG2_E, D=dim, TILE_RUNS=plan.tile_rows // CELL, N=plan.tile_keys,
             STAGES=STAGES, REGISTERS=REGISTERS, num_warps=4)
+    return out, lse

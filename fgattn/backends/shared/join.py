@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...joining import FARTHEST, KERNEL_ROWS, WINDOW
+from ...joining import FARTHEST, WINDOW
 from ...layout import CELL
+from ...plan import KERNEL_ROWS
 from .launch import COUNTS, shared_stride
 
 BLOCK_BYTES, WARPS = 16, 2

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 
 import torch
 
-from ...layout import CELL
+from ...layout import CELL, Geometry
 
 LOG2_E = 1.4426950408889634
 # Arguments that Triton shall not compile variants for (being 1, or divisible by 16): each video length and
@@ -27,21 +26,20 @@ def shared_stride(x: torch.Tensor | None, dim: int = 0) -> int:
     return 0 if x is None or x.shape[dim] == 1 else x.stride(dim)
 
 
-def position_rows(tokens: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """Row at each position of the order, -1 for invalid ones and past the end; int32 [B or 1, runs * 16].
+def query_rows(geometry: Geometry) -> torch.Tensor:
+    """Row of q at each query position, -1 past the end; int32 [1, query cells * 16]."""
+    return geometry.table("query rows", lambda: _padded(geometry.query_tokens.to(torch.int32)[None]))
+
+
+def key_rows(geometry: Geometry, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """Row of k and v at each key position, -1 past the end; int32 [B or 1, key cells * 16].
 
     Args:
-        tokens: [L], row at each position; a geometry's, which are never written to.
-        valid: None or bool [B, L], in the order.
+        valid: None or bool [B, L_k] in the order; keys that do not exist have -1.
     """
     if valid is None:
-        return _rows_of(tokens)
-    return _padded(tokens.to(torch.int32)[None].masked_fill(~valid, -1))
-
-
-@functools.lru_cache(maxsize=32)
-def _rows_of(tokens: torch.Tensor) -> torch.Tensor:  # tensors are looked up by identity
-    return _padded(tokens.to(torch.int32)[None])
+        return geometry.table("key rows", lambda: _padded(geometry.key_tokens.to(torch.int32)[None]))
+    return _padded(geometry.key_tokens.to(torch.int32)[None].masked_fill(~valid, -1))
 
 
 def _padded(rows: torch.Tensor) -> torch.Tensor:

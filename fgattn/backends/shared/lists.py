@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...layout import CELL, OCTET
+from ...layout import CELL
 from ...plan import SparsePlan
-from .launch import COUNTS, LOG2_E, position_rows, shared_stride
+from .launch import COUNTS, LOG2_E, key_rows, shared_stride
 
 LIST_BYTES = 208 << 20  # scratch for lists; more heads than fit run in several launches
 LIST_BLOCK, LIST_SPAN = 256, 4096  # units: of a step, of a program
@@ -93,17 +93,17 @@ def list_kernel(
 class Lists:
     """The unit lists of a plan's tiles, made for one group of heads after the other.
 
-    Units are octets, listed as their box (see order.octet_boxes), if boxes are given; else up to 16 keys,
+    Units are 8 keys, listed as their entry in `octets`, if that is given; else up to 16 keys,
     listed as their place in the order; else single keys, listed as their row of k and v.
     """
 
-    def __init__(self, plan: SparsePlan, batch: int, heads: int, boxes: torch.Tensor | None = None):
+    def __init__(self, plan: SparsePlan, batch: int, heads: int, octets: torch.Tensor | None = None):
         bits = self.bits = plan.bits
         self.batch, self.heads, self.tiles, self.keys = batch, heads, bits.shape[2], plan.keys
-        self.key_rows = position_rows(plan.geometry.key_tokens, plan.key_valid)
+        self.key_rows = key_rows(plan.geometry, plan.key_valid)
         self.stride_rows = shared_stride(self.key_rows)
-        if boxes is not None:
-            self.unit, self.entries = OCTET, boxes
+        if octets is not None:
+            self.unit, self.entries = 8, octets
         else:
             self.unit = 1 if plan.key_valid is not None else min(plan.tile_keys, CELL)
             self.entries = self.key_rows if self.unit == 1 else None
@@ -131,10 +131,10 @@ class Lists:
             yield b, first, number
 
 
-def query_rows(plan: SparsePlan, batch: int, heads: int) -> tuple[torch.Tensor, int]:
+def execution_rows(plan: SparsePlan, batch: int, heads: int) -> tuple[torch.Tensor, int]:
     """Rows of the queries in the order of execution, and the distance of one head's to the next's."""
     tokens = plan.query_tokens
-    if plan.run_order is None:
+    if plan.cell_order is None:
         return tokens, 0  # one order for all heads
     return tokens.expand(batch, heads, -1).contiguous(), plan.queries
 

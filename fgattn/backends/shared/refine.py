@@ -6,13 +6,15 @@ unless c.k < limit_c for all its keys and all the tile's centroids, with the lim
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from ...joining import KERNEL_ROWS
+from ...call import Call
 from ...layout import CELL
-from ...plan import row_bytes
+from ...plan import KERNEL_ROWS, row_bytes
 from .launch import COUNTS, shared_stride
 from .plan_table import plan_launch, shares
 from .words import (
@@ -114,15 +116,33 @@ def key_slice_kernel(
     tl.store(done + at, scores_of(tl.sum(together, 1), number, queries, JOINED * TILE_RUNS * 16))
 
 
-def refine(centroid, k, table, always, limits, order, cells, m: int, n: int, queries: int, keys: int):
-    """Bits of slices of n < 16 keys, and scores asked for and executed, both [B, H, programs] in parts.
+class Chosen(NamedTuple):
+    """What the pass over cells has found, for the pass over keys.
+
+    | field | shape | meaning |
+    |---|---|---|
+    | centroid | [B * H, query cells, D] | mean of a query cell |
+    | limits | [B * H, query cells] fp32 | smallest score that is kept, over the scale |
+    | cells | [B, H, tiles, bytes] uint8 | bits of the kept key cells |
+    | always | [tiles, bytes] uint8 | bits of the key cells that are kept whatever their score |
+    | order | None or [B, H, query cells] int32 | order of execution |
+    """
+
+    centroid: torch.Tensor
+    limits: torch.Tensor
+    cells: torch.Tensor
+    always: torch.Tensor
+    order: torch.Tensor | None
+
+
+def refine(call: Call, chosen: Chosen, table):
+    """Bits of slices of N < 16 keys, and pairs asked for and executed, both [B, H, programs] in parts.
 
     Args:
-        centroid: [B * H, runs, D]; k: [B, H, L_k, D].
-        table: KeyTables. always, cells: bits of cells, [tiles, bytes] and [B, H, tiles, bytes].
-        limits: fp32 [B * H, runs]. order: None or int32 [B, H, runs], the order of execution.
-        queries, keys: how many there are in the order.
+        table: KeyTables of the call.
     """
+    (centroid, limits, cells, always, order), k = chosen, call.tensors[1]
+    m, n, queries, keys = call.settings.tile_queries, call.settings.tile_keys, call.queries, call.keys
     (batch, heads, _, dim), (groups, runs, _), device = k.shape, centroid.shape, k.device
     tiles, launch, together = cells.shape[2], plan_launch(device), max(1, KERNEL_ROWS // m)
     words = torch.empty(batch, heads, tiles, row_bytes(keys), dtype=torch.uint8, device=device)

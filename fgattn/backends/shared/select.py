@@ -9,7 +9,7 @@ select_kernel for the comparison. Logits are computed twice and never stored.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -17,16 +17,14 @@ import triton
 import triton.language as tl
 from torch.nn.functional import pad
 
-from ...joining import KERNEL_ROWS
+from ...call import Call
 from ...layout import CELL, Geometry
-from ...plan import pack, row_bytes
-from ...settings import Settings
-from ...tensors import compute_type
-from ..pytorch.select import log_bound
+from ...plan import KERNEL_ROWS, SparsePlan, pack, row_bytes
+from ..base import Planned
 from .join import grouped
-from .launch import COUNTS, LOG2_E, on_device, position_rows, shared_stride
+from .launch import COUNTS, LOG2_E, key_rows, on_device, query_rows, shared_stride
 from .plan_table import plan_launch, shares
-from .refine import refine
+from .refine import Chosen, refine
 from .summarise import summarise
 from .words import WORDS, column_order, scores_of, share, tile_words
 
@@ -150,6 +148,9 @@ def slice_kernel(
              scores_of(tl.sum(keys, 1), tile, queries, TILE_QUERIES))
 
 
+IS_INTERPRETED = not isinstance(total_kernel, triton.JITFunction)
+
+
 class KeyTables(NamedTuple):
     """What planning looks up by position of keys; B is 1 if all are valid."""
 
@@ -163,7 +164,7 @@ class KeyTables(NamedTuple):
 
 def key_tables(geo: Geometry, valid: torch.Tensor | None) -> KeyTables:
     """valid: None or bool [B, L_k], in the order."""
-    rows = position_rows(geo.key_tokens, valid)
+    rows = key_rows(geo, valid)
     exists = rows >= 0
     counts = exists.view(len(rows), -1, CELL).sum(2, dtype=torch.int32)
     # What does not count stands for a cell that does: too little to show, but inf * 0 would be no number.
@@ -176,54 +177,39 @@ def key_tables(geo: Geometry, valid: torch.Tensor | None) -> KeyTables:
                      pack(rows[:, : len(geo.key_tokens)] >= 0))
 
 
-@functools.lru_cache(maxsize=32)
-def _all_keys(geo: Geometry) -> KeyTables:
-    return key_tables(geo, None)
-
-
-@functools.lru_cache(maxsize=32)
-def _always_kept(geo: Geometry, tile_queries: int) -> torch.Tensor:
-    """Bytes of the cells that each tile keeps whatever their score."""
-    return pack(geo.always_kept(tile_queries))
-
-
-def plan_bits(q, k, v, geo: Geometry, valid: torch.Tensor | None, settings: Settings, scale: float):
-    """Bits and score counts of a plan.
-
-    Args:
-        q: [B, H, L_q, D]; k, v: [B, H, L_k, D]; any outer strides, neither empty; v may be None.
-        valid: None or bool [B, L_k], in the order.
-
-    Returns:
-        bits, requested, executed and run_order of a SparsePlan, and the Summaries that a tail needs or
-        None.
-    """
-    q, k, v = (x if x is None else x.to(compute_type(x)) for x in (q, k, v))
+def plan_bits(call: Call) -> Planned:
+    """The plan of a call, and the Summaries that its tail needs; none under a negative scale."""
+    (q, k, v), geo, settings, scale = call.tensors, call.geometry, call.settings, call.scale
+    v = v if settings.tail else None
     is_negative = scale < 0  # limits are divided by it
     if is_negative:
         q, scale = -q, -scale
-    queries, m, n = len(geo.query_tokens), settings.tile_queries, settings.tile_keys
-    table = _all_keys(geo) if valid is None else key_tables(geo, valid)
-    always, order = _always_kept(geo, m), None
+    m, n = settings.tile_queries, settings.tile_keys
+    table = (geo.table("key tables", lambda: key_tables(geo, None)) if call.key_valid is None
+             else key_tables(geo, call.key_valid))
+    always, order = geo.table(("always kept, bits", m), lambda: pack(geo.always_kept(m))), None
     with on_device(q):
-        summaries, limits, cells = _score(q, k, v, geo, table, len(always), settings, scale)
-        bits, widths, requested = _slices(cells, always, table, settings, queries)
+        summaries, limits, cells = _score(dataclasses.replace(call, q=q, k=k, v=v, scale=scale), table)
+        bits, widths, requested = _slices(cells, always, table, call)
         executed = requested
         if m < KERNEL_ROWS:
-            bits, executed, order = grouped(bits, widths, m, queries)
+            bits, executed, order = grouped(bits, widths, m, call.queries)
         if n < CELL:
             bits, requested, executed = refine(
-                summaries.centroid, k, table, always, limits, order, cells, m, n, queries,
-                len(geo.key_tokens))
+                call, Chosen(summaries.centroid, limits, cells, always, order), table)
         requested = requested.sum(2)
         executed = executed.sum(2) if m < KERNEL_ROWS else requested
-    return bits, requested, executed, order, None if is_negative else summaries
+    plan = SparsePlan(
+        bits, requested, executed, order, geometry=geo, key_valid=call.key_valid,
+        tile_rows=max(m, KERNEL_ROWS), tile_keys=n, tail=settings.tail, scale=call.scale)
+    return Planned(plan, None if is_negative else summaries)
 
 
-def _score(q, k, v, geo: Geometry, table: KeyTables, tiles: int, settings: Settings, scale: float):
+def _score(call: Call, table: KeyTables):
     """Summaries, limits of the centroids fp32 [B * H, runs], and bits [B, H, tiles, bytes] of cells above."""
-    (batch, heads, _, dim), device = q.shape, q.device
-    summaries = summarise(q, k, v, position_rows(geo.query_tokens), table.rows, second=True)
+    (batch, heads, _, dim), device, scale = call.q.shape, call.device, call.scale
+    tiles = triton.cdiv(call.queries, call.settings.tile_queries)
+    summaries = summarise(call.q, call.k, call.v, query_rows(call.geometry), table.rows, second=True)
     centroid, square, mean, variance, _ = summaries
     (groups, runs, _), cells = centroid.shape, mean.shape[1]
     launch = plan_launch(device)
@@ -241,17 +227,18 @@ def _score(q, k, v, geo: Geometry, table: KeyTables, tiles: int, settings: Setti
         scale / 2, **common)
     select_kernel[blocks, parts, groups](
         centroid, square, mean, variance, totals, limits, words, runs, cells, tiles, parts, words.shape[3],
-        scale * LOG2_E, scale / 2, log_bound(settings.threshold, len(geo.key_tokens)) * LOG2_E,
-        TILE_RUNS=settings.tile_queries // CELL, **common)
+        scale * LOG2_E, scale / 2, call.settings.log_bound(call.keys) * LOG2_E,
+        TILE_RUNS=call.settings.tile_queries // CELL, **common)
     return summaries._replace(square=None, variance=None), limits, bits
 
 
-def _slices(cells: torch.Tensor, always: torch.Tensor, table: KeyTables, settings: Settings, queries: int):
+def _slices(cells: torch.Tensor, always: torch.Tensor, table: KeyTables, call: Call):
     """Bits of slices of whole cells, the keys in each int32 [B or 1, slices], and scores [B, H, programs].
 
     `cells`, the bits of cells kept for their score, become those of kept cells where slices are no larger.
     """
     (batch, heads, tiles, cell_bytes), counts, bits = cells.shape, table.counts, cells
+    settings = call.settings
     span = max(1, settings.tile_keys // CELL)
     if span > 1:
         counts = pad(counts, (0, -counts.shape[1] % span)).unflatten(1, (-1, span)).sum(2, dtype=torch.int32)
@@ -260,6 +247,6 @@ def _slices(cells: torch.Tensor, always: torch.Tensor, table: KeyTables, setting
     scores = torch.empty(batch, heads, programs, dtype=torch.float64, device=cells.device)
     slice_kernel[programs, batch * heads](
         cells, always, table.cells, bits, counts, scores, shared_stride(counts), shared_stride(table.cells),
-        heads, queries, tiles, counts.shape[1], cell_bytes, bits.shape[3],
+        heads, call.queries, tiles, counts.shape[1], cell_bytes, bits.shape[3],
         TILE_QUERIES=settings.tile_queries, SPAN=span, TILES=SLICE_TILES, BYTES=SLICE_BYTES, num_warps=1)
     return bits, counts, scores

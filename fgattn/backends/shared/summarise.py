@@ -12,8 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ...call import Call
 from ...layout import CELL
-from .launch import COUNTS, on_device, shared_stride
+from ..base import Planned, Tail
+from .launch import COUNTS, key_rows, on_device, query_rows, shared_stride
 
 RUNS_D = 1024  # channels of a program, all runs together: eight a thread
 
@@ -123,3 +125,22 @@ def summarise(q, k, v, query_rows: torch.Tensor, key_rows: torch.Tensor, second:
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], shared_stride(key_rows), heads, runs, cells,
             int(made.value is None), RUNS=RUNS_D // dim, D=dim, SECOND=second, num_warps=4)
     return made
+
+
+def tail_room(call: Call, planned: Planned) -> tuple[Summaries, torch.Tensor, Tail]:
+    """What a tail kernel needs: summaries, those of the plan if it has them; rows of keys; room for the tail.
+
+    The tail is out [B, H, query cells, D] and log-sum-exp [B, H, query cells] in fp32, not yet written.
+    """
+    q, k, v = call.tensors
+    batch, heads, _, dim = q.shape
+    rows = key_rows(call.geometry, call.key_valid)
+    made = planned.made
+    if made is None:
+        made = summarise(q, k, v, query_rows(call.geometry), rows)
+    elif made.value is None:
+        made = made._replace(value=summarise(None, None, v, query_rows(call.geometry), rows).value)
+    query_cells = triton.cdiv(call.queries, CELL)
+    out = torch.empty(batch, heads, query_cells, dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(batch, heads, query_cells, dtype=torch.float32, device=q.device)
+    return made, rows, (out, lse)

@@ -16,15 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
+from ...call import Call
 from ...layout import CELL
 from ...plan import SparsePlan
-from ..shared import compile_log  # noqa: F401
+from ..base import Tail
 from ..shared.launch import COUNTS, LOG2_E, on_device
-from ..shared.lists import Lists, query_rows, scaled_tail
+from ..shared.lists import Lists, execution_rows, scaled_tail
 from ..shared.plan_table import capability
 from .launch_table import launch_for
-
-HEAD_DIMS = (64, 128)
 
 
 @triton.jit
@@ -112,16 +111,14 @@ def attend_kernel(
              acc.to(out.dtype.element_ty), mask=exists[:, None])
 
 
-IS_INTERPRETED = not isinstance(attend_kernel, triton.JITFunction)
-
-
-def attend_triton(q, k, v, plan: SparsePlan, tail, out: torch.Tensor) -> None:
-    """Write softmax over the plan's keys (and `tail` = (out, lse) of tail_triton, or None) to out."""
+def attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -> None:
+    """Write softmax over the plan's keys, and the tail if there is one, to out."""
+    q, k, v = call.tensors
     (batch, heads, _, dim), queries, tiles = q.shape, plan.queries, plan.bits.shape[2]
     tail_out, tail_lse = scaled_tail(tail)
     launch = launch_for(capability(q.device), dim, plan.tile_rows)
     with on_device(q):
-        lists, (tokens, stride_queries) = Lists(plan, batch, heads), query_rows(plan, batch, heads)
+        lists, (tokens, stride_queries) = Lists(plan, batch, heads), execution_rows(plan, batch, heads)
         for b, first, group in lists.groups():
             attend_kernel[tiles, group](
                 q, k, v, out, lists.lists, lists.listed, tokens, lists.key_rows, tail_out, tail_lse,

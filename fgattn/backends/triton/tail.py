@@ -11,10 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ...call import Call
 from ...layout import CELL
-from ...plan import SparsePlan
-from ..shared.launch import COUNTS, on_device, position_rows, shared_stride
-from ..shared.summarise import Summaries, summarise
+from ..base import Planned, Tail
+from ..shared.launch import COUNTS, on_device, shared_stride
+from ..shared.summarise import tail_room
 
 BLOCK_RUNS, BLOCK_CELLS, WARPS, STAGES = 64, 32, 4, 2  # larger steps spill before sm_90, and are slower on it
 
@@ -75,34 +76,12 @@ def tail_kernel(
     tl.store(lse + head * runs + place, m_i + tl.log(l_i), mask=place < runs)  # nothing skipped: -inf
 
 
-def tail_triton(q, k, v, plan: SparsePlan, summaries: Summaries | None = None, hopper: bool = False):
-    """What `pooled_tail` returns, out [B, H, runs, D] and lse [B, H, runs] in fp32.
-
-    Args:
-        summaries: of these q and k, if they were made for the plan; of v too, if it was there.
-        hopper: run the kernel for compute capability 9.0.
-    """
-    batch, heads, _, dim = q.shape
-    rows = position_rows(plan.geometry.query_tokens), position_rows(plan.geometry.key_tokens, plan.key_valid)
-    if summaries is None:
-        summaries = summarise(q, k, v, *rows)
-    elif summaries.value is None:
-        summaries = summaries._replace(value=summarise(None, None, v, *rows).value)
-    runs = triton.cdiv(plan.queries, CELL)
-    out = torch.empty(batch, heads, runs, dim, dtype=torch.float32, device=q.device)
-    lse = torch.empty(batch, heads, runs, dtype=torch.float32, device=q.device)
-    if hopper:
-        from ..hopper.tail import tail_hopper as launch
-    else:
-        launch = _launch
-    launch(summaries, plan, rows[1], out, lse)
-    return out, lse
-
-
-def _launch(made: Summaries, plan: SparsePlan, key_rows: torch.Tensor, out: torch.Tensor, lse: torch.Tensor):
-    (batch, heads, runs, dim), bits, order = out.shape, plan.bits, plan.run_order
+def tail(call: Call, planned: Planned) -> Tail:
+    """The tail of a call under a plan, by the portable kernel."""
+    plan, (made, rows, (out, lse)) = planned.plan, tail_room(call, planned)
+    (batch, heads, runs, dim), bits, order = out.shape, plan.bits, plan.cell_order
     width, cells = min(plan.tile_keys, CELL), made.mean.shape[1]
-    widths = (key_rows >= 0).view(len(key_rows), -1, width).sum(2, dtype=torch.uint8)
+    widths = (rows >= 0).view(len(rows), -1, width).sum(2, dtype=torch.uint8)
     with on_device(out):
         tail_kernel[(triton.cdiv(runs, BLOCK_RUNS), batch * heads)](
             made.centroid, made.mean, made.value, bits, widths, order, out, lse,
@@ -111,3 +90,4 @@ def _launch(made: Summaries, plan: SparsePlan, key_rows: torch.Tensor, out: torc
             triton.cdiv(plan.keys, plan.tile_keys), bits.shape[3], plan.softmax_scale(dim),
             BLOCK_RUNS=BLOCK_RUNS, BLOCK_CELLS=BLOCK_CELLS, D=dim, TILE_RUNS=plan.tile_rows // CELL,
             PARTS=CELL // width, SPAN=max(1, plan.tile_keys // CELL), num_warps=WARPS, num_stages=STAGES)
+    return out, lse
