@@ -5,6 +5,9 @@ import math
 
 import torch
 from fgattn import SparsePlan, TokenLayout, plan_from_mask, reference
+from fgattn.backends import registry
+from fgattn.backends.base import Planned
+from fgattn.call import Call
 from fgattn.layout import CELL
 from fgattn.plan import of_heads
 
@@ -104,8 +107,8 @@ def assert_lists_agree(plan: SparsePlan, values, m: int, most_undecided=None):
     assert undecided.sum() <= most_undecided, "the case decides nothing"
     group = max(1, plan.tile_rows // m)
     joined = values
-    if plan.run_order is not None:
-        tile = plan.run_order[..., :: m // CELL, None].long() // (m // CELL)
+    if plan.cell_order is not None:
+        tile = plan.cell_order[..., :: m // CELL, None].long() // (m // CELL)
         joined = values.gather(2, tile.expand_as(values))
     padded = torch.nn.functional.pad(joined, (0, 0, 0, -values.shape[2] % group), value=-math.inf)
     union = padded.unflatten(2, (-1, group)).amax(3)
@@ -217,3 +220,9 @@ CASES = {c.why: c for c in (
     Case("fewer tokens than a cell", (1, 3, 4), front=1),
     Case("sinks only", (0, 0, 0), back=40),
 )}
+
+
+def tail_of(q, k, v, plan, impl="torch", made=None):
+    """The tail of a plan by a backend, (out, log-sum-exp); made: what the plan's own backend hands on."""
+    call = Call.under(plan, q, k, v)
+    return registry.by_name(impl).tail(call, Planned(plan, made))

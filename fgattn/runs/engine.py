@@ -34,6 +34,7 @@ from .watch import Watch
 
 log = logging.getLogger("fgattn")
 OTHER_GPU = "on another GPU than the run"
+AFTER_FAILURE = "after an error"
 IN_PARTS = "heads were taken in parts, to save memory"
 SHORT_OF_MEMORY = "short of memory: fewer heads at a time, plans are not kept"
 
@@ -49,6 +50,7 @@ class Engine:
 
     Attributes:
         place: of the query tile that the next run's maps are of.
+        run: that is going on, or None.
         last_report, last_maps: of the last run, once it has ended.
     """
 
@@ -63,7 +65,7 @@ class Engine:
         self.last_report: RunReport | None = None
         self.last_maps: Maps | None = None
         self._scope, self._passthrough, self._notify = scope, passthrough, notify
-        self._run: Run | None = None
+        self.run: Run | None = None
 
     def begin_run(self, sigmas: Sequence[float], full_noise: bool, device: torch.device) -> None:
         """Start a run over a schedule.
@@ -82,7 +84,7 @@ class Engine:
             with self._scope():
                 stats = RunStats(Clock(device), scheduled=max(1, len(sigmas) - 1),
                                  sliders=[(0, self.settings.threshold, self.policy.warmup_steps)])
-                self._run = Run(
+                self.run = Run(
                     sigmas=sigmas, full_noise=full_noise, settings=self.settings, policy=self.policy,
                     final=final, stats=stats, answer=registry.on_device(device, self.settings),
                     plans=PlanStore(self.policy.reuse_steps, self.policy.reuse_memory_mb * 10**6),
@@ -91,12 +93,12 @@ class Engine:
         except BaseException:
             compile_log.stop()
             raise
-        if self._run.device_reason:
-            log.warning("FG-Attn runs dense: %s", self._run.device_reason)
+        if self.run.device_reason:
+            log.warning("FG-Attn runs dense: %s", self.run.device_reason)
 
     def begin_evaluation(self, sigma: float) -> None:
         """Note that the model is evaluated at this noise level; finds the step it belongs to."""
-        if run := self._run:
+        if run := self.run:
             step = step_of(sigma, run.sigmas)
             is_new, run.step = step != run.step, step
             if run.moved and not run.stats.began(step):
@@ -115,14 +117,14 @@ class Engine:
             InvalidArgument: for values that the settings do not take.
         """
         moved = (replace(self.settings, threshold=threshold), replace(self.policy, warmup_steps=warmup_steps))
-        run = self._run
+        run = self.run
         if run:
             run.moved = moved
         return run is not None
 
     def so_far(self) -> RunReport | None:
         """The books of the run that is going on, as far as they can be read without waiting."""
-        if run := self._run:
+        if run := self.run:
             with self._scope():
                 return run.stats.so_far(self._describe(run), run.implementation)
         return None
@@ -139,7 +141,7 @@ class Engine:
 
     def _close(self) -> Run | None:
         """Take the run that is going on out of the engine, if there is one."""
-        run, self._run = self._run, None
+        run, self.run = self.run, None
         if run is not None:
             compile_log.stop()
         return run
@@ -150,13 +152,13 @@ class Engine:
 
     def decline(self, reason: str) -> None:
         """Count a call that is left to dense attention before it gets here."""
-        if self._run:
-            self._run.stats.calls[reason] += 1
+        if self.run:
+            self.run.stats.calls[reason] += 1
 
     def remark(self, text: str) -> None:
         """Note something that the user should know about this run, once."""
-        if self._run:
-            self._run.stats.remarks[text] = None
+        if self.run:
+            self.run.stats.remarks[text] = None
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: TokenLayout,
@@ -174,12 +176,14 @@ class Engine:
                 window; None if unknown. Plans are kept only where block and branch are known.
             scale: softmax scale, D**-0.5 if None.
         """
-        run = self._run
+        run = self.run
         if run is None:
             return dense()
         stats, at = run.stats, CallPlace(run.step, block, branch)
         stats.tokens = max(stats.tokens, q.shape[2])
         run.blocks.add(block)
+        if stats.error:
+            return self._dense(run, at, AFTER_FAILURE, dense)
         answer: Eligible | str | None = run.device_reason
         if answer is None:
             try:
@@ -197,12 +201,7 @@ class Engine:
             run.watch.dense(at, answer)
             return dense()
         if reason := self._dense_by_policy(run, at) or self._too_dense(run, call, answer, at):
-            stats.calls[reason] += 1
-            run.watch.dense(at, reason)
-            start = stats.clock.mark()
-            out = dense()
-            stats.timed(run.step, False, [(start, start, stats.clock.mark())])
-            return out
+            return self._dense(run, at, reason, dense)
         try:
             with self._scope():
                 out = self._sparse(run, call, answer, at)
@@ -214,6 +213,15 @@ class Engine:
         except Exception as error:
             self._failed(run, error, at)
         return dense()  # after the handler, which holds what was made until then
+
+    def _dense(self, run: Run, at: CallPlace, reason: str, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A call that could run sparse, but shall not: dense calls are timed to compare with."""
+        run.stats.calls[reason] += 1
+        run.watch.dense(at, reason)
+        start = run.stats.clock.mark()
+        out = dense()
+        run.stats.timed(run.step, False, [(start, start, run.stats.clock.mark())])
+        return out
 
     def _failed(self, run: Run, error: Exception, at: CallPlace) -> None:
         """Note a failure, after which the run is dense."""
@@ -228,13 +236,13 @@ class Engine:
         """Plan and attend. Out of memory drops the kept plans and halves the heads at a time, for good."""
         heads = call.q.shape[1]
         while True:
-            out = planned = None  # what is made next shall have the room of what was made before
+            out = plan = None  # what is made next shall have the room of what was made before
             parts = max(run.parts, parts_for(call))
             try:
                 out, spans = empty_like(call.q), []
                 for of, part in call.in_parts(parts):
-                    planned = None
-                    planned, span = self._part(run, part, answer, at, out[:, of])
+                    plan = None
+                    plan, span = self._part(run, part, answer, at, out[:, of])
                     spans.append(span)
                 run.stats.timed(run.step, True, spans)
                 break
@@ -244,7 +252,7 @@ class Engine:
             run.plans.close()
             run.parts = min(heads, 2 * parts)
             self.remark(SHORT_OF_MEMORY)
-        run.watch.sparse(at, call, out, planned.plan if parts == 1 else IN_PARTS)
+        run.watch.sparse(at, call, out, plan if parts == 1 else IN_PARTS)
         return out
 
     def _part(self, run: Run, call: Call, answer: Eligible, at: CallPlace, out: torch.Tensor):
@@ -255,7 +263,7 @@ class Engine:
         execute.attend(call, answer.backend, planned, out)
         run.stats.add_plan(run.step, _number(at.block), planned.plan)
         run.stats.plans[outcome] += 1
-        return planned, (start, after, run.stats.clock.mark())
+        return planned.plan, (start, after, run.stats.clock.mark())
 
     def _planned(self, run: Run, call: Call, answer: Eligible, at: CallPlace) -> tuple[Planned, str]:
         """A kept plan or a new one, and which."""
@@ -290,8 +298,6 @@ class Engine:
 
     def _dense_by_policy(self, run: Run, at: CallPlace) -> str | None:
         """Why a call that could run sparse shall not."""
-        if run.stats.error:
-            return "after an error"
         if run.step < run.warmup(run.policy):
             return "warm-up step"
         if run.step >= run.steps - run.final:

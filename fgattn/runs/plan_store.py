@@ -31,7 +31,7 @@ class PlanStore:
     """
 
     def __init__(self, steps: int, limit: int):
-        self._steps, self._limit = steps, limit
+        self._steps, self.limit = steps, limit
         self._step = 0
         self._kept: dict[Hashable, _Kept] = {}
         self._calls: Counter = Counter()  # of this evaluation, by key
@@ -56,7 +56,7 @@ class PlanStore:
             return Planned(self._kept[place].plan), REUSED
         planned = build()
         size = size_of(planned.plan)
-        if self.size + size > self._limit:
+        if self.size + size > self.limit:
             return planned, NOT_KEPT
         self._kept[place] = _Kept(planned.plan, self._step, size)
         return planned, MADE
@@ -67,7 +67,7 @@ class PlanStore:
     def close(self) -> None:
         """Drop all plans and admit no more."""
         self.clear()
-        self._limit = -1
+        self.limit = -1
 
 
 def size_of(plan: SparsePlan) -> int:

@@ -233,7 +233,7 @@ def test_lists_agree_with_the_reference():
         above = reference.select(q.cpu(), k.cpu(), settings, layout).cuda()
         plan = build_plan(q, k, settings, layout)
         if m < 64:  # in the order of execution
-            tile = plan.run_order[..., :: m // 16, None].long() // (m // 16)
+            tile = plan.cell_order[..., :: m // 16, None].long() // (m // 16)
             above = above.gather(2, tile.expand_as(above))
         kept = above >= 0
         if m < 64:

@@ -110,7 +110,7 @@ def test_tiles_are_grouped_as_in_torch(m, n):
     layout = TokenLayout((4, 17, 19))
     q, k, v = make(2, layout.length, dtype=torch.float16)
     plan, expected = (build_plan(q, k, Settings(threshold=2.0, tile_queries=m, tile_keys=n), layout, impl=i) for i in ("triton", "torch"))
-    assert torch.equal(plan.run_order, expected.run_order)
+    assert torch.equal(plan.cell_order, expected.cell_order)
     assert torch.equal(plan.bits, expected.bits)
     assert torch.equal(plan.requested, expected.requested) and torch.equal(plan.executed, expected.executed)
     assert_same_tail(q, k, v, plan, 2e-3)

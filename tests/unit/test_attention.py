@@ -18,9 +18,11 @@ from fgattn import (
     reference,
     sparse_attention,
 )
+from fgattn.backends import execute
 from fgattn.backends.pytorch import attend as attend_torch
 from fgattn.backends.pytorch import tail
-from fgattn.plan import parts_for, plan_call
+from fgattn.call import Call
+from fgattn.planning import parts_for
 from fgattn.runs.engine import Engine
 from fgattn.settings import TILE_KEYS, TILE_QUERIES, Policy
 from makers import (
@@ -106,7 +108,7 @@ def test_reference_is_the_definition(m, n, dtype, has_tail):
     mask = random_mask(-(-queries // m), -(-layout.length // n), seed=m)
     plan = plan_from_mask(mask, m, n, query_length=queries, layout=layout, order="cells", tail=has_tail,
                           scale=0.3)
-    runs = range(9) if plan.run_order is None else plan.run_order[0, 0].tolist()
+    runs = range(9) if plan.cell_order is None else plan.cell_order[0, 0].tolist()
     by_key = mask.repeat_interleave(m, 0)[:queries].repeat_interleave(n, 1)[:, :layout.length]
     expected = defined_attention(q[0, 0], k[0, 0], v[0, 0], by_key, m, layout, 0.3, has_tail, runs)
     k, v = poisoned(k, layout.key_valid), poisoned(v, layout.key_valid)
@@ -507,15 +509,17 @@ def test_parts_do_not_add_up(monkeypatch):
     """A part's plan is gone when the next one is planned: parts are there to save memory."""
     made = []
 
-    def watched(*args, **options):
-        assert all(plan() is None for plan in made)
-        plan, _ = plan_call(*args, **options)
-        made.append(weakref.ref(plan))
-        return plan, None
+    plan_of = execute.plan_of
 
+    def watched(call, backend):
+        assert all(plan() is None for plan in made)
+        planned = plan_of(call, backend)
+        made.append(weakref.ref(planned.plan))
+        return planned
+
+    monkeypatch.setattr(execute, "plan_of", watched)
     for module in ("attention", "runs.engine"):
         monkeypatch.setattr(f"fgattn.{module}.parts_for", lambda *_: 3)
-        monkeypatch.setattr(f"fgattn.{module}.plan_call", watched)
     q, k, v = make(3, LENGTH)
     sparse_attention(q, k, v, Settings(threshold=1.5, tile_queries=32, tile_keys=4), LAYOUT)
     one = Engine(Settings(threshold=1.5, tile_queries=32, tile_keys=4), Policy(warmup_steps=0))
@@ -543,10 +547,14 @@ def test_parts_of_a_large_call():
     class OnGPU(torch.Tensor):
         is_cuda = True
 
-    q = torch.empty(1, 40, 75600, 128, device="meta").as_subclass(OnGPU)
-    assert [parts_for(q, 75600, Settings(threshold=1.0, tile_queries=128, tile_keys=n)) for n in (1, 4, 8, 16)] == [2, 2, 2, 1]
-    assert parts_for(q[:, :1], 75600, Settings(threshold=1.0, tile_queries=128, tile_keys=1)) == 1
-    assert parts_for(torch.empty(q.shape, device="meta"), 75600, Settings(threshold=1.0, tile_queries=128, tile_keys=1)) == 1
+    def parts(q, n):
+        return parts_for(Call(q, q, q, Settings(tile_keys=n), None, None, None, 1.0))
+
+    q = torch.empty(1, 40, 75600, 128, device="meta")
+    on_gpu = q.as_subclass(OnGPU)
+    assert [parts(on_gpu, n) for n in (1, 4, 8, 16)] == [2, 2, 2, 1]
+    assert parts(on_gpu[:, :1], 1) == 1
+    assert parts(q, 1) == 1
 
 
 def test_reference_needs_no_other_stage(monkeypatch):
@@ -558,7 +566,7 @@ def test_reference_needs_no_other_stage(monkeypatch):
         raise AssertionError("the reference called an implementation")
 
     for module in (attend_torch, tail):
-        for name in ("summarise", "cell_logits", "ordered", "attend_torch", "pooled_tail"):
+        for name in ("summarise", "cell_logits", "ordered", "attend", "tail"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, fail)
     reference.attend(q, k, v, plan)

@@ -5,7 +5,11 @@ import torch
 from benchmarks.measure import RESULTS
 from benchmarks.results import Results
 from fgattn import Settings, TokenLayout
-from fgattn.runs.break_even import HOPPER, TOO_DENSE, TOO_SHORT, Costs, costs, faster
+from fgattn.backends import hopper, triton
+from fgattn.backends.base import Costs
+from fgattn.backends.shared.costs import FIGURES
+from fgattn.call import Call
+from fgattn.runs.break_even import TOO_DENSE, TOO_SHORT, faster
 from fgattn.runs.engine import Engine
 from fgattn.settings import Policy
 from fgattn.show.text import headline
@@ -16,16 +20,23 @@ CLEAR = 1.2  # a row that is so much faster or slower must be on the rule's righ
 ROWS = Results(RESULTS).measured("breakeven", impl="fgattn")
 
 
-def queries(length, heads=1, dim=128):
-    return torch.empty(1, device="meta").expand(1, heads, length, dim)
+def a_call(length, heads=1, dim=128, settings=None):
+    """A call of this size, without its memory."""
+    q = torch.empty(1, heads, length, dim, device="meta")
+    return Call(q, q, q, settings or Settings(), None, None, None, dim**-0.5)
+
+
+def gains(backend, length, heads=1, dim=128, settings=None, **density):
+    call = a_call(length, heads, dim, settings)
+    return faster(backend.costs(call), call, **density)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "L{L} H{heads} D{D} N{N} {density}".format(**row))
 def test_the_rule_fits_what_was_measured(row):
     """Where a stream of sparse calls was clearly faster or slower than dense ones, the rule says so."""
     gain = row["yardstick_ms"] / max(row["ms"], row["host_ms"])
-    rule = faster(costs(Settings(tile_keys=row["N"]), row["D"], "hopper"),
-                  queries(row["L"], row["heads"], row["D"]), row["L"], row["density"])
+    rule = gains(hopper.BACKEND, row["L"], row["heads"], row["D"], Settings(tile_keys=row["N"]),
+                 density=row["density"])
     assert rule if gain > CLEAR else not rule if gain < 1 / CLEAR else True
 
 
@@ -35,25 +46,23 @@ def test_there_are_measurements():
 
 @pytest.mark.parametrize("settings", [Settings(), Settings(tile_keys=1), Settings(tile_queries=64)], ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("kernel", ["hopper", "triton (no hopper: a reason)"])
-def test_longer_and_sparser_is_better(settings, dim, kernel):
+@pytest.mark.parametrize("backend", [hopper.BACKEND, triton.BACKEND], ids=lambda backend: backend.name)
+def test_longer_and_sparser_is_better(settings, dim, backend):
     """The rule changes its mind once: from dense to sparse as length, heads and sparsity grow."""
-    c = costs(settings, dim, kernel)
-    for sizes in ([queries(n, 12, dim) for n in (500, 2000, 8000, 30000, 100000)],
-                  [queries(8000, heads, dim) for heads in (1, 4, 16, 64, 256)]):
-        said = [faster(c, q, q.shape[2]) for q in sizes]
+    for sizes in ([(n, 12) for n in (500, 2000, 8000, 30000, 100000)],
+                  [(8000, heads) for heads in (1, 4, 16, 64, 256)]):
+        said = [gains(backend, *size, dim, settings) for size in sizes]
         assert said == sorted(said) and {*said} == {True, False}
-    said = [faster(c, queries(50000, 12, dim), 50000, density) for density in (1.0, 0.8, 0.5, 0.3, 0.1)]
+    said = [gains(backend, 50000, 12, dim, settings, density=density) for density in (1.0, 0.8, 0.5, 0.3, 0.1)]
     assert said == sorted(said) and {*said} == {True, False}
 
 
 def test_a_slower_kernel_needs_less_density():
     """The portable kernel and small tiles gain later than the Hopper kernel with large ones."""
-    q = queries(32760, 12)
-    assert faster(costs(Settings(), 128, "hopper"), q, 32760, 0.7)
-    assert not faster(costs(Settings(tile_queries=64), 128, "hopper"), q, 32760, 0.85)
-    assert not faster(costs(Settings(), 128, "triton"), q, 32760, 0.6)
-    assert set(HOPPER) == {(dim, gathers) for dim in (64, 128) for gathers in (True, False)}
+    assert gains(hopper.BACKEND, 32760, 12, density=0.7)
+    assert not gains(hopper.BACKEND, 32760, 12, settings=Settings(tile_queries=64), density=0.85)
+    assert not gains(triton.BACKEND, 32760, 12, density=0.6)
+    assert set(FIGURES) == {(dim, one_by_one) for dim in (64, 128) for one_by_one in (True, False)}
 
 
 class Ruled(Engine):
@@ -64,8 +73,8 @@ class Ruled(Engine):
     def _has_rule(self, device):
         return super()._has_rule(torch.device("cuda"))
 
-    def _costs(self, q):
-        return self.figures
+    def _costs(self, run, call, answer):
+        return self.figures if run.rule else None
 
 
 def run(engine, lengths=(512,), blocks=(0,), thresholds=None):

@@ -1,20 +1,22 @@
 """Engine: which calls run dense and why, what happens on failure, and what the books say."""
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
 from fgattn import InvalidArgument, Settings, TokenLayout, attend, build_plan
-from fgattn.attention import empty_like
-from fgattn.plan import plan_call
-from fgattn.runs.engine import IN_PARTS, SHORT_OF_MEMORY, Engine, OutOfMemory, step_of
-from fgattn.runs.run import Run
+from fgattn.backends import execute
+from fgattn.backends.execute import plan_of
+from fgattn.call import Call
+from fgattn.runs.engine import IN_PARTS, SHORT_OF_MEMORY, Engine, OutOfMemory
+from fgattn.runs.run import Run, step_of
 from fgattn.settings import Policy
 from fgattn.show.text import headline
+from fgattn.tensors import empty_like
 from makers import tensors
 
 CPU = torch.device("cpu")
@@ -160,7 +162,7 @@ def test_a_move_is_not_lost():
 
     one, reads = engine(), []
     one.begin_run(falling(4), True, CPU)
-    one._run.__class__ = Racing
+    one.run.__class__ = Racing
     one.move(0.5, 0)
     for sigma in falling(4)[:-1]:
         one.begin_evaluation(sigma)
@@ -273,13 +275,24 @@ def test_a_run_that_cannot_start_has_no_report(monkeypatch):
     assert one.end_run() is one.last_report is one.last_maps is None
 
 
-def test_a_second_gpu_runs_dense():
+class OnSecondGPU(torch.Tensor):
+    device = torch.device("cuda", 1)
+
+
+def test_a_second_gpu_runs_dense(monkeypatch):
     """The books, and the streams that are timed, are of the run's own GPU."""
     one = engine()
     one.begin_run(falling(4), True, CPU)
-    one._run.stats.clock.device = torch.device("cuda", 0)
-    q = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), shape=Q.shape)
-    assert one._unable(one._run, q, q, q) == "on another GPU than the run"
+    one.begin_evaluation(1.0)
+    one.run.stats.clock.device = torch.device("cuda", 0)
+
+    def on_another(*given):
+        return dataclasses.replace(to_plan(*given), q=OnSecondGPU(Q))
+
+    to_plan = Call.to_plan
+    monkeypatch.setattr(Call, "to_plan", on_another)
+    assert not call(one)
+    assert one.end_run().calls == {"on another GPU than the run": 1}
 
 
 def test_absent_tokens_are_left_out():
@@ -306,7 +319,7 @@ class Interrupt(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["plan_call", "attend"])
+@pytest.mark.parametrize("stage", ["plan_of", "attend"])
 def test_failure_turns_the_run_dense(stage, monkeypatch, caplog):
     """A failure while sampling: said once, dense for the rest of the run, sparse again in the next."""
     notes = []
@@ -318,7 +331,7 @@ def test_failure_turns_the_run_dense(stage, monkeypatch, caplog):
         def fail(*_, **__):
             raise RuntimeError("no kernel image")
 
-        patch.setattr(f"fgattn.runs.engine.{stage}", fail)
+        patch.setattr(f"fgattn.backends.execute.{stage}", fail)
         for sigma in (0.75, 0.5, 0.25):
             one.begin_evaluation(sigma)
             assert not call(one) and not call(one)
@@ -348,7 +361,7 @@ def test_interrupts_pass(monkeypatch, caplog):
     notes = []
     one = engine(passthrough=(Interrupt,), notify=notes.append)
     one.begin_run(falling(4), True, CPU)
-    monkeypatch.setattr("fgattn.runs.engine.attend", interrupt)
+    monkeypatch.setattr("fgattn.backends.execute.attend", interrupt)
     with pytest.raises(Interrupt):
         call(one)
     assert not notes and not caplog.records
@@ -382,14 +395,14 @@ def test_everything_that_allocates_is_in_scope():
     one = engine(scope=scope)
     one.begin_run(falling(4), True, CPU)
     one.begin_evaluation(1.0)
-    build = plan_call
+    build = plan_of
 
     def watched(*args, **options):
         seen.append(depth)
         return build(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fgattn.runs.engine.plan_call", watched)
+        patch.setattr("fgattn.backends.execute.plan_of", watched)
         assert call(one)
         one.attention(Q, K[:, :1], V[:, :1], layout=LAYOUT, dense=lambda: seen.append(depth))
     assert seen == [1, 0] and depth == 0
@@ -539,15 +552,15 @@ class Watched:
 
     def __init__(self, monkeypatch, steps, sigmas=None, **policy):
         self.engine, self.made, self.step, self.plans = engine(
-            Policy(warmup_steps=0, reuse_steps=steps, **policy)), [], 0, weakref.WeakSet()
-        monkeypatch.setattr("fgattn.runs.engine.plan_call", self.build)
+            Policy(warmup_steps=0, reuse_steps=steps, **policy), passthrough=(Interrupt,)), [], 0, weakref.WeakSet()
+        monkeypatch.setattr("fgattn.backends.execute.plan_of", self.build)
         self.engine.begin_run(sigmas or falling(6), True, CPU)
 
     def build(self, *args, **options):
-        plan, summaries = plan_call(*args, **options)
-        self.plans.add(plan)
+        planned = plan_of(*args, **options)
+        self.plans.add(planned.plan)
         self.made.append(self.step)
-        return plan, summaries
+        return planned
 
     def at(self, step, sigma=None):
         self.step = step
@@ -688,7 +701,6 @@ def test_calls_that_cannot_be_told_apart_are_planned_anew(options, why, monkeypa
 def test_plans_are_dropped(end, monkeypatch):
     """At the end of a run, however it ends, no plan is left in memory."""
     one = Watched(monkeypatch, 6)
-    one.engine._passthrough = (Interrupt,)
     one.at(0)
     one.call(*inputs(0))
     one.call(*inputs(0, 1), block=1)
@@ -702,7 +714,7 @@ def test_plans_are_dropped(end, monkeypatch):
         def fail(*_, **__):
             raise Interrupt if end == "interrupt" else RuntimeError
 
-        monkeypatch.setattr("fgattn.runs.engine.attend", fail)
+        monkeypatch.setattr("fgattn.backends.execute.attend", fail)
         with pytest.raises(Interrupt) if end == "interrupt" else contextlib.nullcontext():
             one.call(*inputs(0), block=2)
     gc.collect()
@@ -712,7 +724,7 @@ def test_plans_are_dropped(end, monkeypatch):
 def test_a_full_store_is_counted(monkeypatch):
     """What does not fit is planned in every call; what was kept before goes on serving."""
     one = Watched(monkeypatch, 3)
-    one.engine._run.plans._limit = 2 * 2 * (2 * 16 + 16)  # bits and counts of two plans
+    one.engine.run.plans.limit = 2 * 2 * (2 * 16 + 16)  # bits and counts of two plans
     for step in range(3):
         one.at(step)
         for block in range(3):
@@ -747,7 +759,7 @@ def test_memory_limit_is_in_megabytes(monkeypatch):
         for step in range(3):
             one.at(step)
             one.call(*inputs(step))
-        assert one.made == made and one.engine._run.plans._limit == limit * 10**6
+        assert one.made == made and one.engine.run.plans.limit == limit * 10**6
 
 
 @pytest.mark.parametrize(("fits", "sparse"), [(4, True), (2, True), (1, True), (0, False)])
@@ -758,12 +770,14 @@ def test_out_of_memory_takes_fewer_heads_then_goes_dense(fits, sparse, monkeypat
 
     made = weakref.WeakSet()
 
-    def short(q, k, v, plan, **options):
-        sizes.append(q.shape[1])
-        made.add(plan)
-        if q.shape[1] > fits:
+    compute = execute.attend
+
+    def short(call, backend, planned, out):
+        sizes.append(call.q.shape[1])
+        made.add(planned.plan)
+        if call.q.shape[1] > fits:
             raise OutOfMemory("no room")
-        return attend(q, k, v, plan, **options)
+        return compute(call, backend, planned, out)
 
     def one_output(q):
         assert not outputs  # nor does the one of the attempt before take room
@@ -771,11 +785,11 @@ def test_out_of_memory_takes_fewer_heads_then_goes_dense(fits, sparse, monkeypat
         return out
 
     def dense():
-        assert not outputs and not made and not one._run.plans.size
+        assert not outputs and not made and not one.run.plans.size
         return DENSE
 
     outputs = weakref.WeakSet()
-    monkeypatch.setattr("fgattn.runs.engine.attend", short)
+    monkeypatch.setattr("fgattn.backends.execute.attend", short)
     monkeypatch.setattr("fgattn.runs.engine.empty_like", one_output)
     monkeypatch.setattr("fgattn.runs.engine.log.exception", lambda *_: None)  # pytest keeps what is logged
     one = engine(Policy(warmup_steps=0, reuse_steps=4))
@@ -906,7 +920,7 @@ def test_calls_that_failed_or_were_taken_in_parts_have_no_map(monkeypatch):
     one.begin_run(falling(4), True, CPU)
     one.begin_evaluation(1.0)
     call(one)
-    one._run.parts = 2
+    one.run.parts = 2
     call(one, block=1)
     call(one, k=K[:, :1], v=V[:, :1], block=2)
     call(one, layout=TokenLayout((1, 1, 1)), block=3)

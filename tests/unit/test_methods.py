@@ -56,7 +56,7 @@ def case_of(grid, order, seed=0):
     """One head's rows as stored and in an order that is tested elsewhere."""
     layout = TokenLayout(grid)
     q, k, _ = make(1, layout.length, seed=seed)
-    tokens = torch.from_numpy(token_order(grid, 0, 0, order))
+    tokens = torch.from_numpy(token_order(TokenLayout(grid), order))
     return layout, q, k, q[0, 0, tokens], k[0, 0, tokens]
 
 
@@ -77,7 +77,7 @@ def test_top_k_is_vsa():
     cubes = {}
     for token, (z, y, x) in enumerate(itertools.product(range(t), range(h), range(w))):
         cubes.setdefault((z // 4, y // 4, x // 4), []).append(token)
-    order = token_order(grid, 0, 0, "hilbert").tolist()
+    order = token_order(TokenLayout(grid), "hilbert").tolist()
     runs = sorted(cubes.values(), key=lambda c: min(order.index(token) for token in c))
     assert [sorted(order[i:i + 64]) for i in range(0, len(order), 64)] == runs
     pooled = [torch.stack([x[0, 0, c].double().mean(0) for c in runs]) for x in (q, k)]
@@ -225,7 +225,7 @@ def test_bad_values(method, n):
         assert torch.equal(got[:, 0], before[:, 0])
         assert torch.equal(got, requested(q, k, settings, LAYOUT))
         if math.isnan(value) and method != "radial":
-            place = token_order((3, 7, 10), 3, 9, "cells").tolist().index(40)
+            place = token_order(TokenLayout((3, 7, 10), 3, 9), "cells").tolist().index(40)
             assert got[0, 1, place // 64].all() if which == "q" else got[0, 1, :, place // n].all()
 
 

@@ -44,7 +44,7 @@ def test_mask_survives_packing(m, n):
     for b, h in itertools.product(range(2), range(3)):
         wanted = mask[b, h].repeat_interleave(m, 0)[:LENGTH].repeat_interleave(n, 1)[:, :LENGTH] & in_order[b]
         if m < 64:  # rows in their order of execution
-            positions = made.run_order[b, h, :, None] * 16 + torch.arange(16)
+            positions = made.cell_order[b, h, :, None] * 16 + torch.arange(16)
             wanted = wanted[positions.flatten()[:LENGTH].long()]
         union = torch.cat([part.any(0, keepdim=True).expand(len(part), -1) for part in wanted.split(rows)])
         assert torch.equal(executed_mask(made, b, h), union)

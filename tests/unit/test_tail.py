@@ -6,9 +6,7 @@ import math
 import pytest
 import torch
 from fgattn import TokenLayout, attend, plan_from_mask, tensors
-from fgattn.backends.pytorch import tail
-from fgattn.backends.pytorch.tail import pooled_tail
-from makers import executed_mask, poisoned, query_tokens, random_mask, random_valid
+from makers import executed_mask, poisoned, query_tokens, random_mask, random_valid, tail_of
 from makers import tensors as make
 
 LAYOUT = TokenLayout((3, 7, 10), front=3, back=9)  # 222 tokens
@@ -51,7 +49,7 @@ def test_tail_by_brute_force(m, n, padded):
     layout = dataclasses.replace(LAYOUT, key_valid=valid) if padded else LAYOUT
     q, k, v = make(2, LENGTH, dim=40, batch=2, dtype=torch.float64, seed=m)
     plan = random_plan(m, n, layout, seed=n, batch=2, scale=0.2)
-    out, lse = pooled_tail(q, poisoned(k, valid), poisoned(v, valid), plan)
+    out, lse = tail_of(q, poisoned(k, valid), poisoned(v, valid), plan)
     runs = -(-LENGTH // 16)
     assert out.shape == (2, 2, runs, 40) and lse.shape == (2, 2, runs)
     for b in range(2):
@@ -68,8 +66,8 @@ def test_tail_of_short_types(dtype):
     """Means are rounded to the type, sums are not."""
     q, k, v = make(2, LENGTH, dtype=dtype)
     plan = random_plan(64, 4)
-    out, lse = pooled_tail(q, k, v, plan)
-    exact, exact_lse = pooled_tail(q.double(), k.double(), v.double(), plan)
+    out, lse = tail_of(q, k, v, plan)
+    exact, exact_lse = tail_of(q.double(), k.double(), v.double(), plan)
     eps = torch.finfo(dtype).eps
     assert out.dtype == lse.dtype == torch.float32
     assert 0 < (lse - exact_lse).abs().max() < 8 * eps + 1e-5
@@ -83,7 +81,7 @@ def test_nothing_skipped_weighs_nothing(dtype):
     mask = torch.ones(4, 14, dtype=torch.bool)
     mask[2, 5] = False
     plan = plan_from_mask(mask, 64, 16, query_length=LENGTH, key_length=LENGTH, tail=True)
-    out, lse = pooled_tail(q, k, v, plan)
+    out, lse = tail_of(q, k, v, plan)
     skipping = torch.zeros(14, dtype=torch.bool)
     skipping[8:12] = True  # the runs of tile 2
     assert torch.equal(lse[0, 0].isfinite(), skipping)
@@ -94,7 +92,7 @@ def test_merge_is_one_softmax():
     """Kept keys and tail joined by their log-sum-exps are the softmax over both together."""
     q, k, v = make(1, LENGTH, dtype=torch.float64)
     plan = random_plan(64, 1, heads=1)
-    out, lse = pooled_tail(q, k, v, plan)
+    out, lse = tail_of(q, k, v, plan)
     rows = q[0, 0, plan.geometry.query_tokens]
     keys, values = (x[0, 0, plan.geometry.key_tokens] for x in (k, v))
     executed = executed_mask(plan, 0, 0)
@@ -128,7 +126,7 @@ def test_chunks_do_not_show(monkeypatch):
     """Long videos are pooled a few heads at a time, with the same result."""
     q, k, v = make(5, LENGTH, batch=2)
     plan = random_plan(64, 16, heads=5, batch=2)
-    whole = pooled_tail(q, k, v, plan)
+    whole = tail_of(q, k, v, plan)
     monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", 1)
-    for a, b in zip(whole, tail.pooled_tail(q, k, v, plan), strict=True):
+    for a, b in zip(whole, tail_of(q, k, v, plan), strict=True):
         assert torch.equal(a, b)

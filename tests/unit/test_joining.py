@@ -1,12 +1,11 @@
-"""Which small tiles run together: the rule in plain loops, and what it is for."""
+"""Which small tiles are joined: the rule in plain loops, and what it is for."""
 
 import itertools
 
 import pytest
 import torch
-from fgattn import Settings, TokenLayout, attend, build_plan, plan_from_mask, reference
-from fgattn import joining as grouping
-from fgattn.joining import WINDOW, group
+from fgattn import Settings, TokenLayout, attend, build_plan, joining, plan_from_mask, reference
+from fgattn.joining import WINDOW, joined_order
 from makers import executed_mask, query_tokens, random_mask
 from makers import tensors as make
 
@@ -36,27 +35,27 @@ def defined_order(lists, rows, queries):
 @pytest.mark.parametrize("m", [16, 32])
 @pytest.mark.parametrize("queries", LENGTHS)
 def test_the_rule(queries, m):
-    """Closest pairs first, ties by number, windows, what is left over; every run exactly once."""
+    """Closest pairs first, ties by number, windows, what is left over; every query cell exactly once."""
     kept = random_mask(2, -(-queries // m), 7, seed=queries)  # few slices: many ties
-    order = group(kept, m, queries)
+    order = joined_order(kept, m, queries)
     assert order.dtype == torch.int32 and order.shape == (2, -(-queries // 16))
     for head in range(2):
         lists = [set(tile.nonzero().flatten().tolist()) for tile in kept[head]]
         tiles = order[head, :: m // 16] // (m // 16)
         assert tiles.tolist() == defined_order(lists, m, queries)
-        runs = [r for t in tiles.tolist() for r in range(t * m // 16, (t + 1) * m // 16)]
-        assert order[head].tolist() == runs[: len(order[head])]
+        cells = [c for t in tiles.tolist() for c in range(t * m // 16, (t + 1) * m // 16)]
+        assert order[head].tolist() == cells[: len(order[head])]
 
 
 def test_distances_are_cut():
     """A distance and a pair share 32 bits."""
-    assert grouping.FARTHEST * WINDOW**2 + WINDOW**2 - 1 == grouping.NONE
+    assert joining.FARTHEST * WINDOW**2 + WINDOW**2 - 1 == joining.NONE
 
 
 @pytest.mark.parametrize("n", [1, 16, 64])
 @pytest.mark.parametrize("m", [16, 32])
 def test_executed_covers_requested(m, n):
-    """Every tile runs with all it asked for, and a group with nothing that none of its tiles asked for."""
+    """Every tile runs with all it asked for, and what is joined with nothing that none of its tiles asked for."""
     length = 1100
     mask = random_mask(2, -(-length // m), -(-length // n), share=0.1, seed=n)
     plan = plan_from_mask(mask, m, n, query_length=length, key_length=length)
@@ -96,8 +95,8 @@ def test_tokens_get_their_own_result(m, n):
     q, k, v = make(2, layout.length, batch=2, dtype=torch.float64)
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     sparse = build_plan(q, k, Settings(threshold=3.0, tile_queries=m, tile_keys=n), layout)
-    assert sparse.run_order.shape[:2] == (2, 2)
-    assert any(not torch.equal(o, torch.arange(len(o))) for o in sparse.run_order.flatten(0, 1))
+    assert sparse.cell_order.shape[:2] == (2, 2)
+    assert any(not torch.equal(o, torch.arange(len(o))) for o in sparse.cell_order.flatten(0, 1))
     for impl in ("torch", "reference"):
         plan = build_plan(q, k, Settings(threshold=0.0, tile_queries=m, tile_keys=n), layout)
         assert (attend(q, k, v, plan, impl=impl) - dense).abs().max() < 1e-12

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from fgattn import InvalidArgument, TokenLayout
-from fgattn.layout import DEEP, FLAT, WIDE, geometry, octet_boxes, token_order
+from fgattn import InvalidArgument, Settings, TokenLayout
+from fgattn.backends.hopper.boxes import DEEP, FLAT, WIDE, boxes_for, octet_boxes
+from fgattn.call import Call
+from fgattn.layout import geometry, token_order
 from fgattn.settings import ORDERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,18 +19,24 @@ orders = st.sampled_from(("cells", "raster"))
 examples = settings(max_examples=60, deadline=None, derandomize=True)
 
 
+def boxes_of(grid, order):
+    """Boxes of all keys of a grid."""
+    q = torch.empty(1, 1, grid[0] * grid[1] * grid[2], 64)
+    return boxes_for(Call.to_plan(q, q, q, Settings(order=order), TokenLayout(grid)))
+
+
 @examples
 @given(layouts, orders)
 def test_order_is_the_definition(layout, order):
     """Every other stage reads rows through this order."""
-    assert token_order(*layout, order).tolist() == restated_order(*layout, order)
+    assert token_order(TokenLayout(*layout), order).tolist() == restated_order(*layout, order)
 
 
 @examples
 @given(layouts, st.sampled_from(ORDERS))
 def test_order_is_a_permutation(layout, order):
     """A token that is lost or doubled would be lost or doubled in the video."""
-    tokens = token_order(*layout, order)
+    tokens = token_order(TokenLayout(*layout), order)
     assert sorted(tokens.tolist()) == list(range(TokenLayout(*layout).length))
 
 
@@ -36,7 +44,7 @@ def test_order_is_a_permutation(layout, order):
 def test_runs_are_cells_of_the_grid(grid):
     """The point of the order: 16 neighbours in the sequence are a 2 x 2 x 4 box of the video."""
     t, h, w = (x.flatten() for x in torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij"))
-    tokens = torch.from_numpy(token_order(grid, 0, 0, "cells")).view(-1, 16)
+    tokens = torch.from_numpy(token_order(TokenLayout(grid), "cells")).view(-1, 16)
     for axis, extent in ((t, 2), (h, 2), (w, 4)):
         low, high = axis[tokens].amin(1), axis[tokens].amax(1)
         assert (high - low + 1 == extent).all() and (low % extent == 0).all()
@@ -45,7 +53,7 @@ def test_runs_are_cells_of_the_grid(grid):
 @pytest.mark.parametrize("side", [1, 2, 4, 8, 16])
 def test_hilbert_is_a_hilbert_curve(side):
     """Neighbours in the sequence touch, and every aligned cube of side 2^i is one run."""
-    tokens = token_order((side, side, side), 0, 0, "hilbert")
+    tokens = token_order(TokenLayout((side, side, side)), "hilbert")
     points = np.stack(np.unravel_index(tokens, (side, side, side)), 1)
     assert (np.abs(np.diff(points, axis=0)).sum(1) == 1).all()
     for width in (2, 4, 8):
@@ -59,15 +67,15 @@ def test_hilbert_is_a_hilbert_curve(side):
 def test_hilbert_of_a_grid_is_that_of_its_cube(grid):
     """Any grid: the tokens in the order in which the curve of the enclosing cube meets them."""
     cube = 3 * (1 << max(n - 1 for n in grid).bit_length(),)
-    points = np.stack(np.unravel_index(token_order(cube, 0, 0, "hilbert"), cube))
+    points = np.stack(np.unravel_index(token_order(TokenLayout(cube), "hilbert"), cube))
     inside = points[:, (points < np.array(grid)[:, None]).all(0)]
-    assert (np.ravel_multi_index(tuple(inside), grid) == token_order(grid, 0, 0, "hilbert")).all()
+    assert (np.ravel_multi_index(tuple(inside), grid) == token_order(TokenLayout(grid), "hilbert")).all()
 
 
 @pytest.mark.parametrize("grid", [(21, 30, 52), (4, 8, 8), (3, 7, 10)], ids=str)
 def test_hilbert_octets_are_no_boxes(grid):
-    """Eight neighbours are a cube of 2 x 2 x 2, which no copy fetches at once: keys are gathered."""
-    assert geometry(TokenLayout(grid), "hilbert", 0, CPU).boxes is None
+    """Eight neighbours are a cube of 2 x 2 x 2, which TMA does not fetch at once: keys are gathered."""
+    assert boxes_of(grid, "hilbert") is None
 
 
 @pytest.mark.parametrize(("start", "count"), [(0, None), (0, 30), (11, 40), (100, None), (None, 50)],
@@ -157,9 +165,9 @@ def test_geometry_is_reused():
 @given(st.tuples(st.tuples(side, side, st.sampled_from((1, 3, 4, 8, 12, 16))), st.integers(0, 20),
                  st.integers(0, 20)), orders)
 def test_boxes_hold_the_octets(layout, order):
-    """The copy engine brings exactly the tokens of each octet, in their order; none outside the sequence."""
+    """TMA brings exactly the tokens of each octet, in their order; none outside the sequence."""
     grid, (_, h, w) = layout[0], layout[0]
-    tokens = token_order(*layout, order)
+    tokens = token_order(TokenLayout(*layout), order)
     boxes = octet_boxes(tokens, grid)
     if boxes is None:
         return
@@ -175,5 +183,5 @@ def test_boxes_hold_the_octets(layout, order):
     ((21, 30, 52), {WIDE}), ((21, 45, 80), {FLAT, WIDE, DEEP}), ((16, 32, 32), {WIDE}), ((5, 9, 10), None)])
 def test_grids_of_video_models_are_boxes(grid, kinds):
     """Wan at 480p and 720p takes the fast path; rows that four does not divide cannot."""
-    boxes = geometry(TokenLayout(grid), "cells", 0, CPU).boxes
+    boxes = boxes_of(grid, "cells")
     assert kinds is None if boxes is None else set((boxes % 4).tolist()) == kinds
