@@ -30,19 +30,19 @@ def doctor() -> str:
     ]
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     if devices:
-        lines.append(("driver", _driver()))
+        lines.append(("driver", driver()))
     for device in devices:
         properties = torch.cuda.get_device_properties(device)
         lines += [
             (str(device), f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
                           f"{properties.total_memory / 2**30:.1f} GiB"),
-            ("  runs", _implementation(device)),
+            ("  runs", verdict(device)),
         ]
-    lines += [("cpu", f"{torch.get_num_threads()} threads"), ("  runs", _implementation(torch.device("cpu")))]
+    lines += [("cpu", f"{torch.get_num_threads()} threads"), ("  runs", verdict(torch.device("cpu")))]
     return "\n".join(f"{name:15} {value}".rstrip() for name, value in lines)
 
 
-def _implementation(device: torch.device) -> str:
+def verdict(device: torch.device) -> str:
     """What runs sparse calls on a device in a run with default settings."""
     answer = registry.on_device(device, Settings())
     if not isinstance(answer, Eligible):
@@ -59,7 +59,7 @@ def _version(*names: str) -> str:
     return "not installed"
 
 
-def _driver() -> str:
+def driver() -> str:
     """NVIDIA's own line on Linux; torch does not tell."""
     try:
         return DRIVER.read_text().partition("\n")[0]

@@ -446,7 +446,7 @@ def test_wrong_types():
     for wrong in ((q.half(), k, v), (q, k, v.double()), (q.int(), k.int(), v.int())):
         with pytest.raises(InvalidArgument, match=r"dtype and device of q, k, v.*Convert them first"):
             attend(*wrong, plan)
-    with pytest.raises(InvalidArgument, match="impl: got 'cuda'; allowed: reference, torch, triton"):
+    with pytest.raises(InvalidArgument, match="impl: got 'cuda'; allowed: hopper, triton, torch, reference"):
         attend(q, k, v, plan, impl="cuda")
 
 
@@ -455,7 +455,7 @@ def test_cpu_takes_the_torch_implementation():
     q, k, v = make(2, LENGTH)
     plan = mask_plan(64, 4, LENGTH)
     assert torch.equal(attend(q, k, v, plan), attend(q, k, v, plan, impl="torch"))
-    with pytest.raises(Unsupported, match="The triton kernel cannot run: "):
+    with pytest.raises(Unsupported, match="The triton kernels cannot run: "):
         attend(q, k, v, plan, impl="triton")
 
 

@@ -7,7 +7,6 @@ import torch
 from fgattn.demo import __main__ as command
 from fgattn.demo import generate as sampling
 from fgattn.demo import quantise, scenes, show
-from fgattn.runs import engine as engine_module
 from fgattn.runs.engine import Engine
 from fgattn.settings import Policy, Settings
 from PIL import Image
@@ -198,7 +197,7 @@ def test_a_run_that_went_dense_fails(small, tmp_path, monkeypatch, capsys):
     def broken(*args, **kwargs):
         raise RuntimeError("no plan today")
 
-    monkeypatch.setattr(engine_module, "plan_call", broken)
+    monkeypatch.setattr("fgattn.backends.execute.plan_of", broken)
     assert command.main(["--steps", "1", "--out", str(tmp_path)]) == 1
     assert "no plan today" in capsys.readouterr().out
 

@@ -292,6 +292,7 @@ def test_a_second_gpu_runs_dense(monkeypatch):
     to_plan = Call.to_plan
     monkeypatch.setattr(Call, "to_plan", on_another)
     assert not call(one)
+    one.run.stats.clock.device = CPU  # there is no GPU that could time the end
     assert one.end_run().calls == {"on another GPU than the run": 1}
 
 

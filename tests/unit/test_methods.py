@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from fgattn import InvalidArgument, Settings, TokenLayout, Unsupported, attend, build_plan, methods
-from fgattn.layout import geometry, token_order
+from fgattn import InvalidArgument, Settings, TokenLayout, attend, build_plan, methods
+from fgattn.backends import pytorch, registry
+from fgattn.layout import geometry, release, token_order
 from fgattn.methods import METHODS, common, radial
 from makers import CASES, poisoned, random_valid
 from makers import tensors as make
@@ -26,9 +27,11 @@ def requested(q, k, settings, layout, scale=None):
     geo = geometry(layout, settings.order, q.shape[2], q.device)
     valid = None if layout.key_valid is None else layout.key_valid[:, geo.key_tokens]
     scale = q.shape[3] ** -0.5 if scale is None else scale
+    parameter = methods.strength(settings.method, settings.method_parameter)
     return torch.stack([
-        methods.select(q[b][:, geo.query_tokens], k[b][:, geo.key_tokens],
-                       None if valid is None else valid[b], geo, layout, settings, scale)[0]
+        methods.select(settings.method, common.Heads(
+            q[b][:, geo.query_tokens], k[b][:, geo.key_tokens], None if valid is None else valid[b], geo,
+            layout, settings.tile_queries, settings.tile_keys, parameter, scale))[0]
         for b in range(len(q))])
 
 
@@ -260,7 +263,7 @@ def test_steps_rows_and_heads_are_independent(method, n, monkeypatch):
     settings = Settings(threshold=1.0, tile_queries=32, tile_keys=n, tail=True, order="cells", method=method)
     whole = requested(q, k, settings, layout)
     monkeypatch.setattr(common, "STEP_ELEMENTS", 3000)
-    radial._mask.cache_clear()
+    release()
     assert torch.equal(requested(q, k, settings, layout), whole)
     for b, h in itertools.product(range(2), range(3)):
         one = dataclasses.replace(layout, key_valid=layout.key_valid[b:b + 1])
@@ -295,11 +298,18 @@ def test_radial_without_frames_keeps_everything():
 
 
 @every_method
-def test_only_torch_runs_it(method):
-    """The planning kernels know one rule; who asks for them by name is told."""
+def test_it_is_torch_code_whatever_the_backend(method, monkeypatch):
+    """A backend plans by threshold alone: it is not asked."""
+    def fail(call):
+        raise AssertionError("the backend was asked for a plan")
+
     q, k, _ = make(1, 40)
-    with pytest.raises(Unsupported, match=f"impl: got 'triton'; allowed: torch for method {method}"):
-        build_plan(q, k, Settings(method=method), TokenLayout.flat(40), impl="triton")
+    record = dataclasses.replace(pytorch.BACKEND, name="other", plan=fail)
+    monkeypatch.setattr(registry, "BACKENDS", [record])
+    settings, layout = Settings(method=method), TokenLayout.flat(40)
+    other = build_plan(q, k, settings, layout, impl="other")
+    monkeypatch.undo()
+    assert torch.equal(other.bits, build_plan(q, k, settings, layout).bits)
 
 
 @pytest.mark.parametrize(("method", "parameter", "says"), [

@@ -13,7 +13,6 @@ from fgattn import (
     Unsupported,
     attend,
     build_plan,
-    plan,
     plan_from_mask,
 )
 from fgattn.settings import TILE_KEYS, TILE_QUERIES
@@ -208,7 +207,7 @@ def test_docstring_example():
     torch.manual_seed(0)
     names = {"torch": torch, "attend": attend, "build_plan": build_plan, "Settings": Settings,
              "TokenLayout": TokenLayout}
-    found = doctest.DocTestFinder(recurse=False).find(plan.build_plan, "build_plan", globs=names)
+    found = doctest.DocTestFinder(recurse=False).find(build_plan, "build_plan", globs=names)
     runner = doctest.DocTestRunner()
     for test in found:
         runner.run(test)

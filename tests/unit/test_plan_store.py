@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from fgattn import Settings, TokenLayout, build_plan
+from fgattn.backends.base import Planned
 from fgattn.layout import Geometry
 from fgattn.plan import SparsePlan
 from fgattn.runs.plan_store import MADE, NOT_KEPT, REUSED, PlanStore, size_of
@@ -28,10 +29,10 @@ class Store:
         """What became of a call's plan; checks that it is the right object."""
         def build():
             self.built.append(made(nbytes))
-            return self.built[-1]
+            return Planned(self.built[-1])
 
         before = len(self.built)
-        plan, outcome = self.inner.plan(key, build)
+        (plan, _), outcome = self.inner.plan(key, build)
         assert (outcome == REUSED) == (len(self.built) == before)
         assert outcome == REUSED or plan is self.built[-1]
         return outcome
@@ -52,10 +53,10 @@ def test_each_call_gets_its_own_plan_back():
     """Blocks and branches, in any order of calls."""
     store = Store(2)
     store.inner.begin_evaluation(0)
-    first = {key: store.inner.plan(key, made)[0] for key in ("a", "b", ("c", 1), ("c", 2))}
+    first = {key: store.inner.plan(key, lambda: Planned(made()))[0].plan for key in ("a", "b", ("c", 1), ("c", 2))}
     store.inner.begin_evaluation(1)
     for key in reversed(first):
-        assert store.inner.plan(key, made) == (first[key], REUSED)
+        assert store.inner.plan(key, made) == (Planned(first[key]), REUSED)
     assert len({id(plan) for plan in first.values()}) == 4
 
 
@@ -66,9 +67,9 @@ def test_calls_of_one_evaluation_never_share():
     assert [store("a"), store("b"), store("a")] == [MADE, MADE, MADE]
     first, other, second = store.built
     store.inner.begin_evaluation(1)
-    assert store.inner.plan("a", made) == (first, REUSED)
-    assert store.inner.plan("a", made) == (second, REUSED)
-    assert store.inner.plan("b", made) == (other, REUSED)
+    assert store.inner.plan("a", made) == (Planned(first), REUSED)
+    assert store.inner.plan("a", made) == (Planned(second), REUSED)
+    assert store.inner.plan("b", made) == (Planned(other), REUSED)
     assert store("a") == MADE  # a third one was never seen before
 
 
@@ -129,7 +130,7 @@ def test_nothing_fits_into_nothing():
 @pytest.mark.parametrize("m", [16, 128])
 @pytest.mark.parametrize("n", [1, 16])
 def test_size_is_that_of_the_tensors(m, n):
-    """Bits, counts and run order with all their storage; q, k and v are not held."""
+    """Bits, counts and cell order with all their storage; q, k and v are not held."""
     q, k, _ = tensors(3, 300, batch=2)
     plan = build_plan(q.requires_grad_(), k.requires_grad_(), Settings(threshold=1.0, tile_queries=m, tile_keys=n), TokenLayout((3, 10, 10)))
     tiles = -(-300 // max(m, 64))
@@ -137,7 +138,7 @@ def test_size_is_that_of_the_tensors(m, n):
     assert size_of(plan) == bits + 2 * 2 * 3 * 8 + (2 * 3 * -(-300 // 16) * 4 if m == 16 else 0)
     held = [f.name for f in dataclasses.fields(plan)
             if not isinstance(getattr(plan, f.name), (int, float, bool, type(None), Geometry))]
-    assert set(held) <= {"bits", "requested", "executed", "run_order"}
+    assert set(held) <= {"bits", "requested", "executed", "cell_order"}
     assert all(getattr(plan, name).grad_fn is None for name in held)
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from calls import INFINITE_BOUND, plan_calls
-from fgattn import Settings, TokenLayout, build_plan, plan, reference, tensors
+from fgattn import Settings, TokenLayout, build_plan, packing, reference, tensors
 from fgattn.backends.pytorch import select as selection
 from fgattn.layout import geometry
 from fgattn.settings import TILE_KEYS, TILE_QUERIES
@@ -269,7 +269,7 @@ def test_chunks_do_not_show(n, monkeypatch):
     layout = TokenLayout(LAYOUT.grid, 3, 9, 0, random_valid(2, 222))
     whole = build_plan(q, k, Settings(threshold=1.2, tile_queries=16, tile_keys=n), layout)
     monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", 30_000)
-    monkeypatch.setattr(plan, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(packing, "CHUNK_ELEMENTS", 100)
     monkeypatch.setattr(selection, "REFINE_ELEMENTS", 1500)
     parts = build_plan(q, k, Settings(threshold=1.2, tile_queries=16, tile_keys=n), layout)
     for name in ("bits", "requested", "executed"):

@@ -11,22 +11,21 @@ from ...call import Call
 from ...packing import plan_selected
 from ...plan import SparsePlan
 from ..base import Backend, Planned, Tail
-from .attend import attend
-from .select import select
-from .tail import tail
+from . import attend, select, tail
 
 
 def _plan(call: Call) -> Planned:
-    return Planned(plan_selected(
-        call, lambda q, k, valid: select(q, k, valid, call.geometry, call.settings, call.scale)))
+    return Planned(plan_selected(call, lambda q, k, valid: select.select(
+        q, k, valid, call.geometry, call.settings, call.scale)))
 
 
-def _attend_by_reference(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -> None:
+def _attend_by_reference(call: Call, plan: SparsePlan, given: Tail | None, out: torch.Tensor) -> None:
     out.copy_(reference.attend(call.q, call.k, call.v, plan))
 
 
 BACKEND = Backend(
-    name="torch", reason=lambda call: None, plan=_plan, tail=lambda call, planned: tail(call, planned.plan),
-    attend=attend, gains_on=lambda device: device.type == "cpu")
+    name="torch", reason=lambda call: None, plan=_plan,
+    tail=lambda call, planned: tail.tail(call, planned.plan),
+    attend=attend.attend, gains_on=lambda device: device.type == "cpu")
 SPECIFICATION = dataclasses.replace(
     BACKEND, name="reference", tail=None, attend=_attend_by_reference, gains_on=lambda device: False)
