@@ -9,6 +9,22 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 from ..runs.stats import RunReport, StepReport
+from .palette import (
+    ATTENTION,
+    BACKGROUND,
+    DENSE,
+    EXECUTED,
+    FAINT,
+    GRID,
+    PLANNING,
+    REQUESTED,
+    REST,
+    REUSED,
+    RULE,
+    SPARSE,
+    TEXT,
+    WARM_UP,
+)
 from .text import headline
 
 WIDTH, RUN_HEIGHT, LEGEND_HEIGHT, EMPTY_HEIGHT = 900, 330, 44, 120  # px
@@ -19,12 +35,6 @@ OUTLIER = 3  # a step above this multiple of its run's median is cut off: compil
 SEEN = 0.002  # difference of densities that is drawn at all
 HEADROOM = 1.08  # of a scale over its highest bar
 
-BACKGROUND, GRID, RULE = "#202020", "#383838", "#585858"
-TEXT, FAINT = "#e6e6e6", "#a2a2a2"
-WARM_UP, DENSE, SPARSE, REUSED = "#c98bdb", "#9aa3b2", "#4fb477", "#3f8fd2"  # as in web/js/panel.css
-PLANNING, REST = "#e8b04a", "#5b6f96"  # as there
-REQUESTED, EXECUTED = "#4fc1c9", "#2c6f78"
-ATTENTION = {"warm-up": WARM_UP, "dense": DENSE, "sparse": SPARSE, "reused": REUSED}  # by kind of step
 LEGEND = ((WARM_UP, "warm-up"), (DENSE, "dense"), (SPARSE, "sparse"), (REUSED, "reused plan"),
           (PLANNING, "planning"), (REST, "rest of the step"), (REQUESTED, "density requested"),
           (EXECUTED, "executed on top"))

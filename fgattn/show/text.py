@@ -5,9 +5,13 @@ Lines read well in proportional type, which the node uses and which folds spaces
 
 from __future__ import annotations
 
+from decimal import ROUND_HALF_UP, Context
+
 from ..runs.break_even import TOO_DENSE
 from ..runs.plan_store import NOT_KEPT, REUSED
 from ..runs.stats import BlockReport, RunReport, StepReport
+
+TWO_DIGITS = Context(prec=2, rounding=ROUND_HALF_UP)
 
 
 def headline(report: RunReport) -> str:
@@ -19,7 +23,7 @@ def headline(report: RunReport) -> str:
         return f"dense: {reasons[0]}" if reasons else "attention never reached FG-Attn"
     if report.calls.get(TOO_DENSE, 0) > report.calls["sparse"]:
         return f"mostly dense: {TOO_DENSE}"
-    share = "" if report.density is None else f"{report.density:.0%} of scores, "
+    share = "" if report.density is None else f"{percent(report.density)} of scores, "
     return f"sparse: {share}{_gain(report)}{_estimated(report, ', est. error {}')}"
 
 
@@ -33,8 +37,9 @@ def text(report: RunReport) -> str:
             f"{_estimated(s, '; est. error {}')}" for s in report.steps)]
     if report.blocks:
         lines += ["", *(
-            f"block {b.block if b.block >= 0 else '?'}: density {b.density:.1%}, "
-            f"executed {b.executed_density:.1%}{_estimated(b, ', est. error {}')}" for b in report.blocks)]
+            f"block {b.block if b.block >= 0 else '?'}: density {percent(b.density)}, "
+            f"executed {percent(b.executed_density)}{_estimated(b, ', est. error {}')}"
+            for b in report.blocks)]
     return "\n".join(lines)
 
 
@@ -45,7 +50,8 @@ def summary(report: RunReport) -> str:
              f"run: {report.total / 1e3:.2f} s, {len(report.steps)} steps, planning {report.planning:.1f} ms",
              f"attention call: {_call_times(report)}"]
     if report.density is not None:
-        lines.append(f"density: {report.density:.1%} requested, {report.executed_density:.1%} executed")
+        lines.append(f"density: {percent(report.density)} requested, "
+                     f"{percent(report.executed_density)} executed")
     if report.estimated_error is not None:
         lines.append(f"estimated error of attention: {percent(report.estimated_error)} against dense, "
                      "from random query rows of some calls")
@@ -67,10 +73,14 @@ def summary(report: RunReport) -> str:
 
 
 def percent(share: float) -> str:
-    """Two digits: "0.43%", "6.1%", "12%"; what is far below any use is "<0.01%"."""
-    if share < 1e-4:
-        return "<0.01%"
-    return f"{float(f'{100 * share:.2g}'):g}%"
+    """A share with two digits: "0.43 %", "6.1 %", "12 %"; "<0.01 %" for less, "0 %" for nothing at all.
+
+    The page writes the same text (`percent` in web/js/view.js): halves are rounded up.
+    """
+    share = float(share)
+    if 0 < share < 1e-4:
+        return "<0.01 %"
+    return f"{TWO_DIGITS.create_decimal(100 * share).normalize():f} %"
 
 
 def _estimated(part: RunReport | StepReport | BlockReport, words: str) -> str:

@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
+import torch
 from fgattn.runs.stats import BlockReport, RunReport, StepReport
 from fgattn.show.text import headline, percent, text
 
@@ -20,9 +22,9 @@ NOTHING = dataclasses.replace(DENSE, steps=(), calls={}, dense_call=None, total=
 
 
 @pytest.mark.parametrize(("report", "line"), [
-    (FULL, "sparse: 25% of scores, attention 3.00x faster"),
-    (dataclasses.replace(FULL, sparse_call=15.0), "sparse: 25% of scores, attention 2.00x slower"),
-    (dataclasses.replace(FULL, dense_call=None), "sparse: 25% of scores, no dense step to compare with"),
+    (FULL, "sparse: 25 % of scores, attention 3.00x faster"),
+    (dataclasses.replace(FULL, sparse_call=15.0), "sparse: 25 % of scores, attention 2.00x slower"),
+    (dataclasses.replace(FULL, dense_call=None), "sparse: 25 % of scores, no dense step to compare with"),
     (DENSE, "dense: fewer than 4096 tokens"),
     (dataclasses.replace(DENSE, calls={"cross-attention": 3}), "attention never reached FG-Attn"),
     (NOTHING, "attention never reached FG-Attn"),
@@ -38,13 +40,13 @@ def test_headline(report, line):
 def test_whole_report():
     """Every number, in lines that need no columns: nodes show proportional type."""
     assert text(FULL).splitlines() == [
-        "sparse: 25% of scores, attention 3.00x faster",
+        "sparse: 25 % of scores, attention 3.00x faster",
         "",
         "settings: threshold 1, tiles 128x16",
         "implementation: triton on NVIDIA H200, 32760 tokens",
         "run: 12.35 s, 2 steps, planning 20.0 ms",
         "attention call: dense 7.50 ms, sparse 2.50 ms",
-        "density: 25.1% requested, 30.0% executed",
+        "density: 25 % requested, 30 % executed",
         "peak VRAM: 1.50 GiB",
         "remark: fp32 tensors are computed in bf16",
         "",
@@ -55,8 +57,8 @@ def test_whole_report():
         "step 1: 900.0 ms, attention 600.0, planning 0.0; 0 sparse, 80 dense",
         "step 2: 500.0 ms, attention 180.0, planning 20.0; 78 sparse, 2 dense",
         "",
-        "block ?: density 50.0%, executed 75.0%",
-        "block 3: density 25.1%, executed 30.0%",
+        "block ?: density 50 %, executed 75 %",
+        "block 3: density 25 %, executed 30 %",
     ]
 
 
@@ -97,18 +99,21 @@ def test_estimated_errors_are_told_where_there_are_any():
         steps=(FULL.steps[0], dataclasses.replace(FULL.steps[1], estimated_error=0.123)),
         blocks=(FULL.blocks[0], dataclasses.replace(FULL.blocks[1], estimated_error=0.00431)))
     lines = text(report).splitlines()
-    assert lines[0] == "sparse: 25% of scores, attention 3.00x faster, est. error 6.1%"
-    assert "estimated error of attention: 6.1% against dense, from random query rows of some calls" in lines
-    assert "step 2: 500.0 ms, attention 180.0, planning 20.0; 78 sparse, 2 dense; est. error 12%" in lines
-    assert "block 3: density 25.1%, executed 30.0%, est. error 0.43%" in lines
+    assert lines[0] == "sparse: 25 % of scores, attention 3.00x faster, est. error 6.1 %"
+    assert "estimated error of attention: 6.1 % against dense, from random query rows of some calls" in lines
+    assert "step 2: 500.0 ms, attention 180.0, planning 20.0; 78 sparse, 2 dense; est. error 12 %" in lines
+    assert "block 3: density 25 %, executed 30 %, est. error 0.43 %" in lines
     assert sum("est. error" in line for line in lines) == 3 and "estimated" not in text(FULL)
 
 
 @pytest.mark.parametrize(("share", "words"), [
-    (0.0, "<0.01%"), (9e-5, "<0.01%"), (1e-4, "0.01%"), (0.0099, "0.99%"), (0.0999, "10%"), (1.0, "100%"),
-    (2.345, "230%")])
+    (0.0, "0 %"), (1e-9, "<0.01 %"), (9e-5, "<0.01 %"), (1e-4, "0.01 %"), (0.0099, "0.99 %"),
+    (0.0999, "10 %"), (0.125, "13 %"), (1.0, "100 %"), (2.345, "230 %"), (torch.tensor(0.061), "6.1 %"),
+    (np.float32(0.061), "6.1 %")])
 def test_percent(share, words):
+    """Plain numbers, and those of tensors and arrays."""
     assert percent(share) == words
+
 
 def test_moved_sliders_are_listed():
     """Enough to repeat the run; nothing where they stood still."""

@@ -94,7 +94,7 @@ def test_the_heat_map_takes_what_is_left():
 def test_estimated_errors_have_two_digits():
     made = make(report())
     assert made["error"] == made["timeline"][0]["error"] == made["blocks"][0]["error"] == 0.012
-    assert made["headline"] == "sparse: 33% of scores, attention 2.00x faster, est. error 1.2%"
+    assert made["headline"] == "sparse: 33 % of scores, attention 2.00x faster, est. error 1.2 %"
     assert make(EMPTY)["error"] is None
 
 
@@ -104,9 +104,9 @@ def test_estimated_errors_have_two_digits():
     (report(error="OSError: x"), "done", "error", "dense after an error: OSError: x"),
     (report(error="OSError: x"), "running", "running", "dense after an error: OSError: x"),
     (report(), "interrupted", "interrupted",
-     "sparse: 33% of scores, attention 2.00x faster, est. error 1.2%"),
+     "sparse: 33 % of scores, attention 2.00x faster, est. error 1.2 %"),
     (dataclasses.replace(report(), density=None), "running", "running",
-     "sparse: attention 2.00x faster, est. error 1.2%"),
+     "sparse: attention 2.00x faster, est. error 1.2 %"),
 ], ids=["start", "nothing", "failed", "failing", "stopped", "densities on their way"])
 def test_state_and_headline(given, state, shown, text):
     made = make(given, state)
@@ -175,7 +175,7 @@ def test_slow_steps_are_all_told(live, server):
 def test_the_node_says_what_it_does_without_javascript(live, server):
     """The server's own text, to the same client; the last word comes from the patch."""
     sample(live, live.Live("3", report), 2, 1.0)
-    line = "sparse: 33% of scores, attention 2.00x faster, est. error 1.2%, step 4 of 4"
+    line = "sparse: 33 % of scores, attention 2.00x faster, est. error 1.2 %, step 4 of 4"
     assert server.texts == [(line, "3", "tab")] * 3
 
 

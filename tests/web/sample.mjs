@@ -2,7 +2,7 @@
 
 export function sample(changes = {}) {
   return {
-    version: 2, node: "3", run: "a", state: "running", headline: "sparse: 30% of scores", settings:
+    version: 2, node: "3", run: "a", state: "running", headline: "sparse: 30 % of scores", settings:
       "threshold 1, tiles 128x16, warm-up 1 of 4 steps", tokens: 4992, step: 3, steps: 4, total: 2500,
     dense_call: 9.5, sparse_call: 4.75, speedup: 2, density: 0.3,
     error: 0.061,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from fgattn.runs.stats import BlockReport, CellReport, RunReport, StepReport
 from fgattn.show import snapshot
+from fgattn.show.text import percent
 
 HERE = Path(__file__).parent
 WEB = HERE.parents[1] / "web" / "js"
@@ -90,6 +91,16 @@ def test_the_server_would_send_what_the_page_is_tested_with():
     shape = shape_of(snapshot.Snapshot)
     assert len(samples) == 3 and all(fits(sample, shape) for sample in samples)
     assert not fits({**samples[0], "total": "1"}, shape) and not fits({**samples[0], "x": 1}, shape)
+
+
+@needs_node
+def test_page_and_server_write_the_same_words():
+    """A share is one text, whoever writes it: halves, powers of ten and what is far below any use as well."""
+    shares = [0, 1, 1e-9, 9.9e-5, 1e-4, 1.05e-4, 0.00995, 0.0999, 0.125, 0.145, 0.995, 0.9949, 2.345, 1e6,
+              *(i / 1000 for i in range(999)), *(i / 512 for i in range(512)), *(1.3**-i for i in range(40))]
+    answer = node(HERE / "words.mjs", given=json.dumps({"percent": shares}))
+    assert not answer.stderr
+    assert json.loads(answer.stdout)["percent"] == [percent(share) for share in shares]
 
 
 @needs_node

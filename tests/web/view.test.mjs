@@ -96,7 +96,8 @@ test("estimated errors: a bar under each step that has one, and words with two d
   assert.deepEqual([bars[0].height, bars[1].y, least, most], [1, 1 - 0.052 / 0.07, 0.052, 0.07]);
   assert.equal(bars[1].label, "step 3: est. error 5.2 %");
   assert.equal(view.errors(sample({ timeline: sample().timeline.slice(0, 1) })), null);
-  assert.deepEqual([0.0612, 0.00431, 0.12345, 0, null].map(view.errorText), ["6.1 %", "0.43 %", "12 %", "<0.01 %", "-"]);
+  assert.deepEqual([0.0612, 0.00431, 0.12345, 1e-9, 0, null].map(view.percent),
+    ["6.1 %", "0.43 %", "12 %", "<0.01 %", "0 %", "-"]);
 });
 
 test("runs side by side: what differs in each row, what is shared once", () => {
@@ -118,7 +119,7 @@ test("what is spoken stays the same from step to step of a kind", () => {
 
 test("text has every step, block and outcome", () => {
   const text = view.asText(sample());
-  for (const part of ["sparse: 30% of scores", "8 calls: sparse", "step 3, reused", "block 3: 40 %", "est. error 6.1 %"]) {
+  for (const part of ["sparse: 30 % of scores", "8 calls: sparse", "step 3, reused", "block 3: 40 %", "est. error 6.1 %"]) {
     assert.ok(text.includes(part), part);
   }
   for (const one of samples) assert.doesNotMatch(view.asText(one), /undefined|NaN|null/);

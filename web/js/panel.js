@@ -98,10 +98,10 @@ function shareBar(run) {
 function errors(run) {
   const layout = view.errors(run);
   if (!layout) return element("div", "");
-  const figure = chart("estimated error", `mean ${view.errorText(run.error)}, steps ${view.errorText(layout.least)} to `
-    + view.errorText(layout.most));
+  const figure = chart("estimated error", `mean ${view.percent(run.error)}, steps ${view.percent(layout.least)} to `
+    + view.percent(layout.most));
   const svg = picture(figure, 24);
-  for (const bar of layout.bars) rectangle(svg, spaced(bar), "fgattn-error", bar.label);
+  for (const bar of layout.bars) rectangle(svg, spaced(bar), "fgattn-estimated-error", bar.label);
   return figure;
 }
 

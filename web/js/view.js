@@ -9,14 +9,13 @@ export function duration(ms) {
   return ms >= 10 || ms === 0 ? `${ms.toFixed(0)} ms` : `${ms.toFixed(2)} ms`;
 }
 
+/**
+ * A share with two digits, "-" for null: "0.43 %", "6.1 %", "12 %"; "<0.01 %" for less, "0 %" for nothing at all.
+ * The server writes the same text (`percent` in fgattn/show/text.py).
+ */
 export function percent(share) {
-  return `${(100 * share).toFixed(0)} %`;
-}
-
-/** An estimated error, with two digits, or "-": "<0.01 %", "0.43 %", "6.1 %", "12 %". */
-export function errorText(error) {
-  if (error === null) return "-";
-  return error < 1e-4 ? "<0.01 %" : `${Number((100 * error).toPrecision(2))} %`;
+  if (share === null) return "-";
+  return share > 0 && share < 1e-4 ? "<0.01 %" : `${Number((100 * share).toPrecision(2))} %`;
 }
 
 /** "2.90x faster", "1.20x slower" or "-". */
@@ -82,7 +81,7 @@ export function timeline(run) {
       bottom = top;
     }
     const cut = step.total > limit ? ", bar cut off" : "";
-    const error = step.error === null ? "" : `, est. error ${errorText(step.error)}`;
+    const error = step.error === null ? "" : `, est. error ${percent(step.error)}`;
     labels.push({ x, width, label: `step ${step.index + 1}, ${step.kind}: ${duration(step.total)}, attention `
       + `${duration(step.attention)}, planning ${duration(step.planning)}${error}${cut}` });
   }
@@ -102,7 +101,7 @@ export function errors(run) {
   const bars = known.map(([step, i]) => {
     const height = most ? Math.max(0, step.error / most) : 0;
     return { x: labels[i].x, width: labels[i].width, y: 1 - height, height,
-      label: `step ${step.index + 1}: est. error ${errorText(step.error)}` };
+      label: `step ${step.index + 1}: est. error ${percent(step.error)}` };
   });
   return { bars, least: Math.min(...values), most };
 }
@@ -119,7 +118,7 @@ export function heat(run) {
   const count = run.blocks.length;
   const height = 1 / Math.max(1, count);
   const rows = run.blocks.map((b, i) => ({ y: i * height, height, label: `${blockName(b.block)}: `
-    + `${percent(b.density)} of scores${b.error === null ? "" : `, est. error ${errorText(b.error)}`}` }));
+    + `${percent(b.density)} of scores${b.error === null ? "" : `, est. error ${percent(b.error)}`}` }));
   const bytes = decoded(run.heat);
   const { labels } = timeline(run);
   const columns = Math.min(labels.length, count ? Math.floor(bytes.length / count) : 0);
@@ -192,7 +191,7 @@ export function runTable(runs) {
     const step = meanStep(run, ["sparse", "reused"]);
     return [`${i + 1}`, settings[i].filter((part) => !shared.includes(part)).join(", ") || "-",
       step === null ? "-" : duration(step), gain(run.speedup),
-      run.density === null ? "-" : percent(run.density), errorText(run.error), run.state];
+      percent(run.density), percent(run.error), run.state];
   });
   return { rows, shared: shared.join(", ") };
 }
