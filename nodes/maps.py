@@ -9,7 +9,7 @@ from ..fgattn.errors import InvalidArgument
 from ..fgattn.runs.maps import TileMap
 from ..fgattn.show import map_chart
 from ..fgattn.show.palette import BACKGROUND
-from ..fgattn.show.text import percent
+from ..fgattn.show.text import describe, percent
 from .patch import patch_of
 from .status import show
 
@@ -94,7 +94,9 @@ def _draw(engine, block: int, head: int, step: int, place):
         text = f"block {block}, {at}: no map. {found}"
         return text, map_chart.draw_message(f"Block {block}, {at}: no map", found), density
     error = next((b.estimated_error for b in last.blocks if b.block == block), None)
-    note = last.settings if error is None else f"block's est. error {percent(error)}; {last.settings}"
+    note = describe(last.settings)
+    if error is not None:
+        note = f"block's est. error {percent(error)}; {note}"
     if place != maps.place:
         note = f"tile of the run before the place was changed; {note}"
     title = f"Block {block}, head {head}, {at}: keys that one tile of queries computes"

@@ -17,8 +17,6 @@ import torch
 from ..settings import Settings
 
 TRIED = 0.15  # density that is assumed until the run knows: about what threshold 2 keeps
-TOO_SHORT = "too few tokens for sparse to be faster"
-TOO_DENSE = "too many scores kept for sparse to be faster"
 
 
 class Costs(NamedTuple):

@@ -27,7 +27,7 @@ class Estimate:
             block = self._unnamed = self._unnamed + 1
         return (block + step) % every(q, masked) == 0
 
-    def error(self, q, k, v, out, layout: TokenLayout, scale: float | None) -> torch.Tensor:
+    def estimated_error(self, q, k, v, out, layout: TokenLayout, scale: float | None) -> torch.Tensor:
         """Relative L2 error of some rows of the output, 0-d float32 on its device.
 
         Args:

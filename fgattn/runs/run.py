@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..outcomes import Reason
 from ..settings import Policy, Settings
 from .plan_store import PlanStore
 from .stats import RunStats
@@ -21,7 +22,7 @@ class Run:
     policy: Policy
     final: int  # dense steps at the end
     stats: RunStats
-    device_reason: str | None  # why the device cannot run sparse
+    device_reason: Reason | None  # why the device cannot run sparse
     plans: PlanStore
     rule: bool  # of break_even, in force
     watch: Watch

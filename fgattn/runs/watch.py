@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from ..outcomes import Reason
 from ..plan import SparsePlan
 from .estimate import Estimate
 from .maps import Maps, Place
@@ -32,23 +33,24 @@ class Watch:
         self._estimate = Estimate() if estimate_error else None
         self._on = True
 
-    def dense(self, step: int, block: int | None, reason: str) -> None:
+    def dense(self, step: int, block: int | None, reason: Reason) -> None:
         """A call was dense."""
         self._guarded(lambda: self.maps.skip(step, block, reason))
 
     def sparse(
-        self, step: int, block: int | None, q, k, v, out, plan: SparsePlan | str, layout, order: str, scale,
+        self, step: int, block: int | None, q, k, v, out, plan: SparsePlan | Reason, layout, order: str,
+        scale,
     ) -> None:
         """A call was sparse, with this plan; or why there is no plan of the whole call."""
         def look():
-            if isinstance(plan, str):
+            if isinstance(plan, Reason):
                 self.maps.skip(step, block, plan)
             else:
                 self.maps.keep(step, block, plan, layout, order)
             masked = bool(layout.absent) or layout.key_valid is not None
             if self._estimate and self._estimate.due(step, block, q, masked):
-                self._stats.add_error(step, UNKNOWN_BLOCK if block is None else block,
-                                      self._estimate.error(q, k, v, out, layout, scale))
+                self._stats.add_estimate(step, UNKNOWN_BLOCK if block is None else block,
+                                         self._estimate.estimated_error(q, k, v, out, layout, scale))
 
         self._guarded(look)
 

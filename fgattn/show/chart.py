@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..outcomes import Outcome
 from ..runs.stats import RunReport, StepReport
 from .palette import (
     ATTENTION,
@@ -25,7 +26,7 @@ from .palette import (
     TEXT,
     WARM_UP,
 )
-from .text import headline
+from .text import describe, headline
 
 WIDTH, RUN_HEIGHT, LEGEND_HEIGHT, EMPTY_HEIGHT = 900, 330, 44, 120  # px
 MARGIN, GAP, TICK_TEXT = 24, 72, 44
@@ -110,11 +111,12 @@ def _draw_run(pen, top: int, name: str, report: RunReport, limit: float) -> None
     name_font, line_font = font(20), font(16)
     pen.text((MARGIN, top + 34), name, TEXT, name_font, anchor="ls")
     after = MARGIN + pen.textlength(name, name_font) + 14
+    colour = SPARSE if report.count(Outcome.SPARSE) and not report.failure else PLANNING
     pen.text((after, top + 34), fit(pen, headline(report), line_font, WIDTH - MARGIN - after),
-             SPARSE if report.calls.get("sparse") and not report.error else PLANNING, line_font, anchor="ls")
+             colour, line_font, anchor="ls")
     what = f"{report.device}, {report.tokens} tokens"
-    if report.calls.get("sparse"):
-        what = f"{report.settings}; {report.implementation} on {what}"
+    if report.count(Outcome.SPARSE):
+        what = f"{describe(report.settings)}; {report.implementation} on {what}"
     pen.text((MARGIN, top + 58), fit(pen, what, font(13), wide), FAINT, font(13), anchor="ls")
     left, right = MARGIN + TICK_TEXT, MARGIN + wide * STEPS_SHARE
     _draw_steps(pen, (left, right, top + PANEL_TOP, top + PANEL_BOTTOM), report.steps, limit)

@@ -8,6 +8,7 @@ import textwrap
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
+from ..outcomes import Reason
 from ..runs.maps import Maps, TileMap
 from .chart import MARGIN, WIDTH, fit, font
 from .palette import BACKGROUND, COMPUTED, FAINT, GRID, OWN, RAMP, RULE, SKIPPED, TEXT
@@ -63,10 +64,10 @@ def draw_map(found: TileMap, head: int, title: str, note: str) -> Image.Image:
 def draw_density(maps: Maps, step: int, block: int, head: int, title: str) -> Image.Image:
     """Requested density of every block and head in a step, the chosen ones framed. RGB."""
     blocks = maps.densities(step)
-    shares = {b: d for b, d in blocks.items() if not isinstance(d, str)}
+    shares = {b: d for b, d in blocks.items() if not isinstance(d, Reason)}
     if not shares:
-        reason = next(iter(blocks.values()), "dense")
-        return draw_message(title, f"No block has a map in step {step + 1}: {reason}.")
+        reasons = [reason.text for reason in blocks.values()]
+        return draw_message(title, f"No block has a map in step {step + 1}: {(reasons or ['dense'])[0]}.")
     heads = max(map(len, shares.values()))
     highest = max(float(d.max()) for d in shares.values()) or 1.0
     w = _between(MATRIX_WIDTH // (heads + 2), CELL_WIDTH)
@@ -91,10 +92,10 @@ def draw_density(maps: Maps, step: int, block: int, head: int, title: str) -> Im
         if row % _every(h, 14) == 0 or number == block:
             pen.text((left - 8, y + h / 2), f"block {number}" if row == 0 else str(number),
                      TEXT if number == block else FAINT, font(12), anchor="rm")
-        if isinstance(densities, str):
+        if isinstance(densities, Reason):
             pen.rectangle((left, y, right - 2, y + h - 2), GRID)
             if h >= NUMBERS[1]:
-                pen.text((left + 8, y + h / 2 - 1), fit(pen, densities, font(11), right - left - 16),
+                pen.text((left + 8, y + h / 2 - 1), fit(pen, densities.text, font(11), right - left - 16),
                          FAINT, font(11), anchor="lm")
             continue
         for x, width, share in [*((left + i * w, w, d) for i, d in enumerate(densities)),

@@ -7,22 +7,22 @@ from __future__ import annotations
 
 from decimal import ROUND_HALF_UP, Context
 
-from ..runs.break_even import TOO_DENSE
+from ..outcomes import Outcome, Reason
 from ..runs.plan_store import NOT_KEPT, REUSED
-from ..runs.stats import BlockReport, RunReport, StepReport
+from ..runs.stats import BlockReport, RunReport, RunSettings, StepReport
 
 TWO_DIGITS = Context(prec=2, rounding=ROUND_HALF_UP)
 
 
 def headline(report: RunReport) -> str:
     """One line: what ran sparse and what it gained, or why it was dense."""
-    if report.error:
-        return f"dense after an error: {report.error}"
-    if not report.calls.get("sparse"):
-        reasons = [r for r, _ in _by_number(report.calls) if r != "cross-attention"]
-        return f"dense: {reasons[0]}" if reasons else "attention never reached FG-Attn"
-    if report.calls.get(TOO_DENSE, 0) > report.calls["sparse"]:
-        return f"mostly dense: {TOO_DENSE}"
+    if report.failure:
+        return f"dense after an error: {report.failure}"
+    if not report.count(Outcome.SPARSE):
+        reasons = [r for r, _ in by_number(report.calls) if r.outcome is not Outcome.CROSS_ATTENTION]
+        return f"dense: {reasons[0].text}" if reasons else "attention never reached FG-Attn"
+    if report.count(Outcome.TOO_DENSE) > report.count(Outcome.SPARSE):
+        return f"mostly dense: {Outcome.TOO_DENSE.value}"
     share = "" if report.density is None else f"{percent(report.density)} of scores, "
     return f"sparse: {share}{_gain(report)}{_estimated(report, ', est. error {}')}"
 
@@ -45,7 +45,7 @@ def text(report: RunReport) -> str:
 
 def summary(report: RunReport) -> str:
     """The report without its steps and blocks."""
-    lines = [headline(report), "", f"settings: {report.settings}",
+    lines = [headline(report), "", f"settings: {describe(report.settings)}",
              f"implementation: {report.implementation} on {report.device}, {report.tokens} tokens",
              f"run: {report.total / 1e3:.2f} s, {len(report.steps)} steps, planning {report.planning:.1f} ms",
              f"attention call: {_call_times(report)}"]
@@ -66,10 +66,24 @@ def summary(report: RunReport) -> str:
         lines += [f"sliders from step {step + 1}: threshold {threshold:g}, warm-up {warmup}"
                   for step, threshold, warmup in report.sliders]
     lines += [f"remark: {remark}" for remark in report.remarks]
-    if report.error:
-        lines.append(f"error: {report.error}")
-    lines += ["", *(f"{number} calls: {outcome}" for outcome, number in _by_number(report.calls))]
+    if report.failure:
+        lines.append(f"error: {report.failure}")
+    lines += ["", *(f"{number} calls: {reason.text}" for reason, number in by_number(report.calls))]
     return "\n".join(lines)
+
+
+def describe(settings: RunSettings) -> str:
+    """A run's settings as one line; `settingsText` in web/js/view.js has the same words."""
+    s = settings
+    words = [f"{s.method} {s.strength:g}", f"tiles {s.tile_queries}x{s.tile_keys}", f"{s.order} order",
+             f"tail {'on' if s.tail else 'off'}", f"warm-up {s.warmup_steps} of {s.steps} steps"]
+    if s.reuse_steps > 1:
+        words.append(f"plans serve {s.reuse_steps} steps")
+    if s.moved:
+        now = [] if s.moved_threshold is None else [f"threshold {s.moved_threshold:g}"]
+        now += [] if s.moved_warmup_steps is None else [f"warm-up {s.moved_warmup_steps}"]
+        words.append(f"moved to {' and '.join(now) or 'and fro'}")
+    return ", ".join(words)
 
 
 def percent(share: float) -> str:
@@ -88,7 +102,8 @@ def _estimated(part: RunReport | StepReport | BlockReport, words: str) -> str:
     return "" if part.estimated_error is None else words.format(percent(part.estimated_error))
 
 
-def _by_number(calls: dict[str, int]) -> list[tuple[str, int]]:
+def by_number(calls: dict[Reason, int]) -> list[tuple[Reason, int]]:
+    """Calls by outcome, the most frequent first."""
     return sorted(calls.items(), key=lambda item: -item[1])
 
 

@@ -8,19 +8,20 @@ import numpy as np
 import pytest
 from fgattn.runs.stats import BlockReport, RunReport, StepReport
 from fgattn.show import chart, palette
+from makers import CHOSEN, by_reason
 from PIL import ImageColor, ImageDraw
 
 
 def make_report(steps=12, dense=2, blocks=8, ms=100.0, **changes):
     """A run of `steps` steps of `ms`, the first `dense` of them dense."""
     report = RunReport(
-        settings="threshold 1, tiles 128x16", tokens=1728, implementation="torch", device="cpu",
+        settings=CHOSEN, tokens=1728, implementation="torch", device="cpu",
         total=ms * steps,
         steps=tuple(StepReport(i, ms, 0.4 * ms, 0.1 * ms * (i >= dense), 8 * (i >= dense), 8 * (i < dense))
                     for i in range(steps)),
         blocks=tuple(BlockReport(i, 0.3, 0.4) for i in range(blocks)),
-        calls={"sparse": 8 * (steps - dense), "warm-up step": 8 * dense}, dense_call=2.0, sparse_call=1.0,
-        density=0.3, executed_density=0.35, peak_memory=None, error=None)
+        calls=by_reason(sparse=8 * (steps - dense), warm_up=8 * dense), dense_call=2.0, sparse_call=1.0,
+        density=0.3, executed_density=0.35, peak_memory=None, failure=None)
     return replace(report, **changes)
 
 
@@ -32,7 +33,7 @@ CASES = {
     "dense": make_report(4, 4, 0, **NOTHING),
     "nothing": make_report(0, 0, 0, **NOTHING),
     "no dense step": make_report(dense=0, dense_call=None),
-    "failed": make_report(error="RuntimeError: " + "long " * 100),
+    "failed": make_report(failure="RuntimeError: " + "long " * 100),
     "long device name": make_report(device="GPU " * 80),
     "steps of no time": make_report(ms=0.0),
     "steps of a microsecond": make_report(ms=1e-3),

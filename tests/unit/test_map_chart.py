@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from fgattn import TokenLayout
+from fgattn.outcomes import Outcome, Reason
 from fgattn.runs.maps import Maps, TileMap
 from fgattn.show import map_chart, palette
 from PIL import ImageColor, ImageDraw
@@ -87,7 +88,7 @@ def maps_of(blocks, heads, dense=()):
     made = Maps()
     for block in range(blocks):
         if block in dense:
-            made.skip(6, block, "listed in dense_blocks")
+            made.skip(6, block, Reason(Outcome.DENSE_BLOCK))
         else:
             made.kept[6, block] = tile((2, 4, 8), heads=heads)
     return made

@@ -5,18 +5,21 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from fgattn.outcomes import Outcome, Reason
 from fgattn.runs.stats import BlockReport, RunReport, StepReport
-from fgattn.show.text import headline, percent, text
+from fgattn.show.text import describe, headline, percent, text
+from makers import CHOSEN, by_reason
 
 FULL = RunReport(
-    settings="threshold 1, tiles 128x16", tokens=32760, implementation="triton", device="NVIDIA H200",
+    settings=CHOSEN, tokens=32760, implementation="triton", device="NVIDIA H200",
     total=12345.0, steps=(StepReport(0, 900.0, 600.0, 0.0, 0, 80), StepReport(1, 500.0, 180.0, 20.0, 78, 2)),
     blocks=(BlockReport(-1, 0.5, 0.75), BlockReport(3, 0.251, 0.3)),
-    calls={"warm-up step": 80, "sparse": 78, "listed in dense_blocks": 2}, dense_call=7.5, sparse_call=2.5,
-    density=0.2512, executed_density=0.3, peak_memory=3 << 29, error=None,
+    calls=by_reason(warm_up=80, sparse=78, dense_block=2), dense_call=7.5, sparse_call=2.5,
+    density=0.2512, executed_density=0.3, peak_memory=3 << 29, failure=None,
     remarks=("fp32 tensors are computed in bf16",))
 DENSE = dataclasses.replace(
-    FULL, calls={"cross-attention": 90, "warm-up step": 5, "fewer than 4096 tokens": 80}, sparse_call=None,
+    FULL, calls={**by_reason(cross_attention=90, warm_up=5),
+                 Reason(Outcome.MIN_TOKENS, "fewer than 4096 tokens"): 80}, sparse_call=None,
     density=None, executed_density=None, blocks=(), remarks=())
 NOTHING = dataclasses.replace(DENSE, steps=(), calls={}, dense_call=None, total=0.0, peak_memory=None)
 
@@ -26,9 +29,9 @@ NOTHING = dataclasses.replace(DENSE, steps=(), calls={}, dense_call=None, total=
     (dataclasses.replace(FULL, sparse_call=15.0), "sparse: 25 % of scores, attention 2.00x slower"),
     (dataclasses.replace(FULL, dense_call=None), "sparse: 25 % of scores, no dense step to compare with"),
     (DENSE, "dense: fewer than 4096 tokens"),
-    (dataclasses.replace(DENSE, calls={"cross-attention": 3}), "attention never reached FG-Attn"),
+    (dataclasses.replace(DENSE, calls=by_reason(cross_attention=3)), "attention never reached FG-Attn"),
     (NOTHING, "attention never reached FG-Attn"),
-    (dataclasses.replace(FULL, error="RuntimeError: no kernel image"),
+    (dataclasses.replace(FULL, failure="RuntimeError: no kernel image"),
      "dense after an error: RuntimeError: no kernel image"),
 ], ids=["sparse", "slower", "no dense step", "dense", "cross-attention only", "nothing", "error"])
 def test_headline(report, line):
@@ -42,7 +45,7 @@ def test_whole_report():
     assert text(FULL).splitlines() == [
         "sparse: 25 % of scores, attention 3.00x faster",
         "",
-        "settings: threshold 1, tiles 128x16",
+        "settings: threshold 1, tiles 128x16, cells order, tail on, warm-up 2 of 8 steps",
         "implementation: triton on NVIDIA H200, 32760 tokens",
         "run: 12.35 s, 2 steps, planning 20.0 ms",
         "attention call: dense 7.50 ms, sparse 2.50 ms",
@@ -82,7 +85,7 @@ def test_plans_are_told_of_where_they_are_kept(plans, lines):
      ["peak VRAM", "step ", "block ", "None", ";"]),
     (dataclasses.replace(FULL, dense_call=None),
      ["attention call: sparse 2.50 ms; no dense step in this run to compare with"], ["None", "faster"]),
-    (dataclasses.replace(FULL, error="RuntimeError: bad"), ["error: RuntimeError: bad"], ["None"]),
+    (dataclasses.replace(FULL, failure="RuntimeError: bad"), ["error: RuntimeError: bad"], ["None"]),
     (dataclasses.replace(FULL, peak_memory=None), ["attention call:"], ["peak VRAM", "None"]),
 ], ids=["dense", "nothing", "no dense step", "error", "no VRAM"])
 def test_fields_without_a_value_are_left_out(report, has, lacks):
@@ -121,3 +124,21 @@ def test_moved_sliders_are_listed():
     assert ("sliders from step 1: threshold 1, warm-up 2\n"
             "sliders from step 5: threshold 1.4, warm-up 3") in text(moved)
     assert "sliders" not in text(dataclasses.replace(FULL, sliders=moved.sliders[:1]))
+
+
+USUAL = "threshold 1, tiles 128x16, cells order, tail on, warm-up 2 of 8 steps"
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({}, USUAL),
+    ({"method": "top_k", "strength": 0.3, "tile_queries": 64, "tile_keys": 1, "order": "raster",
+      "tail": False},
+     "top_k 0.3, tiles 64x1, raster order, tail off, warm-up 2 of 8 steps"),
+    ({"reuse_steps": 3, "moved": True, "moved_threshold": 0.7},
+     f"{USUAL}, plans serve 3 steps, moved to threshold 0.7"),
+    ({"moved": True, "moved_threshold": 0.0, "moved_warmup_steps": 0},
+     f"{USUAL}, moved to threshold 0 and warm-up 0"),
+    ({"moved": True}, f"{USUAL}, moved to and fro"),
+], ids=["usual", "other method", "reuse", "both moved", "and back"])
+def test_settings_in_words(changes, words):
+    assert describe(dataclasses.replace(CHOSEN, **changes)) == words

@@ -13,8 +13,8 @@ from fgattn import Settings, TokenLayout, Unsupported, attend, build_plan
 from fgattn import __main__ as doctor
 from fgattn.backends import runtime
 from fgattn.runs import engine
+from fgattn.runs.clock import Clock
 from fgattn.runs.engine import Engine
-from fgattn.runs.stats import Clock
 from fgattn.settings import Policy
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -53,7 +53,7 @@ one.begin_run([1.0, 0.0], True, torch.device("cpu"))
 one.attention(q, k, v, layout=layout, dense=lambda: 1 / 0)
 print(json.dumps({
     "equal": torch.equal(out, fgattn.attend(q, k, v, plan, impl="torch")), "message": message,
-    "missing": runtime.missing(), "calls": one.end_run().calls,
+    "missing": runtime.missing(), "calls": {reason.text: n for reason, n in one.end_run().calls.items()},
     "kernels": [name for name in sys.modules if "shared" in name and name.startswith("fgattn")]}))
 """
 

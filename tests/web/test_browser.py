@@ -15,6 +15,7 @@ import pytest
 from fgattn.runs.stats import BlockReport, RunReport, StepReport
 from fgattn.show import snapshot
 from fgattn.show.text import headline
+from makers import CHOSEN, by_reason
 from pages import load, patch_id, slider, started, text, value
 
 EXAMPLE = Path(__file__).parents[2] / "example_workflows" / "wan2.1_t2v.json"
@@ -41,8 +42,8 @@ def report(steps):
     done = tuple(StepReport(i, 900.0, 500.0, 0.0, 0, 8, True) if i < 2 else
                  StepReport(i, 900.0, 200.0, 20.0, 8, 0) for i in range(steps))
     return RunReport(
-        "threshold 1, tiles 128x16, warm-up 2 of 8 steps", 32760, "triton", "GPU", 900.0 * steps, done,
-        tuple(BlockReport(b, 0.2 + b / 100, 0.3) for b in range(8)), {"sparse": 8 * steps},
+        CHOSEN, 32760, "triton", "GPU", 900.0 * steps, done,
+        tuple(BlockReport(b, 0.2 + b / 100, 0.3) for b in range(8)), by_reason(sparse=8 * steps),
         5.0, 2.0, 0.26, 0.3, None, None, scheduled=8, sliders=((0, 1.0, 2),))
 
 
