@@ -22,19 +22,19 @@ from ..attention import attend, empty_like
 from ..backends import runtime
 from ..backends.runtime import OutOfMemory
 from ..layout import TokenLayout
+from ..outcomes import Outcome, Reason
 from ..plan import SparsePlan, parts_for, plan_call
 from ..settings import Policy, Settings, ranges
 from ..tensors import declined, head_parts
-from .break_even import TOO_DENSE, TOO_SHORT, Costs, costs, faster
+from .break_even import Costs, costs, faster
+from .clock import Clock
 from .maps import MIDDLE, Maps
 from .plan_store import MADE, REUSED, PlanStore
 from .run import Run, step_of
-from .stats import UNKNOWN_BLOCK, Clock, RunReport, RunStats
+from .stats import UNKNOWN_BLOCK, RunReport, RunSettings, RunStats
 from .watch import Watch
 
 log = logging.getLogger("fgattn")
-OTHER_GPU = "on another GPU than the run"
-IN_PARTS = "heads were taken in parts, to save memory"
 SHORT_OF_MEMORY = "short of memory: fewer heads at a time, plans are not kept"
 
 
@@ -84,7 +84,7 @@ class Engine:
             self._run = Run(sigmas, full_noise, self.settings, self.policy, final, stats,
                              _device_reason(device), plans, self._has_rule(device), watch)
             if self._run.device_reason:
-                log.warning("FG-Attn runs dense: %s", self._run.device_reason)
+                log.warning("FG-Attn runs dense: %s", self._run.device_reason.text)
 
     def begin_evaluation(self, sigma: float) -> None:
         """Note that the model is evaluated at this noise level; finds the step it belongs to."""
@@ -116,7 +116,7 @@ class Engine:
         """The books of the run that is going on, as far as they can be read without waiting."""
         if run := self._run:
             with self._scope():
-                return run.stats.so_far(self._describe(run), self._implementation(run))
+                return run.stats.so_far(self._chosen(run), self._implementation(run))
         return None
 
     def end_run(self) -> RunReport | None:
@@ -125,11 +125,11 @@ class Engine:
         if run is None:
             return None
         self._check_blocks(run)
-        self.last_report = run.stats.report(self._describe(run), self._implementation(run))
+        self.last_report = run.stats.report(self._chosen(run), self._implementation(run))
         self.last_maps = run.watch.end()
         return self.last_report
 
-    def decline(self, reason: str) -> None:
+    def decline(self, reason: Reason) -> None:
         """Count a call that is left to dense attention before it gets here."""
         if self._run:
             self._run.stats.calls[reason] += 1
@@ -175,18 +175,18 @@ class Engine:
         try:
             with self._scope():
                 out = self._sparse(run, q, k, v, layout, block, branch, scale)
-            stats.calls["sparse"] += 1
+            stats.calls[Reason(Outcome.SPARSE)] += 1
             return out
         except self._passthrough:
             run.plans.clear()
             raise
         except Exception as error:
             run.plans.clear()
-            stats.error = f"{type(error).__name__}: {error}"
+            stats.failure = f"{type(error).__name__}: {error}"
             log.exception("FG-Attn failed; the rest of this run is dense")
-            self._notify(f"dense: {stats.error}")
-            stats.calls["error"] += 1
-            run.watch.dense(run.step, block, "error")
+            self._notify(f"dense: {stats.failure}")
+            stats.calls[Reason(Outcome.FAILED)] += 1
+            run.watch.dense(run.step, block, Reason(Outcome.FAILED))
         return dense()  # after the handler, which holds what was made until then
 
     def _sparse(self, run: Run, q, k, v, layout, block, branch, scale) -> torch.Tensor:
@@ -210,7 +210,7 @@ class Engine:
             run.plans.close()
             run.parts = min(heads, 2 * parts)
             self.remark(SHORT_OF_MEMORY)
-        look_at = plan if parts == 1 else IN_PARTS
+        look_at = plan if parts == 1 else Reason(Outcome.IN_PARTS)
         run.watch.sparse(run.step, block, q, k, v, out, look_at, layout, self.settings.order, scale)
         return out
 
@@ -242,32 +242,33 @@ class Engine:
         place = layout.grid, layout.front, layout.back, layout.absent, layout.query_start
         return run.plans.plan((block, branch, place, q.shape, k.shape[2], scale, str(q.device)), build)
 
-    def _unable(self, run: Run, q, k, v) -> str | None:
+    def _unable(self, run: Run, q, k, v) -> Reason | None:
         """Why this call cannot run sparse, whatever the step."""
         if run.device_reason:
             return run.device_reason
         if q.is_cuda and run.stats.clock.device.index not in (None, q.device.index):
-            return OTHER_GPU
+            return Reason(Outcome.OTHER_GPU)
         if q.shape[2] < self.policy.min_tokens:
-            return f"fewer than {self.policy.min_tokens} tokens"
-        if q.is_cuda and (reason := runtime.unavailable(q)):
-            return reason
+            return Reason(Outcome.MIN_TOKENS, f"fewer than {self.policy.min_tokens} tokens")
+        if q.is_cuda and (detail := runtime.unavailable(q)):
+            return Reason(Outcome.DECLINED, detail)
         if run.rule and not faster(self._costs(q), q, k.shape[2]):
-            return TOO_SHORT
+            return Reason(Outcome.TOO_SHORT)
         if q.is_cuda and q.dtype == torch.float32:
             run.stats.remarks["fp32 tensors are computed in bf16"] = None
-        return declined(q, k, v)
+        detail = declined(q, k, v)
+        return Reason(Outcome.DECLINED, detail) if detail else None
 
-    def _dense_by_policy(self, run: Run, block: int | None) -> str | None:
+    def _dense_by_policy(self, run: Run, block: int | None) -> Reason | None:
         """Why a call that could run sparse shall not."""
-        if run.stats.error:
-            return "after an error"
+        if run.stats.failure:
+            return Reason(Outcome.AFTER_FAILURE)
         if run.step < run.warmup(run.policy):
-            return "warm-up step"
+            return Reason(Outcome.WARM_UP)
         if run.step >= run.steps - run.final:
-            return "final dense step"
+            return Reason(Outcome.FINAL_STEP)
         if block in self.policy.dense_blocks:
-            return "listed in dense_blocks"
+            return Reason(Outcome.DENSE_BLOCK)
         return None
 
     def _has_rule(self, device: torch.device) -> bool:
@@ -277,10 +278,11 @@ class Engine:
     def _costs(self, q) -> Costs:
         return costs(self.settings, q.shape[3], runtime.gpu_kernel(q.device))
 
-    def _too_dense(self, run: Run, q, k, block: int | None) -> str | None:
+    def _too_dense(self, run: Run, q, k, block: int | None) -> Reason | None:
         """Whether the block has kept so much in the steps before that dense attention is faster."""
         density = run.densities.get(_number(block))
-        return None if density is None or faster(self._costs(q), q, k.shape[2], density) else TOO_DENSE
+        gains = density is None or faster(self._costs(q), q, k.shape[2], density)
+        return None if gains else Reason(Outcome.TOO_DENSE)
 
     def _check_blocks(self, run: Run) -> None:
         """Say which of dense_blocks the run did not have, if it reached its last step."""
@@ -291,22 +293,17 @@ class Engine:
         run.stats.remarks[f"dense_blocks: this model has no block {ranges(absent)}" if numbered else
                           "dense_blocks has no effect: this model does not number its blocks"] = None
 
-    def _describe(self, run: Run) -> str:
-        s = self.settings
-        kept = f", plans serve {self.policy.reuse_steps} steps" if self.policy.reuse_steps > 1 else ""
-        moved = ""
-        if len(run.stats.sliders) > 1:
-            _, threshold, warmup_steps = run.stats.sliders[-1]
-            now = [f"threshold {threshold:g}"] * (threshold != s.threshold)
-            now += [f"warm-up {warmup_steps}"] * (warmup_steps != self.policy.warmup_steps)
-            moved = f", moved to {' and '.join(now) or 'and fro'}"
-        return (f"{s.rule}, tiles {s.tile_queries}x{s.tile_keys}, {s.order} order, "
-                f"tail {'on' if s.tail else 'off'}, "
-                f"warm-up {run.warmup(self.policy)} of {run.steps} steps{kept}{moved}")
+    def _chosen(self, run: Run) -> RunSettings:
+        s, (_, threshold, warmup_steps) = self.settings, run.stats.sliders[-1]
+        return RunSettings(
+            s.method, s.strength, s.tile_queries, s.tile_keys, s.order, s.tail, run.warmup(self.policy),
+            run.steps, self.policy.reuse_steps, moved=len(run.stats.sliders) > 1,
+            moved_threshold=None if threshold == s.threshold else threshold,
+            moved_warmup_steps=None if warmup_steps == self.policy.warmup_steps else warmup_steps)
 
     def _implementation(self, run: Run) -> str:
         if run.device_reason:
-            return f"dense ({run.device_reason})"
+            return f"dense ({run.device_reason.text})"
         device = run.stats.clock.device
         return runtime.gpu_kernel(device) if device.type == "cuda" else "torch"
 
@@ -315,10 +312,11 @@ def _number(block: int | None) -> int:
     return UNKNOWN_BLOCK if block is None else block
 
 
-def _device_reason(device: torch.device) -> str | None:
+def _device_reason(device: torch.device) -> Reason | None:
     """Why nothing can run sparse on this device, or None."""
     if device.type == "cpu":
         return None
     if device.type != "cuda":
-        return f"no sparse kernel for device type {device.type}"
-    return runtime.missing() or runtime.device_reason(device)
+        return Reason(Outcome.NO_KERNEL, f"no sparse kernel for device type {device.type}")
+    detail = runtime.missing() or runtime.device_reason(device)
+    return Reason(Outcome.NO_KERNEL, detail) if detail else None
