@@ -16,6 +16,7 @@ from fgattn.demo.generate import generate, psnr
 from fgattn.demo.model import CHANNELS
 from fgattn.demo.quantise import load_model
 from fgattn.demo.scenes import conditioning, to_rgb
+from fgattn.outcomes import Outcome
 from fgattn.runs.engine import Engine
 from fgattn.settings import Policy
 
@@ -88,8 +89,8 @@ def rows(quick: bool) -> Iterator[dict[str, object]]:
         for k in REUSE_STEPS[::3] if quick else REUSE_STEPS:
             engine = Watched(settings, Policy(min_tokens=1, reuse_steps=k))
             got, report = generate(model, noise, context, engine, STEPS)
-            if report.error or report.remarks or len(engine.errors) != report.calls["sparse"]:
-                raise RuntimeError(f"not every call ran as wanted: {report.calls}, {report.error}")
+            if report.failure or report.remarks or len(engine.errors) != report.count(Outcome.SPARSE):
+                raise RuntimeError(f"not every call ran as wanted: {report.calls}, {report.failure}")
             got = got[0].float()
             yield {
                 "case": "reuse", **shared, "reuse_steps": k, **summary(engine.errors),

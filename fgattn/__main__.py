@@ -46,7 +46,7 @@ def verdict(device: torch.device) -> str:
     """What runs sparse calls on a device in a run with default settings."""
     answer = registry.on_device(device, Settings())
     if not isinstance(answer, Eligible):
-        return f"dense attention: {answer}"
+        return f"dense attention: {answer.text}"
     tested = ": its self-test passed" if answer.backend.probe else ""
     return answer.text + tested
 

@@ -56,11 +56,11 @@ class Settings:
         return (math.log(self.threshold) if self.threshold else -math.inf) - math.log(keys) - MARGIN
 
     @property
-    def rule(self) -> str:
-        """Method and strength in words, for reports."""
+    def strength(self) -> float:
+        """The threshold, or the parameter of another method that is in force."""
         if self.method == "threshold":
-            return f"threshold {self.threshold:g}"
-        return f"{self.method} {methods.strength(self.method, self.method_parameter):g}"
+            return self.threshold
+        return methods.strength(self.method, self.method_parameter)
 
 
 @dataclass(frozen=True, kw_only=True)

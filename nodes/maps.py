@@ -8,7 +8,8 @@ from PIL import Image
 from ..fgattn.errors import InvalidArgument
 from ..fgattn.runs.maps import TileMap
 from ..fgattn.show import map_chart
-from ..fgattn.show import text as report
+from ..fgattn.show.palette import BACKGROUND
+from ..fgattn.show.text import describe, percent
 from .patch import patch_of
 from .status import show
 
@@ -93,12 +94,14 @@ def _draw(engine, block: int, head: int, step: int, place):
         text = f"block {block}, {at}: no map. {found}"
         return text, map_chart.draw_message(f"Block {block}, {at}: no map", found), density
     error = next((b.estimated_error for b in last.blocks if b.block == block), None)
-    note = last.settings if error is None else f"block's est. error {report.percent(error)}; {last.settings}"
+    note = describe(last.settings)
+    if error is not None:
+        note = f"block's est. error {percent(error)}; {note}"
     if place != maps.place:
         note = f"tile of the run before the place was changed; {note}"
     title = f"Block {block}, head {head}, {at}: keys that one tile of queries computes"
-    text = (f"block {block}, head {head}, {at}: the tile computes {found.keys(head).mean():.0%} of the keys, "
-            f"the head asks for {float(found.density[head]):.0%} of its scores")
+    text = (f"block {block}, head {head}, {at}: the tile computes {percent(found.keys(head).mean())} of the "
+            f"keys, the head asks for {percent(found.density[head])} of its scores")
     return text, map_chart.draw_map(found, head, title, note), density
 
 
@@ -107,7 +110,7 @@ def _stacked(above: Image.Image, below: Image.Image) -> Image.Image:
     if above is below:
         return above
     size = max(above.width, below.width), above.height + below.height
-    both = Image.new("RGB", size, map_chart.BACKGROUND)
+    both = Image.new("RGB", size, BACKGROUND)
     both.paste(above, (0, 0))
     both.paste(below, (0, above.height))
     return both

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..fgattn.layout import TokenLayout
+from ..fgattn.outcomes import Outcome, Reason
 
 # Where tokens that are not of the video (text, reference, audio, pose, guides) stand in self-attention, by
 # class of the diffusion model or its nearest known ancestor.
@@ -40,27 +41,30 @@ def video_of(diffusion_model, latent_shape) -> Video | None:
     return Video(grid, SIDES[known[0]], len(getattr(diffusion_model, "double_blocks", ())))
 
 
-def call_layout(options: dict, video: Video | None, query_length: int, key_length: int):
-    """Layout of a self-attention call over the video tokens, or why it is none.
+def call_layout(
+    options: dict, video: Video | None, query_length: int, key_length: int,
+) -> TokenLayout | Reason:
+    """Layout of a self-attention call over the video tokens, or the reason why it is none.
 
     Args:
         options: the call's `transformer_options`; `grid_sizes` of Wan models knows more than the latent,
             `minimax_h3_layout` is of the whole packed sequence.
     """
     if query_length != key_length:
-        return "cross-attention"
+        return Reason(Outcome.CROSS_ATTENTION)
     packed = options.get("minimax_h3_layout")
     if packed is not None and packed.seq_len != query_length:
-        return "self-attention of other tokens"
+        return Reason(Outcome.OTHER_TOKENS)
     if video is None:
         return TokenLayout.flat(query_length)
     grid = options.get("grid_sizes")
     grid = video.grid if grid is None else tuple(int(n) for n in grid)
     others = query_length - math.prod(grid)
     if others < 0:
-        return "self-attention of other tokens"
+        return Reason(Outcome.OTHER_TOKENS)
     if others > math.prod(grid):
-        return f"{query_length} tokens, of which the video has {math.prod(grid)}"
+        return Reason(Outcome.LITTLE_VIDEO,
+                      f"{query_length} tokens, of which the video has {math.prod(grid)}")
     return TokenLayout(grid, **{video.side: others})
 
 
@@ -80,7 +84,7 @@ def call_branch(options: dict) -> Hashable | None:
     return tuple(uuids), window and tuple(window.index_list)
 
 
-def valid_keys(mask: torch.Tensor, batch: int, keys: int) -> torch.Tensor | str | None:
+def valid_keys(mask: torch.Tensor, batch: int, keys: int) -> torch.Tensor | Reason | None:
     """Keys that a mask leaves, bool [B, L_k]; None if all; or why the mask is not one over keys alone.
 
     Reads the mask, so it waits for the device.
@@ -90,13 +94,13 @@ def valid_keys(mask: torch.Tensor, batch: int, keys: int) -> torch.Tensor | str 
     """
     *rows, width = mask.shape
     if width != keys or any(n != 1 for n in rows[1:]) or (rows and rows[0] not in (1, batch)):
-        return "attention mask"
+        return Reason(Outcome.MASK)
     mask = mask.reshape(-1, keys)
     valid = mask if mask.dtype == torch.bool else mask > MASKED
     if mask.dtype != torch.bool and (mask[valid] != 0).any():
-        return "attention bias"
+        return Reason(Outcome.BIAS)
     if not valid.any(1).all():
-        return "attention mask that leaves no key"
+        return Reason(Outcome.NO_KEY)
     return None if valid.all() else valid.expand(batch, keys)
 
 

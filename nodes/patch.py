@@ -16,6 +16,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from einops import rearrange
 
+from ..fgattn.outcomes import Reason
 from ..fgattn.runs.engine import Engine
 from ..fgattn.settings import Policy, Settings
 from ..fgattn.show.text import headline
@@ -86,7 +87,7 @@ class Patch:
                 return executor(*args, **kwargs)
         except BaseException as error:
             stopped = isinstance(error, comfy.model_management.InterruptProcessingException)
-            state = "interrupted" if stopped else "error"
+            state = "interrupted" if stopped else "failed"
             raise
         finally:
             self._sigma = None
@@ -152,9 +153,9 @@ class Override:
             length = 2 if skip_reshape else 1
             video = getattr(thread, "video", None)
             layout = call_layout(options, video, q.shape[length], k.shape[length])
-            if not isinstance(layout, str) and mask is not None:
+            if not isinstance(layout, Reason) and mask is not None:
                 layout = self._masked(mask, layout, q.shape[0])
-            if isinstance(layout, str):
+            if isinstance(layout, Reason):
                 self.patch.engine.decline(layout)
                 return fallback()
             if video is None:
@@ -175,7 +176,7 @@ class Override:
         known = getattr(thread, "mask", None)
         if known is None or known[0] is not mask or known[1] != place:
             valid = valid_keys(mask, batch, layout.length)
-            found = valid if isinstance(valid, str) else dataclasses.replace(layout, key_valid=valid)
+            found = valid if isinstance(valid, Reason) else dataclasses.replace(layout, key_valid=valid)
             if isinstance(valid, torch.Tensor):
                 found = without_padding(layout, valid) or found
             known = thread.mask = mask, place, found

@@ -60,4 +60,4 @@ def serve(server, sliders: Sliders = SLIDERS) -> None:
         except ValueError:
             message = None
         status, reason = sliders.move(message)
-        return web.json_response({"error": reason} if reason else {}, status=status)
+        return web.json_response({"refused": reason} if reason else {}, status=status)

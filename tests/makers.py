@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 
 import torch
 from fgattn import SparsePlan, TokenLayout, plan_from_mask, reference
@@ -9,8 +10,12 @@ from fgattn.backends import registry
 from fgattn.backends.base import Planned
 from fgattn.call import Call
 from fgattn.layout import CELL
+from fgattn.outcomes import Outcome, Reason
 from fgattn.plan import of_heads
+from fgattn.runs.stats import RunReport, RunSettings
 
+# Of a usual run, for tests that are about something else.
+CHOSEN = RunSettings("threshold", 1.0, 128, 16, "cells", True, 2, 8)
 SHORT_OF_BOUND = 1e-4  # decisions closer to the threshold than this may differ
 
 
@@ -32,6 +37,19 @@ def tensors(heads, queries, keys=None, dim=64, *, batch=1, dtype=torch.float32, 
         rows = directions[:, :, stretches.repeat_interleave(11)[:length]]
         result.append((strength * rows + noise(length)).to(dtype))
     return tuple(result)
+
+
+def by_text(report: RunReport) -> Counter:
+    """A report's calls under the texts that people read."""
+    calls = Counter()
+    for reason, number in report.calls.items():
+        calls[reason.text] += number
+    return calls
+
+
+def by_reason(**calls: int) -> dict[Reason, int]:
+    """Calls as in a report, by the names of outcomes."""
+    return {Reason(Outcome[name.upper()]): number for name, number in calls.items()}
 
 
 def random_valid(batch, keys, seed=0):

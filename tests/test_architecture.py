@@ -4,11 +4,14 @@ import ast
 import inspect
 import re
 import subprocess
+import typing
 from pathlib import Path
 
 import fgattn
 import pytest
 import torch
+from fgattn.outcomes import Outcome
+from fgattn.runs.stats import Kind
 
 ROOT = Path(__file__).parents[1]
 COMFYUI = {
@@ -91,6 +94,34 @@ def test_library_does_not_import_nodes(path):
     if "fgattn" in path.relative_to(ROOT).parts:
         depth = len(path.relative_to(ROOT / "fgattn").parts)
         assert all(level <= depth for level, _ in imports(path))
+
+
+def texts_of(source):
+    """String literals of a piece of code."""
+    return {n.value for n in ast.walk(ast.parse(source))
+            if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+
+
+@every_file
+def test_texts_of_outcomes_stand_in_one_place(path):
+    """What is compared, counted and looked up is the outcome, its text is for people. Steps have kinds."""
+    texts = {outcome.value for outcome in Outcome} - {*typing.get_args(Kind)}
+    assert len(texts) == len(Outcome) - 1
+    assert path.name == "outcomes.py" or not texts & texts_of(path.read_text())
+
+
+def test_outcomes_import_nothing_of_the_package():
+    """Every part may name them."""
+    assert not [module for level, module in imports(ROOT / "fgattn" / "outcomes.py") if level]
+
+
+@pytest.mark.parametrize("path", [ROOT / "web" / "js" / name for name in ("view.js", "panel.js", "store.js")],
+                         ids=name_of)
+def test_the_page_shows_texts_and_asks_for_fields(path):
+    """No sentence is taken apart, and no outcome is known by its words."""
+    source = path.read_text(encoding="utf-8")
+    assert ".split(\", \")" not in source
+    assert not [o for o in Outcome if f'"{o.value}"' in source and o is not Outcome.SPARSE]
 
 
 def violations(source):

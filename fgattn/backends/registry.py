@@ -7,6 +7,7 @@ import torch
 from ..call import Call
 from ..errors import InvalidArgument, Unsupported
 from ..layout import TokenLayout
+from ..outcomes import Outcome, Reason
 from ..settings import Settings
 from . import hopper, pytorch, selftest, triton
 from .base import Backend, Eligible, without
@@ -14,14 +15,14 @@ from .base import Backend, Eligible, without
 BACKENDS = [hopper.BACKEND, triton.BACKEND, pytorch.BACKEND, pytorch.SPECIFICATION]
 
 
-def choose(call: Call, *, gain: bool = False) -> Eligible | str:
+def choose(call: Call, *, gain: bool = False) -> Eligible | Reason:
     """The first backend that can run a call, or why none can.
 
     Args:
         gain: only backends from which a run can gain on the call's device; else those come first.
     """
     if call.declined:
-        return call.declined
+        return Reason(Outcome.DECLINED, call.declined)
     gaining = [backend for backend in BACKENDS if backend.gains_on(call.device)]
     others = [] if gain else [backend for backend in BACKENDS if backend not in gaining]
     passed_over: list[tuple[str, str]] = []
@@ -33,19 +34,22 @@ def choose(call: Call, *, gain: bool = False) -> Eligible | str:
             return Eligible(backend, tuple(passed_over))
         passed_over.append((backend.name, reason))
     if not passed_over:
-        return f"no sparse kernel for device type {call.device.type}"
+        return Reason(Outcome.NO_KERNEL, f"no sparse kernel for device type {call.device.type}")
     last = passed_over[-1][1]
-    return last + without(tuple(other for other in passed_over if other[1] != last))
+    detail = last + without(tuple(other for other in passed_over if other[1] != last))
+    return Reason(Outcome.NO_KERNEL, detail)
 
 
-def named(call: Call, name: str) -> Eligible | str:
+def named(call: Call, name: str) -> Eligible | Reason:
     """A backend by its name, or why it cannot run a call; its self-test is left out.
 
     Raises:
         InvalidArgument: there is no such backend.
     """
     backend = by_name(name)
-    return call.declined or backend.reason(call) or Eligible(backend)
+    if reason := call.declined or backend.reason(call):
+        return Reason(Outcome.DECLINED, reason)
+    return Eligible(backend)
 
 
 def by_name(name: str) -> Backend:
@@ -75,13 +79,14 @@ def required(call: Call, impl: str | None) -> Backend:
         raise Unsupported("q, k, v", call.declined, "equal head counts, rows contiguous and 16-byte aligned",
                           "Run this call dense.")
     raise Unsupported("impl", impl, "torch or reference here",
-                      f"The {impl} kernels cannot run: {answer}.")
+                      f"The {impl} kernels cannot run: {answer.text}.")
 
 
-def on_device(device: torch.device, settings: Settings) -> Eligible | str:
+def on_device(device: torch.device, settings: Settings) -> Eligible | Reason:
     """What will run the calls of a run on a device, or why it will run dense: asked with a small call."""
     try:
         q = torch.zeros(1, 1, 16, 128, dtype=torch.bfloat16, device=device)
         return choose(Call.to_plan(q, q, q, settings, TokenLayout.flat(16)), gain=True)
     except (RuntimeError, NotImplementedError) as error:
-        return f"no sparse kernel for device type {device.type}: {selftest.one_line(error)}"
+        return Reason(Outcome.NO_KERNEL,
+                      f"no sparse kernel for device type {device.type}: {selftest.one_line(error)}")

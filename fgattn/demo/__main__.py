@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from ..errors import InvalidArgument
+from ..outcomes import Outcome
 from ..runs.engine import Engine
 from ..settings import Policy, Settings
 from ..show import chart
-from ..show.text import headline
+from ..show.text import describe, headline
 from .generate import generate, psnr, relative_error
 from .model import CHANNELS, LAYERS
 from .quantise import load_model
@@ -51,9 +52,9 @@ def run(settings: Settings, steps: int, seed: int, out: Path) -> int:
         latents.append(latent[0].float())
         reports.append(report)
     dense, sparse = reports
-    ran_sparse = sparse.calls.get("sparse", 0) > 0 and not sparse.error
+    ran_sparse = sparse.count(Outcome.SPARSE) > 0 and not sparse.failure
     videos = [to_rgb(latent) for latent in latents]
-    print(f"\n{sparse.tokens} tokens, {steps} steps on {sparse.device}; {sparse.settings}\n")
+    print(f"\n{sparse.tokens} tokens, {steps} steps on {sparse.device}; {describe(sparse.settings)}\n")
     print(table(dense, sparse, relative_error(latents[1], latents[0]), psnr(videos[1], videos[0])))
     print("\nTimes are medians; those of FG-Attn leave its dense warm-up steps out.")
     if not cuda:

@@ -12,6 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..runs.stats import RunReport, StepReport
+from ..show.palette import BACKGROUND, TEXT
+from ..show.text import percent
 
 PANEL_WIDTH = 416  # px of a video, at least
 LABEL_HEIGHT = 30  # px
@@ -46,8 +48,8 @@ def table(dense: RunReport, sparse: RunReport, error: float, decibels: float) ->
         ("  self-attention", _time(before, "attention"), _time(after, "attention", "planning")),
         ("    of which planning", "", _time(after, "planning")),
         ("self-attention call", _milliseconds(dense.dense_call), _milliseconds(sparse.sparse_call)),
-        ("density, requested", "100 %", _percent(sparse.density)),
-        ("density, executed", "100 %", _percent(sparse.executed_density)),
+        ("density, requested", percent(1), _percent(sparse.density)),
+        ("density, executed", percent(1), _percent(sparse.executed_density)),
         ("final latent, relative error", "", _percent(error)),
         ("frames, PSNR against dense", "", f"{decibels:.1f} dB"),
     ]
@@ -61,13 +63,13 @@ def side_by_side(videos: Sequence[tuple[str, torch.Tensor]], path: Path) -> None
         height, width = pictures[0].shape[:2]
         factor = -(-PANEL_WIDTH // width)
         size = (width * factor, height * factor)
-        frame = Image.new("RGB", (size[0] * len(videos), size[1] + LABEL_HEIGHT), "#202020")
+        frame = Image.new("RGB", (size[0] * len(videos), size[1] + LABEL_HEIGHT), BACKGROUND)
         pen = ImageDraw.Draw(frame)
         for i, ((label, _), picture) in enumerate(zip(videos, pictures, strict=True)):
             pixels = (picture * 255).round().to(torch.uint8).cpu().numpy()
             frame.paste(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC),
                         (i * size[0], LABEL_HEIGHT))
-            pen.text((i * size[0] + 10, LABEL_HEIGHT / 2), label, "#e6e6e6", ImageFont.load_default(16),
+            pen.text((i * size[0] + 10, LABEL_HEIGHT / 2), label, TEXT, ImageFont.load_default(16),
                      anchor="lm")
         frames.append(frame)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=FRAME_TIME, loop=0, quality=85)
@@ -87,4 +89,4 @@ def _milliseconds(value: float | None) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+    return "-" if value is None else percent(value)

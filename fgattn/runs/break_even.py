@@ -12,8 +12,6 @@ from ..backends.base import Costs
 from ..call import Call
 
 TRIED = 0.15  # density that is assumed until the run knows: about what threshold 2 keeps
-TOO_SHORT = "too few tokens for sparse to be faster"
-TOO_DENSE = "too many scores kept for sparse to be faster"
 
 
 def faster(c: Costs, call: Call, density: float = TRIED) -> bool:

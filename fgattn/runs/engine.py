@@ -22,20 +22,19 @@ from ..backends import compile_log, execute, registry
 from ..backends.base import Costs, Eligible, Planned
 from ..call import Call
 from ..layout import TokenLayout, release
+from ..outcomes import Outcome, Reason
 from ..planning import parts_for
 from ..settings import Policy, Settings, ranges
 from ..tensors import OutOfMemory, empty_like
-from .break_even import TOO_DENSE, TOO_SHORT, faster
+from .break_even import faster
+from .clock import Clock
 from .maps import MIDDLE, Maps
 from .plan_store import MADE, REUSED, PlanStore
 from .run import Run, step_of
-from .stats import UNKNOWN_BLOCK, CallPlace, Clock, RunReport, RunStats
+from .stats import UNKNOWN_BLOCK, CallPlace, RunReport, RunSettings, RunStats
 from .watch import Watch
 
 log = logging.getLogger("fgattn")
-OTHER_GPU = "on another GPU than the run"
-AFTER_FAILURE = "after an error"
-IN_PARTS = "heads were taken in parts, to save memory"
 SHORT_OF_MEMORY = "short of memory: fewer heads at a time, plans are not kept"
 
 
@@ -94,7 +93,7 @@ class Engine:
             compile_log.stop()
             raise
         if self.run.device_reason:
-            log.warning("FG-Attn runs dense: %s", self.run.device_reason)
+            log.warning("FG-Attn runs dense: %s", self.run.device_reason.text)
 
     def begin_evaluation(self, sigma: float) -> None:
         """Note that the model is evaluated at this noise level; finds the step it belongs to."""
@@ -126,7 +125,7 @@ class Engine:
         """The books of the run that is going on, as far as they can be read without waiting."""
         if run := self.run:
             with self._scope():
-                return run.stats.so_far(self._describe(run), run.implementation)
+                return run.stats.so_far(self._chosen(run), run.implementation)
         return None
 
     def end_run(self) -> RunReport | None:
@@ -135,7 +134,7 @@ class Engine:
         if run is None:
             return None
         self._check_blocks(run)
-        self.last_report = run.stats.report(self._describe(run), run.implementation)
+        self.last_report = run.stats.report(self._chosen(run), run.implementation)
         self.last_maps = run.watch.end()
         return self.last_report
 
@@ -150,7 +149,7 @@ class Engine:
         """Give back what is kept for later calls: the model leaves the device."""
         release()
 
-    def decline(self, reason: str) -> None:
+    def decline(self, reason: Reason) -> None:
         """Count a call that is left to dense attention before it gets here."""
         if self.run:
             self.run.stats.calls[reason] += 1
@@ -182,9 +181,9 @@ class Engine:
         stats, at = run.stats, CallPlace(run.step, block, branch)
         stats.tokens = max(stats.tokens, q.shape[2])
         run.blocks.add(block)
-        if stats.error:
-            return self._dense(run, at, AFTER_FAILURE, dense)
-        answer: Eligible | str | None = run.device_reason
+        if stats.failure:
+            return self._dense(run, at, Reason(Outcome.AFTER_FAILURE), dense)
+        answer: Eligible | Reason | None = run.device_reason
         if answer is None:
             try:
                 with self._scope():
@@ -196,7 +195,7 @@ class Engine:
                 self._failed(run, error, at)
         if answer is None:
             return dense()
-        if isinstance(answer, str):
+        if isinstance(answer, Reason):
             stats.calls[answer] += 1
             run.watch.dense(at, answer)
             return dense()
@@ -205,7 +204,7 @@ class Engine:
         try:
             with self._scope():
                 out = self._sparse(run, call, answer, at)
-            stats.calls["sparse"] += 1
+            stats.calls[Reason(Outcome.SPARSE)] += 1
             return out
         except self._passthrough:
             run.plans.clear()
@@ -214,7 +213,7 @@ class Engine:
             self._failed(run, error, at)
         return dense()  # after the handler, which holds what was made until then
 
-    def _dense(self, run: Run, at: CallPlace, reason: str, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _dense(self, run: Run, at: CallPlace, reason: Reason, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A call that could run sparse, but shall not: dense calls are timed to compare with."""
         run.stats.calls[reason] += 1
         run.watch.dense(at, reason)
@@ -226,11 +225,11 @@ class Engine:
     def _failed(self, run: Run, error: Exception, at: CallPlace) -> None:
         """Note a failure, after which the run is dense."""
         run.plans.clear()
-        run.stats.error = f"{type(error).__name__}: {error}"
+        run.stats.failure = f"{type(error).__name__}: {error}"
         log.exception("FG-Attn failed; the rest of this run is dense")
-        self._notify(f"dense: {run.stats.error}")
-        run.stats.calls["error"] += 1
-        run.watch.dense(at, "error")
+        self._notify(f"dense: {run.stats.failure}")
+        run.stats.calls[Reason(Outcome.FAILED)] += 1
+        run.watch.dense(at, Reason(Outcome.FAILED))
 
     def _sparse(self, run: Run, call: Call, answer: Eligible, at: CallPlace) -> torch.Tensor:
         """Plan and attend. Out of memory drops the kept plans and halves the heads at a time, for good."""
@@ -252,7 +251,7 @@ class Engine:
             run.plans.close()
             run.parts = min(heads, 2 * parts)
             self.remark(SHORT_OF_MEMORY)
-        run.watch.sparse(at, call, out, plan if parts == 1 else IN_PARTS)
+        run.watch.sparse(at, call, out, plan if parts == 1 else Reason(Outcome.IN_PARTS))
         return out
 
     def _part(self, run: Run, call: Call, answer: Eligible, at: CallPlace, out: torch.Tensor):
@@ -280,30 +279,30 @@ class Engine:
         key = at.block, at.branch, place, call.q.shape, call.k.shape[2], call.scale, str(call.device)
         return run.plans.plan(key, lambda: execute.plan_of(call, answer.backend))
 
-    def _answer(self, run: Run, call: Call) -> Eligible | str:
+    def _answer(self, run: Run, call: Call) -> Eligible | Reason:
         """Whether this call can run sparse, whatever the step: asked once a call."""
         device = call.device
         if device.type == "cuda" and run.stats.clock.device.index not in (None, device.index):
-            return OTHER_GPU
+            return Reason(Outcome.OTHER_GPU)
         if call.q.shape[2] < run.policy.min_tokens:
-            return f"fewer than {run.policy.min_tokens} tokens"
+            return Reason(Outcome.MIN_TOKENS, f"fewer than {run.policy.min_tokens} tokens")
         answer = registry.choose(call, gain=True)
         if not isinstance(answer, Eligible):
             return answer
         if (costs := self._costs(run, call, answer)) and not faster(costs, call):
-            return TOO_SHORT
+            return Reason(Outcome.TOO_SHORT)
         if device.type == "cuda" and call.q.dtype == torch.float32:
             self.remark("fp32 tensors are computed in bf16")
         return answer
 
-    def _dense_by_policy(self, run: Run, at: CallPlace) -> str | None:
+    def _dense_by_policy(self, run: Run, at: CallPlace) -> Reason | None:
         """Why a call that could run sparse shall not."""
         if run.step < run.warmup(run.policy):
-            return "warm-up step"
+            return Reason(Outcome.WARM_UP)
         if run.step >= run.steps - run.final:
-            return "final dense step"
+            return Reason(Outcome.FINAL_STEP)
         if at.block in run.policy.dense_blocks:
-            return "listed in dense_blocks"
+            return Reason(Outcome.DENSE_BLOCK)
         return None
 
     def _has_rule(self, device: torch.device) -> bool:
@@ -314,10 +313,11 @@ class Engine:
         """Figures for the break-even rule, if it is in force and the backend has any."""
         return answer.backend.costs(call) if run.rule and answer.backend.costs else None
 
-    def _too_dense(self, run: Run, call: Call, answer: Eligible, at: CallPlace) -> str | None:
+    def _too_dense(self, run: Run, call: Call, answer: Eligible, at: CallPlace) -> Reason | None:
         """Whether the block has kept so much in the steps before that dense attention is faster."""
         density, costs = run.densities.get(_number(at.block)), self._costs(run, call, answer)
-        return TOO_DENSE if density is not None and costs and not faster(costs, call, density) else None
+        gains = density is None or not costs or faster(costs, call, density)
+        return None if gains else Reason(Outcome.TOO_DENSE)
 
     def _check_blocks(self, run: Run) -> None:
         """Say which of dense_blocks the run did not have, if it reached its last step."""
@@ -328,18 +328,14 @@ class Engine:
         run.stats.remarks[f"dense_blocks: this model has no block {ranges(absent)}" if numbered else
                           "dense_blocks has no effect: this model does not number its blocks"] = None
 
-    def _describe(self, run: Run) -> str:
-        s = self.settings
-        kept = f", plans serve {self.policy.reuse_steps} steps" if self.policy.reuse_steps > 1 else ""
-        moved = ""
-        if len(run.stats.sliders) > 1:
-            _, threshold, warmup_steps = run.stats.sliders[-1]
-            now = [f"threshold {threshold:g}"] * (threshold != s.threshold)
-            now += [f"warm-up {warmup_steps}"] * (warmup_steps != self.policy.warmup_steps)
-            moved = f", moved to {' and '.join(now) or 'and fro'}"
-        return (f"{s.rule}, tiles {s.tile_queries}x{s.tile_keys}, {s.order} order, "
-                f"tail {'on' if s.tail else 'off'}, "
-                f"warm-up {run.warmup(self.policy)} of {run.steps} steps{kept}{moved}")
+    def _chosen(self, run: Run) -> RunSettings:
+        s, (_, threshold, warmup_steps) = self.settings, run.stats.sliders[-1]
+        return RunSettings(
+            method=s.method, strength=s.strength, tile_queries=s.tile_queries, tile_keys=s.tile_keys,
+            order=s.order, tail=s.tail, warmup_steps=run.warmup(self.policy), steps=run.steps,
+            reuse_steps=self.policy.reuse_steps, moved=len(run.stats.sliders) > 1,
+            moved_threshold=None if threshold == s.threshold else threshold,
+            moved_warmup_steps=None if warmup_steps == self.policy.warmup_steps else warmup_steps)
 
 
 def _number(block: int | None) -> int:

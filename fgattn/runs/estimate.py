@@ -28,7 +28,7 @@ class Estimate:
             block = self._unnamed = self._unnamed + 1
         return (block + step) % every(call) == 0
 
-    def error(self, call: Call, out: torch.Tensor) -> torch.Tensor:
+    def estimated_error(self, call: Call, out: torch.Tensor) -> torch.Tensor:
         """Relative L2 error of some rows of the output [B, H, L_q, D], 0-d float32 on its device."""
         q, k, layout = call.q, call.k, call.layout
         if q.device not in self._generators:

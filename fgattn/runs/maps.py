@@ -11,10 +11,10 @@ import torch
 
 from ..errors import InvalidArgument
 from ..layout import TokenLayout, token_order
+from ..outcomes import Outcome, Reason
 from ..plan import SparsePlan
 
 LIMIT = 64 << 20  # bytes of a run's maps; Wan 14B at 720p, 81 frames, M = 128, N = 16, needs 0.95 MB a step
-FULL = "the memory for maps was full; tile_keys of 16 or more needs less"
 Place = tuple[int, int, int]  # frame, row and column of a token, counted from 1; 0 is the middle
 MIDDLE: Place = 0, 0, 0
 
@@ -74,7 +74,7 @@ class Maps:
     def __init__(self, place: Place = MIDDLE):
         self.place = place
         self.kept: dict[tuple[int, int], TileMap] = {}
-        self.skipped: dict[tuple[int, int], str] = {}
+        self.skipped: dict[tuple[int, int], Reason] = {}
         self._size = 0
         self._unnamed: Counter = Counter()  # calls of unknown blocks, by step
 
@@ -85,7 +85,7 @@ class Maps:
             return
         heads, _, width = plan.bits.shape[1:]
         if self._size + heads * width > LIMIT:
-            return self._skip(at, FULL)
+            return self._skip(at, Reason(Outcome.MAPS_FULL))
         self._size += heads * width
         token = token_at(self.place, layout)
         if plan.cell_order is None:
@@ -98,7 +98,7 @@ class Maps:
             plan.bits[0].gather(1, index)[:, 0], rows, plan.requested[0] / (plan.queries * plan.keys),
             replace(layout, key_valid=None), order, plan.tile_keys)
 
-    def skip(self, step: int, block: int | None, reason: str) -> None:
+    def skip(self, step: int, block: int | None, reason: Reason) -> None:
         """Note why a call has no map."""
         self._skip(self._at(step, block), reason)
 
@@ -132,7 +132,7 @@ class Maps:
             raise InvalidArgument("step", step + 1, listed(s + 1 for s in steps),
                                   "Steps are counted from 1; 0 is the last sparse one.")
         if (step, block) not in self.kept:
-            reason = self.skipped[step, block]
+            reason = self.skipped[step, block].text
             others = listed(s + 1 for s in with_map)
             return step, f"{reason}; steps with a map of block {block}: {others}" if others else reason
         found = self.kept[step, block]
@@ -140,7 +140,7 @@ class Maps:
             raise InvalidArgument("head", head, listed(range(found.heads)), "Heads are counted from 0.")
         return step, found
 
-    def densities(self, step: int) -> dict[int, np.ndarray | str]:
+    def densities(self, step: int) -> dict[int, np.ndarray | Reason]:
         """Block -> requested density of each head, or why there is none, in a step."""
         blocks = sorted({b for s, b in (*self.kept, *self.skipped) if s == step})
         return {b: self.kept[step, b].density.numpy() if (step, b) in self.kept else self.skipped[step, b]
@@ -152,7 +152,7 @@ class Maps:
             self._unnamed[step] += 1
         return step, block
 
-    def _skip(self, at: tuple[int, int], reason: str) -> None:
+    def _skip(self, at: tuple[int, int], reason: Reason) -> None:
         if at not in self.kept:
             self.skipped.setdefault(at, reason)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..backends.base import Eligible
+from ..outcomes import Reason
 from ..settings import Policy, Settings
 from .plan_store import PlanStore
 from .stats import RunStats
@@ -25,7 +26,7 @@ class Run:
     policy: Policy
     final: int  # dense steps at the end
     stats: RunStats
-    answer: Eligible | str  # what runs sparse calls on the run's device, or why nothing can
+    answer: Eligible | Reason  # what runs sparse calls on the run's device, or why nothing can
     plans: PlanStore
     rule: bool  # of break_even, in force
     watch: Watch
@@ -36,14 +37,14 @@ class Run:
     moved: tuple[Settings, Policy] | None = None  # for the steps that have not begun
 
     @property
-    def device_reason(self) -> str | None:
+    def device_reason(self) -> Reason | None:
         """Why nothing can run sparse on the run's device, or None."""
-        return self.answer if isinstance(self.answer, str) else None
+        return self.answer if isinstance(self.answer, Reason) else None
 
     @property
     def implementation(self) -> str:
         """What runs sparse calls, and why not what comes before it."""
-        return self.answer.text if isinstance(self.answer, Eligible) else f"dense ({self.answer})"
+        return self.answer.text if isinstance(self.answer, Eligible) else f"dense ({self.answer.text})"
 
     @property
     def steps(self) -> int:

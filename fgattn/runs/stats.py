@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import astuple, dataclass, field
@@ -16,6 +15,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from ..outcomes import Outcome, Reason
+from .clock import Clock
 from .plan_store import REUSED
 from .sums import Sums
 
@@ -34,29 +35,32 @@ class CallPlace(NamedTuple):
     branch: Hashable | None  # None if unknown
 
 
-class Clock:
-    """Marks in time on one device: CUDA events, or the host's clock elsewhere."""
+@dataclass(frozen=True)
+class RunSettings:
+    """What the user had chosen for a run, as far as it was in force.
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    Attributes:
+        strength: the threshold, or the parameter of another method.
+        tile_queries, tile_keys: M queries, N keys.
+        warmup_steps, steps: dense ones at the start, and all of the schedule.
+        reuse_steps: steps that a plan serves.
+        moved: the sliders were moved during the run.
+        moved_threshold, moved_warmup_steps: where a slider was last set to; None if it stands where it did at
+            the start.
+    """
 
-    def mark(self) -> torch.cuda.Event | float:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    def passed(self, mark) -> bool:
-        """Whether the device has reached a mark; never waits."""
-        return isinstance(mark, float) or mark.query()
-
-    def milliseconds(self, start, end) -> float:
-        """Time between two marks; waits for the later one."""
-        if isinstance(start, float):
-            return (end - start) * 1e3
-        end.synchronize()
-        return start.elapsed_time(end)
+    method: str
+    strength: float
+    tile_queries: int
+    tile_keys: int
+    order: str
+    tail: bool
+    warmup_steps: int
+    steps: int
+    reuse_steps: int = 1
+    moved: bool = False
+    moved_threshold: float | None = None
+    moved_warmup_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,15 +108,14 @@ class RunReport:
     """What one sampling run did; times in ms, memory in bytes.
 
     Attributes:
-        settings: one line of text.
         tokens: longest eligible sequence.
         implementation: what ran sparse calls, or why none could.
         total: from the first model evaluation to the end.
         dense_call, sparse_call: median time of an eligible call in dense and in sparse steps; None
             if there was none. Planning is included, by the share of calls that had to plan.
-        calls: number of attention calls by outcome ("sparse" or the reason for dense).
+        calls: number of attention calls by what became of them.
         peak_memory: of the CUDA device during the run; None on other devices.
-        error: the exception that turned the run dense, as text.
+        failure: the exception that turned the run dense, as text.
         plans: number of plans by what became of them (see `plan_store`); a call in parts has one a part.
         planning_saved: calls that planned nothing, times the median time of planning.
         scheduled: steps of the schedule.
@@ -123,20 +126,20 @@ class RunReport:
             `estimate`), of the run, a step or a block; None where none was.
     """
 
-    settings: str
+    settings: RunSettings
     tokens: int
     implementation: str
     device: str
     total: float
     steps: tuple[StepReport, ...]
     blocks: tuple[BlockReport, ...]
-    calls: dict[str, int]
+    calls: dict[Reason, int]
     dense_call: float | None
     sparse_call: float | None
     density: float | None
     executed_density: float | None
     peak_memory: int | None
-    error: str | None
+    failure: str | None
     remarks: tuple[str, ...] = ()
     plans: dict[str, int] = field(default_factory=dict)
     planning_saved: float = 0.0
@@ -144,6 +147,10 @@ class RunReport:
     sliders: tuple[tuple[int, float, int], ...] = ()
     cells: tuple[CellReport, ...] = ()
     estimated_error: float | None = None
+
+    def count(self, outcome: Outcome) -> int:
+        """Number of attention calls with this outcome."""
+        return sum(number for reason, number in self.calls.items() if reason.outcome is outcome)
 
     @property
     def planning(self) -> float:
@@ -166,9 +173,9 @@ class RunStats:
     """
 
     clock: Clock
-    calls: Counter = field(default_factory=Counter)
+    calls: Counter[Reason] = field(default_factory=Counter)
     plans: Counter = field(default_factory=Counter)
-    error: str | None = None
+    failure: str | None = None
     remarks: dict[str, None] = field(default_factory=dict)
     tokens: int = 0
     scheduled: int = 0
@@ -205,10 +212,10 @@ class RunStats:
         sums[1] += plan.executed.sum()
         sums[2] += plan.requested.numel() * plan.queries * plan.keys
 
-    def add_error(self, step: int, block: int, error: torch.Tensor) -> None:
+    def add_estimate(self, step: int, block: int, estimated_error: torch.Tensor) -> None:
         """Add a call's relative error, a 0-d tensor, on the device."""
-        sums = self._sums.row((step, block), error.device)
-        sums[3] += error
+        sums = self._sums.row((step, block), estimated_error.device)
+        sums[3] += estimated_error
         sums[4] += 1
 
     def densities(self) -> dict[int, float]:
@@ -219,7 +226,7 @@ class RunStats:
         blocks = _totals((block, _Cell(*sums)) for (_, block), sums in self._sums.read().items())
         return {block: cell.executed_density for block, cell in blocks.items() if cell.scores}
 
-    def so_far(self, settings: str, implementation: str) -> RunReport:
+    def so_far(self, settings: RunSettings, implementation: str) -> RunReport:
         """Report of the steps that are finished; never waits, so densities may be those of a while ago."""
         self._read_calls()
         self._read_scores()
@@ -252,11 +259,11 @@ class RunStats:
         if self._sums and not self._copy:
             self._copy = *self._sums.send(), self.clock.mark()
 
-    def report(self, settings: str, implementation: str) -> RunReport:
+    def report(self, settings: RunSettings, implementation: str) -> RunReport:
         """Wait for the device and add everything up."""
         return self._report(settings, implementation, self.clock.mark(), self._sums.read())
 
-    def _report(self, settings: str, implementation: str, end, sums: dict) -> RunReport:
+    def _report(self, settings: RunSettings, implementation: str, end, sums: dict) -> RunReport:
         """Add up the steps until the mark `end`."""
         cells = [(key, _Cell(*sums[key])) for key in sorted(sums)]
         of_step = _totals((step, cell) for (step, _), cell in cells)
@@ -275,11 +282,11 @@ class RunStats:
             steps.append(StepReport(
                 step, self.clock.milliseconds(mark, bounds[i + 1]), sum(t[3] for t in mine),
                 sum(t[2] for t in mine), sparse, len(mine) - sparse, step in self._warmup,
-                of_step.get(step, _Cell()).error))
+                of_step.get(step, _Cell()).estimated_error))
         sparse_calls = [t[3] for t in timed if t[1]]
         planning = [t[2] for t in timed if t[1] and t[2] > 0]
         plan_time = _median(planning) or 0.0
-        blocks = tuple(BlockReport(block, cell.density, cell.executed_density, cell.error)
+        blocks = tuple(BlockReport(block, cell.density, cell.executed_density, cell.estimated_error)
                        for block, cell in sorted(of_block.items(), key=lambda item: item[0]))
         cuda = self.clock.device.type == "cuda"
         return RunReport(
@@ -292,11 +299,11 @@ class RunStats:
                          if sparse_calls else None),
             density=whole.density, executed_density=whole.executed_density,
             peak_memory=torch.cuda.max_memory_allocated(self.clock.device) if cuda else None,
-            error=self.error, remarks=tuple(self.remarks), plans=dict(self.plans),
+            failure=self.failure, remarks=tuple(self.remarks), plans=dict(self.plans),
             planning_saved=(len(sparse_calls) - len(planning)) * plan_time if self.plans[REUSED] else 0.0,
             scheduled=self.scheduled, sliders=tuple(self.sliders),
             cells=tuple(CellReport(*key, cell.density) for key, cell in cells),
-            estimated_error=whole.error)
+            estimated_error=whole.estimated_error)
 
 
 @dataclass(frozen=True)
@@ -318,7 +325,7 @@ class _Cell:
         return self.executed / self.scores if self.scores else None
 
     @property
-    def error(self) -> float | None:
+    def estimated_error(self) -> float | None:
         return self.errors / self.estimates if self.estimates and math.isfinite(self.errors) else None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from ..call import Call
+from ..outcomes import Reason
 from ..plan import SparsePlan
 from .estimate import Estimate
 from .maps import Maps, Place
@@ -35,20 +36,20 @@ class Watch:
         self._estimate = Estimate() if estimate_error else None
         self._on = True
 
-    def dense(self, at: CallPlace, reason: str) -> None:
+    def dense(self, at: CallPlace, reason: Reason) -> None:
         """A call was dense."""
         self._guarded(lambda: self.maps.skip(at.step, at.block, reason))
 
-    def sparse(self, at: CallPlace, call: Call, out: torch.Tensor, plan: SparsePlan | str) -> None:
+    def sparse(self, at: CallPlace, call: Call, out: torch.Tensor, plan: SparsePlan | Reason) -> None:
         """A call was sparse, with this plan; or why there is no plan of the whole call."""
         def look():
-            if isinstance(plan, str):
+            if isinstance(plan, Reason):
                 self.maps.skip(at.step, at.block, plan)
             else:
                 self.maps.keep(at.step, at.block, plan, call.layout, call.settings.order)
             if self._estimate and self._estimate.due(at.step, at.block, call):
-                self._stats.add_error(at.step, UNKNOWN_BLOCK if at.block is None else at.block,
-                                      self._estimate.error(call, out))
+                self._stats.add_estimate(at.step, UNKNOWN_BLOCK if at.block is None else at.block,
+                                      self._estimate.estimated_error(call, out))
 
         self._guarded(look)
 

@@ -8,8 +8,25 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..outcomes import Outcome
 from ..runs.stats import RunReport, StepReport
-from .text import headline
+from .palette import (
+    ATTENTION,
+    BACKGROUND,
+    DENSE,
+    EXECUTED,
+    FAINT,
+    GRID,
+    PLANNING,
+    REQUESTED,
+    REST,
+    REUSED,
+    RULE,
+    SPARSE,
+    TEXT,
+    WARM_UP,
+)
+from .text import describe, headline
 
 WIDTH, RUN_HEIGHT, LEGEND_HEIGHT, EMPTY_HEIGHT = 900, 330, 44, 120  # px
 MARGIN, GAP, TICK_TEXT = 24, 72, 44
@@ -19,12 +36,6 @@ OUTLIER = 3  # a step above this multiple of its run's median is cut off: compil
 SEEN = 0.002  # difference of densities that is drawn at all
 HEADROOM = 1.08  # of a scale over its highest bar
 
-BACKGROUND, GRID, RULE = "#202020", "#383838", "#585858"
-TEXT, FAINT = "#e6e6e6", "#a2a2a2"
-WARM_UP, DENSE, SPARSE, REUSED = "#c98bdb", "#9aa3b2", "#4fb477", "#3f8fd2"  # as in web/js/panel.css
-PLANNING, REST = "#e8b04a", "#5b6f96"  # as there
-REQUESTED, EXECUTED = "#4fc1c9", "#2c6f78"
-ATTENTION = {"warm-up": WARM_UP, "dense": DENSE, "sparse": SPARSE, "reused": REUSED}  # by kind of step
 LEGEND = ((WARM_UP, "warm-up"), (DENSE, "dense"), (SPARSE, "sparse"), (REUSED, "reused plan"),
           (PLANNING, "planning"), (REST, "rest of the step"), (REQUESTED, "density requested"),
           (EXECUTED, "executed on top"))
@@ -100,11 +111,12 @@ def _draw_run(pen, top: int, name: str, report: RunReport, limit: float) -> None
     name_font, line_font = font(20), font(16)
     pen.text((MARGIN, top + 34), name, TEXT, name_font, anchor="ls")
     after = MARGIN + pen.textlength(name, name_font) + 14
+    colour = SPARSE if report.count(Outcome.SPARSE) and not report.failure else PLANNING
     pen.text((after, top + 34), fit(pen, headline(report), line_font, WIDTH - MARGIN - after),
-             SPARSE if report.calls.get("sparse") and not report.error else PLANNING, line_font, anchor="ls")
+             colour, line_font, anchor="ls")
     what = f"{report.device}, {report.tokens} tokens"
-    if report.calls.get("sparse"):
-        what = f"{report.settings}; {report.implementation} on {what}"
+    if report.count(Outcome.SPARSE):
+        what = f"{describe(report.settings)}; {report.implementation} on {what}"
     pen.text((MARGIN, top + 58), fit(pen, what, font(13), wide), FAINT, font(13), anchor="ls")
     left, right = MARGIN + TICK_TEXT, MARGIN + wide * STEPS_SHARE
     _draw_steps(pen, (left, right, top + PANEL_TOP, top + PANEL_BOTTOM), report.steps, limit)

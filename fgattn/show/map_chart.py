@@ -8,11 +8,12 @@ import textwrap
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
+from ..outcomes import Reason
 from ..runs.maps import Maps, TileMap
-from .chart import BACKGROUND, FAINT, GRID, MARGIN, RULE, SPARSE, TEXT, WIDTH, fit, font
+from .chart import MARGIN, WIDTH, fit, font
+from .palette import BACKGROUND, COMPUTED, FAINT, GRID, OWN, RAMP, RULE, SKIPPED, TEXT
+from .text import percent
 
-COMPUTED, SKIPPED, OWN = SPARSE, "#2b3343", "#ffa53c"
-RAMP = ("#222a3c", "#28617c", "#3fa37c", "#a5d152", "#fde725")  # of density, from 0 to the highest
 HEAD, FOOT, LABEL, GAP = 104, 52, 20, 12  # px: title, legend, frame number, between frames
 FRAMES_WIDTH, FRAMES_HEIGHT = 1400, 1000  # px that the frames should fit in
 LARGEST, SEPARATE = 16, 6  # px of a token; from this size on with a line between tokens
@@ -37,14 +38,14 @@ def draw_map(found: TileMap, head: int, title: str, note: str) -> Image.Image:
     tall = HEAD + rows * (LABEL + height * size + GAP) + FOOT
     image = Image.new("RGB", (wide, tall), BACKGROUND)
     pen = ImageDraw.Draw(image)
-    _title(pen, wide, title, f"this tile computes {computed.sum() / there:.1%} of {there} keys; "
-           f"the head asks for {float(found.density[head]):.1%} of its scores", note)
+    _title(pen, wide, title, f"this tile computes {percent(computed.sum() / there)} of {there} keys; "
+           f"the head asks for {percent(found.density[head])} of its scores", note)
     for i in range(count):
         x = MARGIN + i % columns * (width * size + GAP)
         y = HEAD + i // columns * (LABEL + height * size + GAP)
         here = frames[1, i].any()
         label = f"frame {i + 1}" if known else "tokens in reading order: this model's grid is not known"
-        share = f"{frames[0, i].mean():.0%}"
+        share = percent(frames[0, i].mean())
         room = width * size - pen.textlength(share, font(12)) - 6
         pen.text((x, y + LABEL - 5), label, OWN if here else TEXT, font(12), anchor="ls")
         if known and room > pen.textlength(label, font(12)):
@@ -55,7 +56,7 @@ def draw_map(found: TileMap, head: int, title: str, note: str) -> Image.Image:
               (SKIPPED, "keys that it skips")]
     if others:
         share = (computed[: layout.front].sum() + computed[video.stop:].sum()) / others
-        legend.append((None, f"{share:.0%} of {others} text or reference tokens computed"))
+        legend.append((None, f"{percent(share)} of {others} text or reference tokens computed"))
     _legend(pen, image.height - FOOT, legend)
     return image
 
@@ -63,10 +64,10 @@ def draw_map(found: TileMap, head: int, title: str, note: str) -> Image.Image:
 def draw_density(maps: Maps, step: int, block: int, head: int, title: str) -> Image.Image:
     """Requested density of every block and head in a step, the chosen ones framed. RGB."""
     blocks = maps.densities(step)
-    shares = {b: d for b, d in blocks.items() if not isinstance(d, str)}
+    shares = {b: d for b, d in blocks.items() if not isinstance(d, Reason)}
     if not shares:
-        reason = next(iter(blocks.values()), "dense")
-        return draw_message(title, f"No block has a map in step {step + 1}: {reason}.")
+        reasons = [reason.text for reason in blocks.values()]
+        return draw_message(title, f"No block has a map in step {step + 1}: {(reasons or ['dense'])[0]}.")
     heads = max(map(len, shares.values()))
     highest = max(float(d.max()) for d in shares.values()) or 1.0
     w = _between(MATRIX_WIDTH // (heads + 2), CELL_WIDTH)
@@ -79,8 +80,9 @@ def draw_density(maps: Maps, step: int, block: int, head: int, title: str) -> Im
     image = Image.new("RGB", (wide, tall), BACKGROUND)
     pen = ImageDraw.Draw(image)
     whole = np.concatenate([*shares.values()])
-    _title(pen, image.width, title, f"share of scores asked for: mean {whole.mean():.1%}, from "
-           f"{whole.min():.1%} to {whole.max():.1%}", f"{len(shares)} of {len(blocks)} blocks have a map")
+    _title(pen, image.width, title, f"share of scores asked for: mean {percent(whole.mean())}, from "
+           f"{percent(whole.min())} to {percent(whole.max())}",
+           f"{len(shares)} of {len(blocks)} blocks have a map")
     pen.text((left, top - 24), "head", FAINT, font(12), anchor="ls")
     pen.text((right + GAP + mean_width / 2, top - 8), "mean", FAINT, font(12), anchor="ms")
     for i in range(0, heads, _every(w, 24)):
@@ -90,10 +92,10 @@ def draw_density(maps: Maps, step: int, block: int, head: int, title: str) -> Im
         if row % _every(h, 14) == 0 or number == block:
             pen.text((left - 8, y + h / 2), f"block {number}" if row == 0 else str(number),
                      TEXT if number == block else FAINT, font(12), anchor="rm")
-        if isinstance(densities, str):
+        if isinstance(densities, Reason):
             pen.rectangle((left, y, right - 2, y + h - 2), GRID)
             if h >= NUMBERS[1]:
-                pen.text((left + 8, y + h / 2 - 1), fit(pen, densities, font(11), right - left - 16),
+                pen.text((left + 8, y + h / 2 - 1), fit(pen, densities.text, font(11), right - left - 16),
                          FAINT, font(11), anchor="lm")
             continue
         for x, width, share in [*((left + i * w, w, d) for i, d in enumerate(densities)),
@@ -110,7 +112,7 @@ def draw_density(maps: Maps, step: int, block: int, head: int, title: str) -> Im
     for i in range(200):
         pen.rectangle((left + i, y, left + i, y + 10), _ramp(i / 199))
     pen.text((left - 8, y + 5), "0 %", FAINT, font(12), anchor="rm")
-    pen.text((left + 208, y + 5), f"{highest:.0%} of the scores", FAINT, font(12), anchor="lm")
+    pen.text((left + 208, y + 5), f"{percent(highest)} of the scores", FAINT, font(12), anchor="lm")
     if len(shares) < len(blocks):
         pen.rectangle((left + 330, y, left + 340, y + 10), GRID)
         pen.text((left + 348, y + 5), "dense, or no map", FAINT, font(12), anchor="lm")

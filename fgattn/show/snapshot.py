@@ -11,16 +11,16 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from ..runs.stats import Kind, RunReport
-from .text import headline
+from ..runs.stats import Kind, RunReport, RunSettings
+from .text import by_number, headline
 
-SCHEMA_VERSION = 2
-MAX_BYTES = 20_000  # of a snapshot as JSON; the limits below keep it, the heat map takes what they leave
+SCHEMA_VERSION = 3
+MAX_BYTES = 22_000  # of a snapshot as JSON; the limits below keep it, the heat map takes what they leave
 MAX_STEPS, MAX_BLOCKS, MAX_CALLS = 100, 64, 6  # the last, the first, the most frequent
 MAX_SLIDERS = 16  # the last
-MAX_TEXT, MAX_OUTCOME = 160, 60  # characters
+MAX_TEXT, MAX_REASON = 160, 60  # characters
 
-State = Literal["running", "done", "error", "interrupted"]
+State = Literal["running", "done", "failed", "interrupted"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Step:
     attention: float
     planning: float
     kind: Kind
-    error: float | None
+    estimated_error: float | None
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,15 @@ class Block:
 
     block: int
     density: float
-    error: float | None
+    estimated_error: float | None
 
 
 @dataclass(frozen=True)
 class Calls:
-    """Attention calls by outcome: "sparse", or why they were dense."""
+    """Attention calls that became the same: a code that stays (`Outcome.code`), and words for people."""
 
     outcome: str
+    text: str
     number: int
 
 
@@ -71,7 +72,7 @@ class Snapshot:
         step, steps: finished, and scheduled.
         total: from the first model evaluation to the last finished step.
         dense_call, sparse_call, speedup, density: as in `RunReport`; None until known.
-        error: the estimated one, of the run, a step or a block; None until known.
+        estimated_error: as in `RunReport`, of the run, a step or a block; None until known.
         heat: density by step and block, base64. One byte for each of `blocks`, for each of the last steps of
             `timeline`, as many as there are: 0 if the block was not sparse, else 1 + 254 * density.
     """
@@ -81,7 +82,7 @@ class Snapshot:
     run: str
     state: State
     headline: str
-    settings: str
+    settings: RunSettings
     tokens: int
     step: int
     steps: int
@@ -90,7 +91,7 @@ class Snapshot:
     sparse_call: float | None
     speedup: float | None
     density: float | None
-    error: float | None
+    estimated_error: float | None
     timeline: tuple[Step, ...]
     blocks: tuple[Block, ...]
     calls: tuple[Calls, ...]
@@ -100,23 +101,23 @@ class Snapshot:
 
 def snapshot(report: RunReport, node: str, run: str, state: State) -> dict:
     """A run's message, ready for JSON."""
-    cut_short = state in ("interrupted", "error")  # in the middle of a step
+    cut_short = state in ("interrupted", "failed")  # in the middle of a step
     steps = (report.steps[:-1] if cut_short else report.steps)[-MAX_STEPS:]
-    calls = sorted(report.calls.items(), key=lambda item: -item[1])[:MAX_CALLS]
-    if state == "done" and report.error:
-        state = "error"
+    calls = by_number(report.calls)[:MAX_CALLS]
+    if state == "done" and report.failure:
+        state = "failed"
     title = headline(report) if report.calls or state != "running" else "waiting for the first step"
     made = Snapshot(
-        SCHEMA_VERSION, node, run, state, title[:MAX_TEXT], report.settings[:MAX_TEXT], report.tokens,
+        SCHEMA_VERSION, node, run, state, title[:MAX_TEXT], report.settings, report.tokens,
         step=1 + max((s.index for s in steps), default=-1), steps=report.scheduled,
         total=round(report.total, 1), dense_call=_rounded(report.dense_call),
         sparse_call=_rounded(report.sparse_call), speedup=_rounded(report.speedup),
-        density=_rounded(report.density), error=_two_digits(report.estimated_error),
+        density=_rounded(report.density), estimated_error=_two_digits(report.estimated_error),
         timeline=tuple(Step(s.index, round(s.total, 1), round(s.attention, 1), round(s.planning, 1),
                             s.kind, _two_digits(s.estimated_error)) for s in steps),
         blocks=tuple(Block(b.block, round(b.density, 3), _two_digits(b.estimated_error))
                      for b in report.blocks[:MAX_BLOCKS]),
-        calls=tuple(Calls(outcome[:MAX_OUTCOME], number) for outcome, number in calls),
+        calls=tuple(Calls(reason.outcome.code, reason.text[:MAX_REASON], number) for reason, number in calls),
         heat="", sliders=tuple(Sliders(*values) for values in report.sliders[-MAX_SLIDERS:]))
     room = MAX_BYTES - len(json.dumps(asdict(made))) - 4  # base64 has four letters for three bytes
     return asdict(replace(made, heat=_heat(report, [s.index for s in steps], room * 3 // 4)))

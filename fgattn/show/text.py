@@ -5,21 +5,25 @@ Lines read well in proportional type, which the node uses and which folds spaces
 
 from __future__ import annotations
 
-from ..runs.break_even import TOO_DENSE
+from decimal import ROUND_HALF_UP, Context
+
+from ..outcomes import Outcome, Reason
 from ..runs.plan_store import NOT_KEPT, REUSED
-from ..runs.stats import BlockReport, RunReport, StepReport
+from ..runs.stats import BlockReport, RunReport, RunSettings, StepReport
+
+TWO_DIGITS = Context(prec=2, rounding=ROUND_HALF_UP)
 
 
 def headline(report: RunReport) -> str:
     """One line: what ran sparse and what it gained, or why it was dense."""
-    if report.error:
-        return f"dense after an error: {report.error}"
-    if not report.calls.get("sparse"):
-        reasons = [r for r, _ in _by_number(report.calls) if r != "cross-attention"]
-        return f"dense: {reasons[0]}" if reasons else "attention never reached FG-Attn"
-    if report.calls.get(TOO_DENSE, 0) > report.calls["sparse"]:
-        return f"mostly dense: {TOO_DENSE}"
-    share = "" if report.density is None else f"{report.density:.0%} of scores, "
+    if report.failure:
+        return f"dense after an error: {report.failure}"
+    if not report.count(Outcome.SPARSE):
+        reasons = [r for r, _ in by_number(report.calls) if r.outcome is not Outcome.CROSS_ATTENTION]
+        return f"dense: {reasons[0].text}" if reasons else "attention never reached FG-Attn"
+    if report.count(Outcome.TOO_DENSE) > report.count(Outcome.SPARSE):
+        return f"mostly dense: {Outcome.TOO_DENSE.value}"
+    share = "" if report.density is None else f"{percent(report.density)} of scores, "
     return f"sparse: {share}{_gain(report)}{_estimated(report, ', est. error {}')}"
 
 
@@ -33,19 +37,21 @@ def text(report: RunReport) -> str:
             f"{_estimated(s, '; est. error {}')}" for s in report.steps)]
     if report.blocks:
         lines += ["", *(
-            f"block {b.block if b.block >= 0 else '?'}: density {b.density:.1%}, "
-            f"executed {b.executed_density:.1%}{_estimated(b, ', est. error {}')}" for b in report.blocks)]
+            f"block {b.block if b.block >= 0 else '?'}: density {percent(b.density)}, "
+            f"executed {percent(b.executed_density)}{_estimated(b, ', est. error {}')}"
+            for b in report.blocks)]
     return "\n".join(lines)
 
 
 def summary(report: RunReport) -> str:
     """The report without its steps and blocks."""
-    lines = [headline(report), "", f"settings: {report.settings}",
+    lines = [headline(report), "", f"settings: {describe(report.settings)}",
              f"implementation: {report.implementation} on {report.device}, {report.tokens} tokens",
              f"run: {report.total / 1e3:.2f} s, {len(report.steps)} steps, planning {report.planning:.1f} ms",
              f"attention call: {_call_times(report)}"]
     if report.density is not None:
-        lines.append(f"density: {report.density:.1%} requested, {report.executed_density:.1%} executed")
+        lines.append(f"density: {percent(report.density)} requested, "
+                     f"{percent(report.executed_density)} executed")
     if report.estimated_error is not None:
         lines.append(f"estimated error of attention: {percent(report.estimated_error)} against dense, "
                      "from random query rows of some calls")
@@ -60,17 +66,35 @@ def summary(report: RunReport) -> str:
         lines += [f"sliders from step {step + 1}: threshold {threshold:g}, warm-up {warmup}"
                   for step, threshold, warmup in report.sliders]
     lines += [f"remark: {remark}" for remark in report.remarks]
-    if report.error:
-        lines.append(f"error: {report.error}")
-    lines += ["", *(f"{number} calls: {outcome}" for outcome, number in _by_number(report.calls))]
+    if report.failure:
+        lines.append(f"error: {report.failure}")
+    lines += ["", *(f"{number} calls: {reason.text}" for reason, number in by_number(report.calls))]
     return "\n".join(lines)
 
 
+def describe(settings: RunSettings) -> str:
+    """A run's settings as one line; `settingsText` in web/js/view.js has the same words."""
+    s = settings
+    words = [f"{s.method} {s.strength:g}", f"tiles {s.tile_queries}x{s.tile_keys}", f"{s.order} order",
+             f"tail {'on' if s.tail else 'off'}", f"warm-up {s.warmup_steps} of {s.steps} steps"]
+    if s.reuse_steps > 1:
+        words.append(f"plans serve {s.reuse_steps} steps")
+    if s.moved:
+        now = [] if s.moved_threshold is None else [f"threshold {s.moved_threshold:g}"]
+        now += [] if s.moved_warmup_steps is None else [f"warm-up {s.moved_warmup_steps}"]
+        words.append(f"moved to {' and '.join(now) or 'and fro'}")
+    return ", ".join(words)
+
+
 def percent(share: float) -> str:
-    """Two digits: "0.43%", "6.1%", "12%"; what is far below any use is "<0.01%"."""
-    if share < 1e-4:
-        return "<0.01%"
-    return f"{float(f'{100 * share:.2g}'):g}%"
+    """A share with two digits: "0.43 %", "6.1 %", "12 %"; "<0.01 %" for less, "0 %" for nothing at all.
+
+    The page writes the same text (`percent` in web/js/view.js): halves are rounded up.
+    """
+    share = float(share)
+    if 0 < share < 1e-4:
+        return "<0.01 %"
+    return f"{TWO_DIGITS.create_decimal(100 * share).normalize():f} %"
 
 
 def _estimated(part: RunReport | StepReport | BlockReport, words: str) -> str:
@@ -78,7 +102,8 @@ def _estimated(part: RunReport | StepReport | BlockReport, words: str) -> str:
     return "" if part.estimated_error is None else words.format(percent(part.estimated_error))
 
 
-def _by_number(calls: dict[str, int]) -> list[tuple[str, int]]:
+def by_number(calls: dict[Reason, int]) -> list[tuple[Reason, int]]:
+    """Calls by outcome, the most frequent first."""
     return sorted(calls.items(), key=lambda item: -item[1])
 
 

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from makers import by_text
 
 pytestmark = pytest.mark.gpu
 SIZE = (1, 16, 21, 60, 104)  # 32 760 tokens
@@ -102,8 +103,8 @@ def test_480p(load, run, patched, report, dtype, change, request):
           f"{last.dense_call:.2f} -> {last.sparse_call:.2f} ms ({last.speedup:.2f} x), "
           f"density {last.density:.3f}, PSNR {psnr(sparse, dense):.1f} dB, "
           f"peak {last.peak_memory / 2**20:.0f} MiB, {last.implementation}")
-    assert last.error is None and not last.remarks
-    assert {k: n for k, n in last.calls.items() if k != "cross-attention"} == {
+    assert last.failure is None and not last.remarks
+    assert {k: n for k, n in by_text(last).items() if k != "cross-attention"} == {
         "warm-up step": WARMUP * BLOCKS, "sparse": (20 - WARMUP) * BLOCKS}
     assert last.speedup > 1.3 and sparse_ms < dense_ms and psnr(sparse, dense) > 28
 
@@ -114,13 +115,13 @@ def test_threshold_0_is_dense(load, run, patched, report):
     dense, _ = run(model, steps=4)
     ours = apply(patched, model, threshold=0.0, warmup_steps=0, min_tokens=1)
     same, _ = run(ours, steps=4)
-    assert report(ours).calls["sparse"] == 4 * BLOCKS
+    assert by_text(report(ours))["sparse"] == 4 * BLOCKS
     ruled = apply(patched, model, threshold=0.0, warmup_steps=0)
     left, _ = run(ruled, steps=4)
-    print(f"\nthreshold 0: {psnr(same, dense):.1f} dB; by the rule {dict(report(ruled).calls)}")
+    print(f"\nthreshold 0: {psnr(same, dense):.1f} dB; by the rule {dict(by_text(report(ruled)))}")
     assert psnr(same, dense) > 38 and psnr(left, dense) > 38
-    assert report(ruled).calls["sparse"] == BLOCKS
-    assert report(ruled).calls["too many scores kept for sparse to be faster"] == 3 * BLOCKS
+    assert by_text(report(ruled))["sparse"] == BLOCKS
+    assert by_text(report(ruled))["too many scores kept for sparse to be faster"] == 3 * BLOCKS
 
 
 def test_runs_repeat(load, run, patched):
@@ -134,7 +135,7 @@ def test_short_videos_are_left_dense(load, run, patched, report):
     """1 560 tokens: the break-even rule, with its reason on the node."""
     ours = apply(patched, load())
     run(ours, steps=4, size=(1, 16, 1, 60, 104))
-    assert set(report(ours).calls) == {"too few tokens for sparse to be faster", "cross-attention"}
+    assert set(by_text(report(ours))) == {"too few tokens for sparse to be faster", "cross-attention"}
 
 
 @pytest.mark.parametrize("inputs", [{}, {"reuse_steps": 4}, {"tile_keys": "1"}], ids=str)
@@ -169,10 +170,11 @@ def test_a_full_gpu(load, run, patched, report):
         patch.engine._scope = functools.partial(only, free << 20)
         latents.append(run(ours, steps=4)[0])
         last = report(ours)
-        ended.append("dense" if last.error else "fewer heads" if last.remarks else "sparse")
-        assert not last.error or "OutOfMemoryError" in last.error
-        assert last.calls["warm-up step"] == BLOCKS
-        print(f"\n{free} MiB free: {ended[-1]}, {dict(last.calls)}, {psnr(latents[-1], latents[0]):.1f} dB")
+        ended.append("dense" if last.failure else "fewer heads" if last.remarks else "sparse")
+        assert not last.failure or "OutOfMemoryError" in last.failure
+        assert by_text(last)["warm-up step"] == BLOCKS
+        print(f"\n{free} MiB free: {ended[-1]}, {dict(by_text(last))}, "
+              f"{psnr(latents[-1], latents[0]):.1f} dB")
     assert ended == sorted(ended, key=["sparse", "fewer heads", "dense"].index)
     assert {*ended} == {"sparse", "fewer heads", "dense"}
 
@@ -209,4 +211,4 @@ def test_memory_modes(load, run, patched, report, monkeypatch, mode):
           f"{'the same bits' if torch.equal(got, expected) else f'{psnr(got, expected):.1f} dB'}")
     assert mode == "dynamic VRAM" or loaded < 0.1
     assert psnr(got, expected) > 40
-    assert report(ours).error is None and report(ours).calls["sparse"] == (8 - WARMUP) * BLOCKS
+    assert report(ours).failure is None and by_text(report(ours))["sparse"] == (8 - WARMUP) * BLOCKS

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from makers import by_text
 
 SLOT = "optimized_attention_override"
 
@@ -190,9 +191,9 @@ def test_every_video_self_attention_and_nothing_else(family, evaluate):
     """All blocks run sparse, each under its own number; text refiners, cross-attention and audio do not."""
     record = []
     _, report = evaluate(family, threshold=1.0, record=record)
-    assert report.error is None and not report.remarks
-    assert report.calls["sparse"] == family.blocks
-    assert set(report.calls) <= {"sparse", "cross-attention", "self-attention of other tokens"}
+    assert report.failure is None and not report.remarks
+    assert by_text(report)["sparse"] == family.blocks
+    assert set(by_text(report)) <= {"sparse", "cross-attention", "self-attention of other tokens"}
     numbers = [call["block"] for _, call in record]
     assert numbers == [None] * len(numbers) or sorted(set(numbers)) == list(range(max(numbers) + 1))
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from makers import by_text
 
 SLOT = "optimized_attention_override"
 BLOCKS = 3
@@ -22,7 +23,7 @@ def test_keep_all_equals_dense(wan, sample, patched, report):
     """Threshold 0 computes everything, through our own path in every block."""
     model = patched(wan, threshold=0.0)
     assert relative(sample(model), sample(wan)) < 1e-4
-    assert report(model).calls["sparse"] == 8 * BLOCKS  # cond and uncond run as one batch
+    assert by_text(report(model))["sparse"] == 8 * BLOCKS  # cond and uncond run as one batch
     assert report(model).density == 1.0
 
 
@@ -41,7 +42,7 @@ def test_every_block_goes_sparse_after_warm_up(wan, sample, patched, report):
     model = patched(wan, warmup_steps=5, threshold=1.5)
     sample(model)
     last = report(model)
-    assert last.calls == {"warm-up step": 2 * BLOCKS, "sparse": 6 * BLOCKS, "cross-attention": 8 * BLOCKS}
+    assert by_text(last) == {"warm-up step": 2 * BLOCKS, "sparse": 6 * BLOCKS, "cross-attention": 8 * BLOCKS}
     assert [b.block for b in last.blocks] == list(range(BLOCKS))
     assert all(0 < b.density < 1 and b.density <= b.executed_density for b in last.blocks)
     assert [s.sparse_calls for s in last.steps] == [0, 0] + [BLOCKS] * 6
@@ -58,7 +59,7 @@ def test_batch_of_two_and_cfg_one(wan, sample, patched, report):
     """cfg 1 evaluates only the positive conditioning."""
     model = patched(wan)
     sample(model, cfg=1.0)
-    assert report(model).calls["sparse"] == 8 * BLOCKS
+    assert by_text(report(model))["sparse"] == 8 * BLOCKS
 
 
 class Recorder:
@@ -83,7 +84,7 @@ def test_other_overrides_get_the_dense_calls(wan, sample, patched, report, after
     if not after:
         model = patched(model, warmup_steps=1)
     sample(model, steps=4)
-    assert report(model).calls == {
+    assert by_text(report(model)) == {
         "warm-up step": BLOCKS, "sparse": 3 * BLOCKS, "cross-attention": 4 * BLOCKS}
     assert other.calls == BLOCKS + 4 * BLOCKS
 
@@ -109,7 +110,7 @@ def test_an_unknown_model_runs_by_shape_alone(pack, wan, patched, sample, report
     model = patched(wan)
     sample(model)
     last = report(model)
-    assert last.calls["sparse"] and last.remarks == (sys.modules["fgattn_pack.nodes.models"].NO_GRID,)
+    assert by_text(last)["sparse"] and last.remarks == (sys.modules["fgattn_pack.nodes.models"].NO_GRID,)
 
 
 def test_patching_twice_replaces(wan, sample, patched, report):
@@ -128,14 +129,14 @@ def test_two_branches_do_not_see_each_other(wan, sample, patched, report):
     sample(two, steps=4)
     sample(one, steps=4)
     assert report(one).density == 1.0 > report(two).density
-    assert report(one).calls["sparse"] == 4 * BLOCKS
+    assert by_text(report(one))["sparse"] == 4 * BLOCKS
 
 
 def test_later_clones_share_the_patch(wan, sample, patched, report):
     """A LoRA node after ours clones the model; the patch must go along."""
     model = patched(wan)
     sample(model.clone(), steps=4)
-    assert report(model).calls["sparse"] == 4 * BLOCKS
+    assert by_text(report(model))["sparse"] == 4 * BLOCKS
 
 
 def test_interrupt_passes_through_and_leaves_a_clean_state(wan, sample, patched, report, monkeypatch):
@@ -151,10 +152,10 @@ def test_interrupt_passes_through_and_leaves_a_clean_state(wan, sample, patched,
     monkeypatch.setattr(engine, "plan_call", interrupted)
     with pytest.raises(InterruptProcessingException):
         sample(model)
-    assert report(model).error is None
+    assert report(model).failure is None
     monkeypatch.setattr(engine, "plan_call", build)
     sample(model, steps=4)
-    assert report(model).calls["sparse"] == 4 * BLOCKS
+    assert by_text(report(model))["sparse"] == 4 * BLOCKS
 
 
 def test_an_exception_goes_dense_and_says_so(wan, sample, patched, report, monkeypatch, caplog):
@@ -172,8 +173,8 @@ def test_an_exception_goes_dense_and_says_so(wan, sample, patched, report, monke
     with caplog.at_level(logging.ERROR, "fgattn"):
         out = sample(model, steps=4)
     assert torch.equal(out, sample(wan, steps=4))
-    assert report(model).error == "RuntimeError: out of luck"
-    assert report(model).calls == {
+    assert report(model).failure == "RuntimeError: out of luck"
+    assert by_text(report(model)) == {
         "error": 1, "after an error": 4 * BLOCKS - 1, "cross-attention": 4 * BLOCKS}
     assert [bool(r.exc_info) for r in caplog.records] == [True]
     assert shown[0] == ("1", "dense: RuntimeError: out of luck") and "out of luck" in shown[-1][1]
@@ -205,19 +206,19 @@ def test_warm_up_counts_steps_not_calls(wan, sample, patched, report, sampler):
     sample(model, sampler=sampler)
     dense = sum(sigma > levels[2] * 1.0001 for sigma, levels in seen)
     assert len(seen) >= 8
-    assert report(model).calls["warm-up step"] == dense * BLOCKS
-    assert report(model).calls["sparse"] == (len(seen) - dense) * BLOCKS
+    assert by_text(report(model))["warm-up step"] == dense * BLOCKS
+    assert by_text(report(model))["sparse"] == (len(seen) - dense) * BLOCKS
 
 
 def test_warm_up_only_from_full_noise(wan, sample, patched, report):
     """A split schedule: the second sampler, and image-to-image, have no warm-up."""
     model = patched(wan, warmup_steps=2)
     sample(model, last_step=4, force_full_denoise=False)
-    assert report(model).calls["warm-up step"] == 1 * BLOCKS  # a quarter of four steps
+    assert by_text(report(model))["warm-up step"] == 1 * BLOCKS  # a quarter of four steps
     sample(model, start_step=4)
-    assert "warm-up step" not in report(model).calls
+    assert "warm-up step" not in by_text(report(model))
     sample(model, denoise=0.5)
-    assert "warm-up step" not in report(model).calls
+    assert "warm-up step" not in by_text(report(model))
 
 
 def test_full_noise_is_converted_at_run_time(wan, sample, patched, report):
@@ -227,23 +228,23 @@ def test_full_noise_is_converted_at_run_time(wan, sample, patched, report):
     model = patched(wan, warmup_steps=2)
     (shifted,) = ModelSamplingSD3().patch(model, shift=1.0)
     sample(shifted, steps=8)
-    assert report(model).calls["warm-up step"] == 2 * BLOCKS
+    assert by_text(report(model))["warm-up step"] == 2 * BLOCKS
     sample(shifted, start_step=1)  # sigma 0.875: full noise at no shift would be 0.98
-    assert "warm-up step" not in report(model).calls
+    assert "warm-up step" not in by_text(report(model))
 
 
 def test_final_dense_blocks_and_min_tokens(wan, sample, patched, report):
     """The advanced inputs do what their tooltips say."""
     model = patched(wan, final_dense_steps=2, dense_blocks="0, 2-9")
     sample(model)
-    calls = report(model).calls
+    calls = by_text(report(model))
     assert calls["final dense step"] == 2 * BLOCKS
     assert calls["listed in dense_blocks"] == 6 * 2 and calls["sparse"] == 6
     sample(model, last_step=4, force_full_denoise=False)
-    assert "final dense step" not in report(model).calls
+    assert "final dense step" not in by_text(report(model))
     model = patched(wan, min_tokens=289)
     sample(model, steps=4)
-    assert report(model).calls == {"fewer than 289 tokens": 4 * BLOCKS, "cross-attention": 4 * BLOCKS}
+    assert by_text(report(model)) == {"fewer than 289 tokens": 4 * BLOCKS, "cross-attention": 4 * BLOCKS}
 
 
 @pytest.mark.parametrize("skip_reshape", [False, True])
@@ -265,7 +266,7 @@ def test_call_layouts(pack, wan, patched, skip_reshape, skip_output_reshape):
     got = attention_pytorch(q, k, v, heads=2, scale=0.2, **options, transformer_options={
         **model.model_options["transformer_options"], "grid_sizes": (3, 8, 12), "block_index": 0})
     assert got.shape == expected.shape and torch.allclose(got, expected, atol=1e-5)
-    assert patch.engine.end_run().calls == {"sparse": 1}
+    assert by_text(patch.engine.end_run()) == {"sparse": 1}
 
 
 @pytest.mark.parametrize(("reason", "mask"), [
@@ -284,7 +285,7 @@ def test_declined_calls_have_a_reason(pack, wan, patched, reason, mask):
     got = attention_pytorch(q, k, v, heads=2, mask=mask,
                             transformer_options=model.model_options["transformer_options"])
     assert torch.equal(got, attention_pytorch(q, k, v, heads=2, mask=mask))
-    assert patch.engine.end_run().calls == {reason: 1}
+    assert by_text(patch.engine.end_run()) == {reason: 1}
 
 
 def separately(model, monkeypatch):
@@ -316,7 +317,7 @@ def test_plans_serve_two_steps_of_their_branch(wan, sample, patched, report, pla
     sample(model if batched else separately(model, monkeypatch))
     calls = 1 if batched else 2  # an evaluation
     last = report(model)
-    assert last.calls["sparse"] == 8 * BLOCKS * calls and last.error is None and not last.remarks
+    assert by_text(last)["sparse"] == 8 * BLOCKS * calls and last.failure is None and not last.remarks
     assert last.plans == {"made": 4 * BLOCKS * calls, "reused": 4 * BLOCKS * calls}
     assert len(plan_uses) == 8 * BLOCKS * calls
     for step, block, branch, made_in, made_for_block, made_for_branch, _ in plan_uses:
@@ -375,7 +376,7 @@ def test_control_blocks_keep_their_own_plans(vace, sample, patched, report, plan
     """VACE runs a second attention under the number of block 0."""
     model = patched(vace, reuse_steps=2)
     sample(model)
-    assert report(model).calls["sparse"] == 8 * 3
+    assert by_text(report(model))["sparse"] == 8 * 3
     assert report(model).plans == {"made": 4 * 3, "reused": 4 * 3}
     assert [block for _, block, *_ in plan_uses] == [0, 0, 1] * 8
     plans = [plan for *_, plan in plan_uses]
@@ -390,7 +391,7 @@ def test_evaluations_of_a_step_share_plans(wan, sample, patched, report, plan_us
     model = patched(wan, reuse_steps=2)
     sample(model, sampler=sampler)
     assert report(model).plans["made"] == 4 * BLOCKS
-    assert len(plan_uses) == report(model).calls["sparse"] > 8 * BLOCKS
+    assert len(plan_uses) == by_text(report(model))["sparse"] > 8 * BLOCKS
     assert all(made_in in (step - 1, step) for step, _, _, made_in, *_ in plan_uses)
 
 

@@ -107,7 +107,7 @@ def test_the_route(sliders, pack):
     answers = asyncio.run(talk())
     assert answers[0] == (200, {}) and engine.moved == [(1.5, 2)]
     assert [status for status, _ in answers[1:]] == [400, 400, 404]
-    assert all(body["error"] for _, body in answers[1:])
+    assert all(body["refused"] for _, body in answers[1:])
 
 
 def test_the_extension_serves_its_routes(pack, monkeypatch):

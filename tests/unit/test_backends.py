@@ -19,6 +19,7 @@ from fgattn.backends.base import Backend, Eligible, Planned
 from fgattn.backends.hopper.boxes import boxes_for
 from fgattn.backends.shared import available
 from fgattn.call import Call
+from fgattn.outcomes import Outcome, Reason
 from fgattn.runs.engine import Engine
 from fgattn.settings import Policy
 from fgattn.show.text import headline, text
@@ -59,7 +60,8 @@ one.begin_run([1.0, 0.0], True, torch.device("cpu"))
 one.attention(q, k, v, layout=layout, dense=lambda: 1 / 0)
 print(json.dumps({
     "equal": torch.equal(out, fgattn.attend(q, k, v, plan, impl="torch")), "message": message,
-    "missing": available.missing(), "calls": one.end_run().calls,
+    "missing": available.missing(),
+    "calls": {reason.text: n for reason, n in one.end_run().calls.items()},
     "kernels": [name for name in sys.modules if name.startswith("fgattn.backends.shared.s")]}))
 """
 
@@ -173,7 +175,7 @@ def test_every_step_down_has_its_reason(
     assert [r.getMessage() for r in caplog.records] == said
     monkeypatch.setattr(registry, "on_device", lambda device, settings: answer)
     if dense:
-        assert answer == again == dense
+        assert answer == again == Reason(Outcome.NO_KERNEL, dense)
         assert doctor.verdict(GPU) == f"dense attention: {dense}"
     else:
         assert answer.text == again.text == runs
@@ -193,7 +195,7 @@ def test_an_old_gpu_says_so(fresh, monkeypatch):
     """Nothing is tried on a GPU that no kernel is for."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An old card")
-    assert registry.choose(on(GPU, a_call()), gain=True) == (
+    assert registry.choose(on(GPU, a_call()), gain=True).text == (
         "An old card is older than compute capability 8.0 "
         "(no hopper: no Hopper GPU: compute capability 7.5, not 9.0)")
 

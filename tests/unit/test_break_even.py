@@ -9,10 +9,12 @@ from fgattn.backends import hopper, triton
 from fgattn.backends.base import Costs
 from fgattn.backends.shared.costs import FIGURES
 from fgattn.call import Call
-from fgattn.runs.break_even import TOO_DENSE, TOO_SHORT, faster
+from fgattn.outcomes import Outcome
+from fgattn.runs.break_even import faster
 from fgattn.runs.engine import Engine
 from fgattn.settings import Policy
 from fgattn.show.text import headline
+from makers import by_reason
 
 CPU = torch.device("cpu")
 LAYOUT = TokenLayout((4, 8, 16))
@@ -95,7 +97,7 @@ def run(engine, lengths=(512,), blocks=(0,), thresholds=None):
 def test_short_calls_are_left_dense():
     """Too short at any density: dense, with the reason."""
     report = run(Ruled(Settings(threshold=1.5), Policy(warmup_steps=0)), lengths=(512, 64))
-    assert report.calls[TOO_SHORT] == 3 and report.density is not None
+    assert report.count(Outcome.TOO_SHORT) == 3 and report.density is not None
 
 
 def test_blocks_that_keep_too_much_go_dense():
@@ -103,7 +105,7 @@ def test_blocks_that_keep_too_much_go_dense():
     report = run(Ruled(Settings(threshold=1.0, tile_queries=16, tile_keys=16), Policy(warmup_steps=0)), blocks=(0, 1))
     density = {b.block: b.executed_density for b in report.blocks}
     assert density[0] > 0.8 > density[1]
-    assert report.calls == {"sparse": 4, TOO_DENSE: 2}
+    assert report.calls == by_reason(sparse=4, too_dense=2)
     assert [(s.sparse_calls, s.dense_calls) for s in report.steps] == [(2, 0), (1, 1), (1, 1)]
 
 
@@ -122,14 +124,14 @@ def test_a_moved_slider_ends_what_was_learnt():
 
 def test_a_run_that_keeps_too_much_says_so():
     report = run(Ruled(Settings(threshold=0.0), Policy(warmup_steps=0)))
-    assert report.calls == {"sparse": 1, TOO_DENSE: 2}
-    assert headline(report) == f"mostly dense: {TOO_DENSE}"
+    assert report.calls == by_reason(sparse=1, too_dense=2)
+    assert headline(report) == "mostly dense: too many scores kept for sparse to be faster"
 
 
 def test_min_tokens_overrides_the_rule():
     """Any other value than 0 is the user's word."""
     report = run(Ruled(Settings(threshold=0.0), Policy(warmup_steps=0, min_tokens=64)), lengths=(512, 64))
-    assert report.calls == {"sparse": 6}
+    assert report.calls == by_reason(sparse=6)
 
 
 def test_there_is_no_rule_on_a_cpu():

@@ -7,20 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fgattn.runs.stats import BlockReport, RunReport, StepReport
-from fgattn.show import chart
+from fgattn.show import chart, palette
+from makers import CHOSEN, by_reason
 from PIL import ImageColor, ImageDraw
 
 
 def make_report(steps=12, dense=2, blocks=8, ms=100.0, **changes):
     """A run of `steps` steps of `ms`, the first `dense` of them dense."""
     report = RunReport(
-        settings="threshold 1, tiles 128x16", tokens=1728, implementation="torch", device="cpu",
+        settings=CHOSEN, tokens=1728, implementation="torch", device="cpu",
         total=ms * steps,
         steps=tuple(StepReport(i, ms, 0.4 * ms, 0.1 * ms * (i >= dense), 8 * (i >= dense), 8 * (i < dense))
                     for i in range(steps)),
         blocks=tuple(BlockReport(i, 0.3, 0.4) for i in range(blocks)),
-        calls={"sparse": 8 * (steps - dense), "warm-up step": 8 * dense}, dense_call=2.0, sparse_call=1.0,
-        density=0.3, executed_density=0.35, peak_memory=None, error=None)
+        calls=by_reason(sparse=8 * (steps - dense), warm_up=8 * dense), dense_call=2.0, sparse_call=1.0,
+        density=0.3, executed_density=0.35, peak_memory=None, failure=None)
     return replace(report, **changes)
 
 
@@ -32,7 +33,7 @@ CASES = {
     "dense": make_report(4, 4, 0, **NOTHING),
     "nothing": make_report(0, 0, 0, **NOTHING),
     "no dense step": make_report(dense=0, dense_call=None),
-    "failed": make_report(error="RuntimeError: " + "long " * 100),
+    "failed": make_report(failure="RuntimeError: " + "long " * 100),
     "long device name": make_report(device="GPU " * 80),
     "steps of no time": make_report(ms=0.0),
     "steps of a microsecond": make_report(ms=1e-3),
@@ -80,19 +81,26 @@ def test_no_run_says_so(texts):
 def test_bars_are_as_high_as_the_times():
     """One sparse step: 40 % attention, 10 % planning, 50 % rest, with some headroom above."""
     image = chart.draw([("", make_report(1, 0, 0))])
-    parts = [heights(image, colour).max() for colour in (chart.SPARSE, chart.PLANNING, chart.REST)]
+    parts = [heights(image, colour).max() for colour in (palette.SPARSE, palette.PLANNING, palette.REST)]
     full = (chart.PANEL_BOTTOM - chart.PANEL_TOP) / chart.HEADROOM
     np.testing.assert_allclose(parts, [0.4 * full, 0.1 * full, 0.5 * full], atol=1.5)
-    assert not heights(image, chart.DENSE).any()
+    assert not heights(image, palette.DENSE).any()
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_colours_are_those_of_the_panel():
-    """The same node shows both."""
-    css = (Path(__file__).parents[2] / "web" / "js" / "panel.css").read_text(encoding="utf-8")
-    panel = dict(re.findall(r"--fgattn-([\w-]+): (#\w+);", css))
-    mine = {**chart.ATTENTION, "planning": chart.PLANNING, "rest": chart.REST}
-    assert mine == {kind: panel[kind] for kind in mine}
-    assert not {chart.REQUESTED, chart.EXECUTED} & {*panel.values()}
+    """The same node shows both: one variable of the panel for each role, and no role twice."""
+    css = (ROOT / "web" / "js" / "panel.css").read_text(encoding="utf-8")
+    assert dict(re.findall(r"--fgattn-([\w-]+): (#\w+);", css)) == palette.PANEL
+    assert len(re.findall("|".join(palette.PANEL.values()), css)) == len(palette.PANEL)
+    assert not {palette.REQUESTED, palette.EXECUTED} & {*palette.PANEL.values()}
+
+
+def test_colours_stand_in_the_palette_alone():
+    for path in (p for d in ("fgattn", "nodes") for p in (ROOT / d).rglob("*.py") if p.name != "palette.py"):
+        assert not re.findall(r"#[0-9a-fA-F]{6}\b", path.read_text(encoding="utf-8")), path.name
 
 
 def test_kinds_of_steps_have_their_colours():
@@ -100,7 +108,7 @@ def test_kinds_of_steps_have_their_colours():
     steps = (StepReport(0, 9, 9, 0, 0, 4, True), StepReport(1, 9, 9, 0, 0, 4), StepReport(2, 9, 8, 1, 4, 0),
              StepReport(3, 9, 9, 0, 4, 0))
     image = chart.draw([("", replace(make_report(blocks=0), steps=steps))])
-    found = [np.flatnonzero(heights(image, colour)).mean() for colour in chart.ATTENTION.values()]
+    found = [np.flatnonzero(heights(image, colour)).mean() for colour in palette.ATTENTION.values()]
     assert found == sorted(found)
 
 
@@ -118,14 +126,14 @@ def test_the_legend_has_what_is_drawn(texts):
 def test_dense_steps_look_different():
     """Two of twelve steps are dense: a sixth of the attention area."""
     image = chart.draw([("", make_report(12, 2))])
-    dense, sparse = (heights(image, colour).sum() for colour in (chart.DENSE, chart.SPARSE))
+    dense, sparse = (heights(image, colour).sum() for colour in (palette.DENSE, palette.SPARSE))
     assert dense / (dense + sparse) == pytest.approx(2 / 12, abs=0.01)
 
 
 def test_runs_share_one_time_scale():
     """The same bar is lower beside a slower run."""
-    alone = heights(chart.draw([("", make_report())]), chart.REST).max()
-    beside = heights(chart.draw([("", make_report()), ("", make_report(ms=200.0))]), chart.REST).max()
+    alone = heights(chart.draw([("", make_report())]), palette.REST).max()
+    beside = heights(chart.draw([("", make_report()), ("", make_report(ms=200.0))]), palette.REST).max()
     assert beside == pytest.approx(alone / 2, abs=1.5)
 
 
@@ -134,7 +142,7 @@ def test_an_outlier_is_cut_off_and_labelled(texts):
     usual = make_report()
     slow = replace(usual.steps[2], total=25e3)
     image = chart.draw([("", replace(usual, steps=(*usual.steps[:2], slow, *usual.steps[3:])))])
-    assert heights(image, chart.DENSE).max() == heights(chart.draw([("", usual)]), chart.DENSE).max()
+    assert heights(image, palette.DENSE).max() == heights(chart.draw([("", usual)]), palette.DENSE).max()
     assert "25 s" in texts
 
 
@@ -149,7 +157,7 @@ def test_units_follow_the_times(texts):
 def test_density_is_requested_and_executed():
     """The executed share is stacked on the requested one."""
     image = chart.draw([("", replace(make_report(), blocks=(BlockReport(0, 0.2, 0.3),)))])
-    requested, executed = (heights(image, colour).max() for colour in (chart.REQUESTED, chart.EXECUTED))
+    requested, executed = (heights(image, colour).max() for colour in (palette.REQUESTED, palette.EXECUTED))
     assert requested == pytest.approx(2 * executed, abs=2)
 
 

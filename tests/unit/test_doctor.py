@@ -7,6 +7,7 @@ from fgattn import __main__ as command
 from fgattn import __version__
 from fgattn.backends import hopper, registry, triton
 from fgattn.backends.base import Eligible
+from fgattn.outcomes import Outcome, Reason
 
 
 def test_doctor_names_versions_and_what_runs(capsys):
@@ -25,7 +26,7 @@ def test_doctor_names_versions_and_what_runs(capsys):
     (Eligible(hopper.BACKEND), "hopper: its self-test passed"),
     (Eligible(triton.BACKEND, (("hopper", "compute capability 8.9"),)),
      "triton (no hopper: compute capability 8.9): its self-test passed"),
-    ("the kernels' self-test is off by 1.0e+00", "dense attention: the kernels' self-test is off by 1.0e+00"),
+    (Reason(Outcome.NO_KERNEL, "the kernels' self-test is off by 1.0e+00"), "dense attention: the kernels' self-test is off by 1.0e+00"),
 ], ids=["fastest", "a step down", "dense"])
 def test_a_gpu_gets_the_engine_s_verdict(monkeypatch, answer, says):
     """With the reason where the fastest kernel, or none, runs."""

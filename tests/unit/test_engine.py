@@ -12,12 +12,13 @@ from fgattn import InvalidArgument, Settings, TokenLayout, attend, build_plan
 from fgattn.backends import execute
 from fgattn.backends.execute import plan_of
 from fgattn.call import Call
-from fgattn.runs.engine import IN_PARTS, SHORT_OF_MEMORY, Engine, OutOfMemory
+from fgattn.outcomes import Outcome, Reason
+from fgattn.runs.engine import SHORT_OF_MEMORY, Engine, OutOfMemory
 from fgattn.runs.run import Run, step_of
 from fgattn.settings import Policy
-from fgattn.show.text import headline
+from fgattn.show.text import describe, headline
 from fgattn.tensors import empty_like
-from makers import tensors
+from makers import by_text, tensors
 
 CPU = torch.device("cpu")
 LAYOUT = TokenLayout((4, 4, 8))  # 128 tokens
@@ -58,8 +59,8 @@ def test_warm_up_is_at_most_a_quarter(steps, wanted, dense):
     one = engine(Policy(warmup_steps=wanted))
     assert ran_sparse(one, falling(steps)) == [False] * dense + [True] * (steps - dense)
     report = one.end_run()
-    assert report.calls == {k: n for k, n in (("warm-up step", dense), ("sparse", steps - dense)) if n}
-    assert f"warm-up {dense} of {steps} steps" in report.settings
+    assert by_text(report) == {k: n for k, n in (("warm-up step", dense), ("sparse", steps - dense)) if n}
+    assert f"warm-up {dense} of {steps} steps" in describe(report.settings)
 
 
 def test_sliders_moved_act_from_the_next_step():
@@ -79,7 +80,7 @@ def test_sliders_moved_act_from_the_next_step():
     assert ran == [False] * 2 + [True] * 14
     assert report.sliders == ((0, 2.0, 1), (3, 0.0, 9))
     assert [s.warmup for s in report.steps] == [True] + [False] * 7
-    assert "warm-up 1 of 8 steps, moved to threshold 0 and warm-up 9" in report.settings
+    assert "warm-up 1 of 8 steps, moved to threshold 0 and warm-up 9" in describe(report.settings)
     assert report.density > 0.6  # 0 keeps everything, in five of seven sparse steps
     assert not one.move(1.0, 1)
     ran_sparse(one, sigmas)
@@ -97,7 +98,7 @@ def test_moves_in_words(moves, words):
     for move, sigma in zip([*moves, *moves[-1:] * 4], falling(4)[:-1], strict=False):
         one.begin_evaluation(sigma)
         one.move(*move)
-    assert one.end_run().settings.endswith(words)
+    assert describe(one.end_run().settings).endswith(words)
 
 
 def test_a_longer_warm_up_makes_coming_steps_dense():
@@ -195,7 +196,7 @@ def test_final_steps(wanted, last, dense):
     """Only a run that ends without noise has final steps."""
     one = engine(Policy(warmup_steps=0, final_dense_steps=wanted))
     assert ran_sparse(one, falling(8, last)) == [True] * (8 - dense) + [False] * dense
-    assert one.end_run().calls.get("final dense step", 0) == dense
+    assert by_text(one.end_run()).get("final dense step", 0) == dense
 
 
 def test_dense_blocks():
@@ -205,7 +206,7 @@ def test_dense_blocks():
     one.begin_evaluation(1.0)
     assert [call(one, block=b) for b in (0, 1, 2, 3, None)] == [False, True, False, True, True]
     report = one.end_run()
-    assert report.calls == {"listed in dense_blocks": 2, "sparse": 3}
+    assert by_text(report) == {"listed in dense_blocks": 2, "sparse": 3}
     assert [b.block for b in report.blocks] == [-1, 1, 3]
 
 
@@ -234,7 +235,7 @@ def test_min_tokens(minimum, sparse):
     one.begin_run(falling(4), True, CPU)
     one.begin_evaluation(1.0)
     assert call(one) == sparse
-    assert one.end_run().calls == {"sparse" if sparse else f"fewer than {minimum} tokens": 1}
+    assert by_text(one.end_run()) == {"sparse" if sparse else f"fewer than {minimum} tokens": 1}
 
 
 def test_calls_that_cannot_run_sparse_go_dense_with_a_reason():
@@ -243,11 +244,11 @@ def test_calls_that_cannot_run_sparse_go_dense_with_a_reason():
     one.begin_run(falling(4), True, CPU)
     one.begin_evaluation(1.0)
     assert not call(one, k=K[:, :1], v=V[:, :1])
-    one.decline("cross-attention")
-    one.decline("cross-attention")
+    one.decline(Reason(Outcome.CROSS_ATTENTION))
+    one.decline(Reason(Outcome.CROSS_ATTENTION))
     report = one.end_run()
-    assert report.calls == {"grouped heads (2 query heads, 1 key heads)": 1, "cross-attention": 2}
-    assert report.error is None and report.density is None and report.tokens == 128
+    assert by_text(report) == {"grouped heads (2 query heads, 1 key heads)": 1, "cross-attention": 2}
+    assert report.failure is None and report.density is None and report.tokens == 128
 
 
 def test_outside_a_run_everything_is_dense():
@@ -255,7 +256,7 @@ def test_outside_a_run_everything_is_dense():
     one = engine()
     assert not call(one)
     one.begin_evaluation(1.0)
-    one.decline("cross-attention")
+    one.decline(Reason(Outcome.CROSS_ATTENTION))
     assert one.end_run() is None
     assert ran_sparse(one, falling(2)) == [True, True]
     first = one.end_run()
@@ -293,7 +294,7 @@ def test_a_second_gpu_runs_dense(monkeypatch):
     monkeypatch.setattr(Call, "to_plan", on_another)
     assert not call(one)
     one.run.stats.clock.device = CPU  # there is no GPU that could time the end
-    assert one.end_run().calls == {"on another GPU than the run": 1}
+    assert one.end_run().calls == {Reason(Outcome.OTHER_GPU): 1}
 
 
 def test_absent_tokens_are_left_out():
@@ -311,7 +312,7 @@ def test_absent_tokens_are_left_out():
     assert out.shape == Q.shape and not out[:, :, 20:32].any()
     assert torch.allclose(out[:, :, there], expected[:, :, there], atol=1e-5)
     report = one.end_run()
-    assert report.calls == {"sparse": 1} and report.plans == {"made": 1} and not report.remarks
+    assert by_text(report) == {"sparse": 1} and report.plans == {"made": 1} and not report.remarks
     assert report.estimated_error < 1e-5 and report.density == 1
     assert one.last_maps.find(-1, 0, 0)[1].keys(0).tolist() == valid[0].tolist()
 
@@ -340,9 +341,9 @@ def test_failure_turns_the_run_dense(stage, monkeypatch, caplog):
     (record,) = caplog.records
     assert record.exc_info and record.getMessage() == "FG-Attn failed; the rest of this run is dense"
     report = one.end_run()
-    assert report.calls == {"sparse": 1, "error": 1, "after an error": 5}
-    assert report.error == "RuntimeError: no kernel image"
-    assert ran_sparse(one, falling(2)) == [True, True] and one.end_run().error is None
+    assert by_text(report) == {"sparse": 1, "error": 1, "after an error": 5}
+    assert report.failure == "RuntimeError: no kernel image"
+    assert ran_sparse(one, falling(2)) == [True, True] and one.end_run().failure is None
 
 
 def test_layout_that_does_not_fit_turns_the_run_dense(caplog):
@@ -351,7 +352,7 @@ def test_layout_that_does_not_fit_turns_the_run_dense(caplog):
     one.begin_run(falling(4), True, CPU)
     one.begin_evaluation(1.0)
     assert not call(one, layout=TokenLayout((4, 4, 7)))
-    assert "layout.length: got 112" in one.end_run().error and caplog.records
+    assert "layout.length: got 112" in one.end_run().failure and caplog.records
 
 
 def test_interrupts_pass(monkeypatch, caplog):
@@ -366,7 +367,7 @@ def test_interrupts_pass(monkeypatch, caplog):
     with pytest.raises(Interrupt):
         call(one)
     assert not notes and not caplog.records
-    assert one.end_run().error is None
+    assert one.end_run().failure is None
 
 
 def test_dense_failures_are_not_ours():
@@ -379,7 +380,7 @@ def test_dense_failures_are_not_ours():
 
     with pytest.raises(RuntimeError, match="out of memory"):
         one.attention(Q, K, V, layout=LAYOUT, dense=fail)
-    assert one.end_run().error is None
+    assert one.end_run().failure is None
 
 
 def test_everything_that_allocates_is_in_scope():
@@ -454,9 +455,9 @@ def test_report_counts_steps_and_calls():
     report = one.end_run()
     assert [(s.index, s.sparse_calls, s.dense_calls) for s in report.steps] == [
         (0, 0, 4), (1, 4, 0), (2, 4, 0), (3, 4, 0)]
-    assert report.calls == {"warm-up step": 4, "sparse": 12}
+    assert by_text(report) == {"warm-up step": 4, "sparse": 12}
     assert report.tokens == 128 and report.device == "cpu" and report.implementation == "torch"
-    assert report.settings == "threshold 2, tiles 64x4, cells order, tail on, warm-up 1 of 4 steps"
+    assert describe(report.settings) == "threshold 2, tiles 64x4, cells order, tail on, warm-up 1 of 4 steps"
     assert report.steps[0].planning == 0 and all(s.planning > 0 for s in report.steps[1:])
     assert report.planning == pytest.approx(sum(s.planning for s in report.steps))
     assert report.speedup == pytest.approx(report.dense_call / report.sparse_call)
@@ -474,9 +475,9 @@ def test_engines_are_independent():
     assert call(first) and not call(second) and call(first)
     assert not call(first, layout=TokenLayout((1, 1, 1)))
     assert call(second, block=1)
-    assert second.end_run().calls == {"listed in dense_blocks": 1, "sparse": 1}
-    assert first.end_run().calls == {"sparse": 2, "error": 1}
-    assert second.last_report.error is None
+    assert by_text(second.end_run()) == {"listed in dense_blocks": 1, "sparse": 1}
+    assert by_text(first.end_run()) == {"sparse": 2, "error": 1}
+    assert second.last_report.failure is None
 
 
 def test_device_without_a_kernel_runs_dense(caplog):
@@ -489,7 +490,7 @@ def test_device_without_a_kernel_runs_dense(caplog):
     assert [r.getMessage() for r in caplog.records] == [
         "FG-Attn runs dense: no sparse kernel for device type meta"]
     report = one.end_run()
-    assert report.calls == {"no sparse kernel for device type meta": 2}
+    assert by_text(report) == {"no sparse kernel for device type meta": 2}
     assert report.implementation == "dense (no sparse kernel for device type meta)"
 
 
@@ -499,7 +500,7 @@ def test_empty_schedule():
     one.begin_run([], True, CPU)
     one.begin_evaluation(0.7)
     assert call(one)
-    assert one.end_run().calls == {"sparse": 1}
+    assert by_text(one.end_run()) == {"sparse": 1}
 
 
 SCHEDULE = [14.6, 7.0, 3.0, 1.0, 0.2, 0.0]
@@ -585,10 +586,10 @@ def test_a_plan_serves_its_steps(steps, made, monkeypatch):
     assert one.made == made
     report = one.engine.end_run()
     reused = {"reused": 6 - len(made)} if len(made) < 6 else {}
-    assert report.plans == {"made": len(made), **reused} and report.calls == {"sparse": 6}
+    assert report.plans == {"made": len(made), **reused} and by_text(report) == {"sparse": 6}
     assert [s.planning > 0 for s in report.steps] == [step in made for step in range(6)]
     assert (report.planning_saved > 0) == (steps > 1)
-    assert report.settings.endswith(f", plans serve {steps} steps" if steps > 1 else "6 steps")
+    assert describe(report.settings).endswith(f", plans serve {steps} steps" if steps > 1 else "6 steps")
 
 
 def test_one_step_is_one_plan_per_call(monkeypatch):
@@ -679,7 +680,7 @@ def test_shapes_have_their_own_plans(monkeypatch):
             assert one.call(*call).shape == call[0].shape
         one.at(step)
         one.call(*inputs(step, length=64), layout=TokenLayout((2, 4, 8)))
-    assert one.made == [0] * 4 and one.engine.end_run().error is None
+    assert one.made == [0] * 4 and one.engine.end_run().failure is None
 
 
 @pytest.mark.parametrize(("options", "why"), [
@@ -748,9 +749,10 @@ def test_heads_in_parts_for_memory(monkeypatch):
         out = one.attention(q, k, v, layout=LAYOUT, dense=lambda: DENSE, block=0)
         torch.testing.assert_close(out, whole)
     report = one.end_run()
-    assert report.calls == {"sparse": 2} and report.plans == {"made": 3, "reused": 3} and not report.remarks
+    assert by_text(report) == {"sparse": 2} and not report.remarks
+    assert report.plans == {"made": 3, "reused": 3}
     assert report.steps[0].planning > 0 and report.steps[1].planning == 0
-    assert [*one.last_maps.skipped.values()] == [IN_PARTS] * 2
+    assert [*one.last_maps.skipped.values()] == [Reason(Outcome.IN_PARTS)] * 2
 
 
 def test_memory_limit_is_in_megabytes(monkeypatch):
@@ -802,12 +804,12 @@ def test_out_of_memory_takes_fewer_heads_then_goes_dense(fits, sparse, monkeypat
         del out
     report = one.end_run()
     assert (SHORT_OF_MEMORY in report.remarks) == (fits < 4)
-    assert report.calls.get("sparse", 0) == (2 if sparse else 0)
+    assert by_text(report).get("sparse", 0) == (2 if sparse else 0)
     if fits == 1:  # the second call starts with what was found to fit
         assert sizes == [4, 2, 1, 1, 1, 1] + 4 * [1]
         assert report.plans == {"not kept": 8}
     if not sparse:
-        assert report.error.startswith("OutOfMemoryError")
+        assert report.failure.startswith("OutOfMemoryError")
 
 
 def watched_run(policy, blocks=(0, 1, 2, 3), **options):
@@ -853,7 +855,7 @@ def test_estimates_can_be_turned_off():
     assert len(off.last_maps.kept) == 6 * 4
 
 
-@pytest.mark.parametrize("what", ["estimate.Estimate.error", "maps.Maps.keep"])
+@pytest.mark.parametrize("what", ["estimate.Estimate.estimated_error", "maps.Maps.keep"])
 def test_failure_of_the_looking_leaves_the_run_alone(what, monkeypatch, caplog):
     """Out of memory or a bug there: said once, the rest of the run is sparse."""
     wanted = watched_run(Policy(warmup_steps=2))[1]
@@ -865,7 +867,7 @@ def test_failure_of_the_looking_leaves_the_run_alone(what, monkeypatch, caplog):
     one, outs = watched_run(Policy(warmup_steps=2))
     assert all(torch.equal(a, b) for a, b in zip(outs, wanted, strict=True))
     report = one.end_run()
-    assert report.calls == {"warm-up step": 8, "sparse": 24} and report.error is None
+    assert by_text(report) == {"warm-up step": 8, "sparse": 24} and report.failure is None
     assert report.remarks == ("no more maps and error estimates: OutOfMemoryError: no room",)
     assert len(caplog.records) == 1
 
@@ -877,7 +879,7 @@ def test_maps_that_do_not_fit_on_the_host_cost_no_report(monkeypatch, caplog):
 
     monkeypatch.setattr("fgattn.runs.maps.Maps.to_host", fail)
     one, _ = watched_run(Policy(warmup_steps=2))
-    assert one.end_run().calls["sparse"] == 24 and one.last_maps is None and len(caplog.records) == 1
+    assert by_text(one.end_run())["sparse"] == 24 and one.last_maps is None and len(caplog.records) == 1
     monkeypatch.undo()
     one, _ = watched_run(Policy(warmup_steps=2))
     monkeypatch.setattr("fgattn.runs.maps.Maps.keep", fail)
@@ -891,7 +893,7 @@ def test_interrupts_pass_through_the_looking(monkeypatch):
     def interrupt(*_):
         raise Interrupt
 
-    monkeypatch.setattr("fgattn.runs.estimate.Estimate.error", interrupt)
+    monkeypatch.setattr("fgattn.runs.estimate.Estimate.estimated_error", interrupt)
     with pytest.raises(Interrupt):
         watched_run(Policy(warmup_steps=0), passthrough=(Interrupt,))
 
@@ -912,7 +914,8 @@ def test_maps_are_of_the_last_run():
         maps = one.last_maps
         assert maps.place == (2, 3, 4)
         assert [*maps.kept] == [(step, 0) for step in range(1, steps)]
-        assert maps.skipped[0, 0] == "warm-up step" and maps.skipped[steps - 1, 1] == "listed in dense_blocks"
+        assert maps.skipped[0, 0] == Reason(Outcome.WARM_UP)
+        assert maps.skipped[steps - 1, 1] == Reason(Outcome.DENSE_BLOCK)
 
 
 def test_calls_that_failed_or_were_taken_in_parts_have_no_map(monkeypatch):
@@ -929,8 +932,9 @@ def test_calls_that_failed_or_were_taken_in_parts_have_no_map(monkeypatch):
     one.end_run()
     assert [*one.last_maps.kept] == [(0, 0)]
     assert one.last_maps.skipped == {
-        (0, 1): IN_PARTS, (0, 2): "grouped heads (2 query heads, 1 key heads)", (0, 3): "error",
-        (0, 4): "after an error"}
+        (0, 1): Reason(Outcome.IN_PARTS),
+        (0, 2): Reason(Outcome.DECLINED, "grouped heads (2 query heads, 1 key heads)"),
+        (0, 3): Reason(Outcome.FAILED), (0, 4): Reason(Outcome.AFTER_FAILURE)}
 
 
 def test_unknown_blocks_share_their_books_but_not_their_maps():

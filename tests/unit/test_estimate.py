@@ -34,7 +34,7 @@ def test_it_is_near_the_true_error(threshold):
     for seed in range(3):
         q, k, v = tensors(4, 512, seed=seed)
         out = sparse(q, k, v, threshold)
-        got = one.error(call_of(q, k, v), out)
+        got = one.estimated_error(call_of(q, k, v), out)
         assert got.ndim == 0 and got.dtype == torch.float32
         assert got.item() == pytest.approx(true_error(q, k, v, out), rel=0.25, abs=1e-5)
 
@@ -42,7 +42,7 @@ def test_it_is_near_the_true_error(threshold):
 def test_rows_differ_from_call_to_call_and_repeat_from_run_to_run():
     q, k, v = tensors(2, 512)
     out = sparse(q, k, v)
-    first, second = ([one.error(call_of(q, k, v), out).item() for _ in range(3)]
+    first, second = ([one.estimated_error(call_of(q, k, v), out).item() for _ in range(3)]
                      for one in (Estimate(), Estimate()))
     assert first == second and len(set(first)) == 3
 
@@ -51,7 +51,7 @@ def test_the_sampler_keeps_its_random_numbers():
     """A seed gives the same video with and without estimates."""
     q, k, v = tensors(2, 512)
     before = torch.get_rng_state()
-    Estimate().error(call_of(q, k, v), sparse(q, k, v))
+    Estimate().estimated_error(call_of(q, k, v), sparse(q, k, v))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -63,9 +63,9 @@ def test_padding_and_scale_are_those_of_the_call(scale, batch):
     valid = random_valid(batch, 512)
     out = scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None], scale=scale)
     layout = dataclasses.replace(LAYOUT, key_valid=valid)
-    assert Estimate().error(call_of(q, k, v, layout, scale), out) < 1e-5
-    assert Estimate().error(call_of(q, k, v, LAYOUT, scale), out) > 1e-2
-    assert Estimate().error(call_of(q, k, v, layout, 0.2), out) > 1e-2
+    assert Estimate().estimated_error(call_of(q, k, v, layout, scale), out) < 1e-5
+    assert Estimate().estimated_error(call_of(q, k, v, LAYOUT, scale), out) > 1e-2
+    assert Estimate().estimated_error(call_of(q, k, v, layout, 0.2), out) > 1e-2
 
 
 def test_absent_tokens_are_no_rows_and_no_keys():
@@ -74,7 +74,7 @@ def test_absent_tokens_are_no_rows_and_no_keys():
     q, k, v = tensors(2, 512)
     there = torch.tensor([[token not in layout.absent for token in range(512)]])
     out = scaled_dot_product_attention(q, k, v, attn_mask=there) * there[..., None]
-    assert Estimate().error(call_of(q, k, v, layout), out) < 1e-5
+    assert Estimate().estimated_error(call_of(q, k, v, layout), out) < 1e-5
 
 
 def test_few_rows_are_dense_attention():

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from fgattn import TokenLayout
+from fgattn.outcomes import Outcome, Reason
 from fgattn.runs.maps import Maps, TileMap
-from fgattn.show import map_chart
+from fgattn.show import map_chart, palette
 from PIL import ImageColor, ImageDraw
 
 TITLE, NOTE = "Block 3, head 1, step 7 of 20: keys that one tile of queries computes", "threshold 1, " * 30
@@ -51,9 +52,9 @@ def test_every_token_is_drawn(inside, grid):
     size = map_chart._arrangement(*grid)[1]
     area = (size - (size >= map_chart.SEPARATE)) ** 2
     own, computed = found.queries(1), found.keys(1)
-    assert pixels(image, map_chart.OWN) >= own.sum() * area
-    assert pixels(image, map_chart.COMPUTED) == (computed & ~own).sum() * area
-    assert pixels(image, map_chart.SKIPPED) == (~computed & ~own).sum() * area
+    assert pixels(image, palette.OWN) >= own.sum() * area
+    assert pixels(image, palette.COMPUTED) == (computed & ~own).sum() * area
+    assert pixels(image, palette.SKIPPED) == (~computed & ~own).sum() * area
     assert 900 <= image.width <= 1700 and image.height <= 1300
     if grid == (13, 16, 24):
         assert {f"frame {i}" for i in range(1, 14)} <= set(inside)
@@ -65,7 +66,7 @@ def test_tokens_stand_where_they_are():
     found = TileMap(torch.tensor([[1]], dtype=torch.uint8), torch.tensor([[127]]), torch.tensor([0.1]),
                     layout, "raster", 16)
     image = np.asarray(map_chart.draw_map(found, 0, TITLE, ""))
-    ys, xs = (image[: -map_chart.FOOT] == ImageColor.getrgb(map_chart.COMPUTED)).all(2).nonzero()
+    ys, xs = (image[: -map_chart.FOOT] == ImageColor.getrgb(palette.COMPUTED)).all(2).nonzero()
     size = map_chart._arrangement(1, 4, 32)[1]
     assert (xs.min(), xs.max()) == (map_chart.MARGIN, map_chart.MARGIN + 16 * size - 2)
     assert ys.max() - ys.min() == size - 2
@@ -87,7 +88,7 @@ def maps_of(blocks, heads, dense=()):
     made = Maps()
     for block in range(blocks):
         if block in dense:
-            made.skip(6, block, "listed in dense_blocks")
+            made.skip(6, block, Reason(Outcome.DENSE_BLOCK))
         else:
             made.kept[6, block] = tile((2, 4, 8), heads=heads)
     return made
@@ -97,7 +98,7 @@ def maps_of(blocks, heads, dense=()):
 def test_densities_of_every_block_and_head(inside, blocks, heads):
     """Inside the picture, whatever their number; the chosen cell is framed."""
     image = map_chart.draw_density(maps_of(blocks, heads), 6, 0, heads - 1, TITLE)
-    assert pixels(image, map_chart.OWN) > 20 and image.width <= 1500 and image.height <= 1300
+    assert pixels(image, palette.OWN) > 20 and image.width <= 1500 and image.height <= 1300
     assert any(text.startswith("share of scores asked for: mean") for text in inside)
 
 

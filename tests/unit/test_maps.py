@@ -7,11 +7,13 @@ import pytest
 import torch
 from fgattn import Settings, TokenLayout, build_plan
 from fgattn.errors import InvalidArgument
+from fgattn.outcomes import Outcome, Reason
 from fgattn.runs import maps
 from fgattn.runs.maps import MIDDLE, Maps, listed, token_at
 from makers import executed_mask, in_memory_order, tensors
 
 GRID = (4, 6, 10)
+WARM_UP, DENSE_BLOCK = Reason(Outcome.WARM_UP), Reason(Outcome.DENSE_BLOCK)
 
 
 def kept(settings=None, layout=None, place=MIDDLE, heads=2, batch=1):
@@ -75,7 +77,7 @@ def test_the_first_call_of_a_block_is_the_one():
     one, first, second = Maps(), one_plan(), one_plan(2)
     one.keep(0, 1, *first)
     one.keep(0, 1, *second)
-    one.skip(0, 1, "error")
+    one.skip(0, 1, Reason(Outcome.FAILED))
     one.to_host()
     assert len(one.kept) == 1 and not one.skipped
     assert torch.equal(one.kept[0, 1].bits, first[0].bits[0, :, 0])
@@ -85,7 +87,7 @@ def test_calls_without_a_block_number_are_counted():
     one = Maps()
     for step in (0, 1):
         one.keep(step, None, *one_plan())
-        one.skip(step, None, "grouped heads")
+        one.skip(step, None, Reason(Outcome.DECLINED, "grouped heads"))
         one.keep(step, None, *one_plan())
     assert [*one.kept] == [(0, 0), (0, 2), (1, 0), (1, 2)] and [*one.skipped] == [(0, 1), (1, 1)]
 
@@ -98,7 +100,7 @@ def test_memory_is_bounded(monkeypatch):
     for block in range(4):
         one.keep(0, block, *call)
     one.to_host()
-    assert [*one.kept] == [(0, 0), (0, 1)] and one.find(0, 3, 0)[1].startswith(maps.FULL)
+    assert [*one.kept] == [(0, 0), (0, 1)] and one.find(0, 3, 0)[1].startswith(Outcome.MAPS_FULL.value)
 
 
 def test_wan_at_720p_fits():
@@ -115,7 +117,7 @@ def run():
             if step and block != 1:
                 one.keep(step, block, *one_plan())
             else:
-                one.skip(step, block, "listed in dense_blocks" if block == 1 else "warm-up step")
+                one.skip(step, block, DENSE_BLOCK if block == 1 else WARM_UP)
     one.to_host()
     return one
 
@@ -142,9 +144,9 @@ def test_what_the_run_did_not_have_is_refused(run, wanted, message):
 
 def test_densities(run):
     found = run.densities(1)
-    assert [*found] == [0, 1, 2] and found[1] == "listed in dense_blocks"
+    assert [*found] == [0, 1, 2] and found[1] == DENSE_BLOCK
     assert np.array_equal(found[0], run.kept[1, 0].density)
-    assert set(run.densities(0).values()) == {"warm-up step", "listed in dense_blocks"}
+    assert set(run.densities(0).values()) == {WARM_UP, DENSE_BLOCK}
     assert run.densities(9) == {}
 
 

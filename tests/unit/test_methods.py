@@ -9,7 +9,7 @@ import torch
 from fgattn import InvalidArgument, Settings, TokenLayout, attend, build_plan, methods
 from fgattn.backends import pytorch, registry
 from fgattn.layout import geometry, release, token_order
-from fgattn.methods import METHODS, common, radial
+from fgattn.methods import METHODS, common
 from makers import CASES, poisoned, random_valid
 from makers import tensors as make
 
@@ -328,9 +328,8 @@ def test_nonsense_is_refused(method, parameter, says):
     assert says in str(caught.value)
 
 
-def test_rule_in_words():
-    """Reports name the method and the strength that took effect."""
-    assert Settings(threshold=0.7).rule == "threshold 0.7"
-    assert [Settings(method=m).rule for m in METHODS] == [
-        "top_k 0.3", "sol 1.3", "hierarchical 0.3", "radial 0.2"]
-    assert Settings(threshold=0.7, method="sol", method_parameter=2).rule == "sol 2"
+def test_strength():
+    """Reports name the strength that took effect, whatever the method takes it from."""
+    assert Settings(threshold=0.7).strength == 0.7
+    assert [Settings(method=m).strength for m in METHODS] == [0.3, 1.3, 0.3, 0.2]
+    assert Settings(threshold=0.7, method="sol", method_parameter=2).strength == 2

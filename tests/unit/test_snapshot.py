@@ -9,11 +9,13 @@ import types
 from pathlib import Path
 
 import pytest
+from fgattn.outcomes import Outcome, Reason
 from fgattn.runs.stats import BlockReport, CellReport, RunReport, StepReport
 from fgattn.show import snapshot
+from makers import CHOSEN, by_reason
 
 ROOT = Path(__file__).parents[2]
-EMPTY = RunReport("threshold 1", 0, "torch", "cpu", 0.0, (), (), {}, None, None, None, None, None, None)
+EMPTY = RunReport(CHOSEN, 0, "torch", "cpu", 0.0, (), (), {}, None, None, None, None, None, None)
 
 
 def report(steps=4, blocks=3, **changes):
@@ -22,7 +24,7 @@ def report(steps=4, blocks=3, **changes):
                            for i in range(steps)),
         blocks=tuple(BlockReport(i, 1 / 3, 0.5, 0.0123456) for i in range(blocks)),
         cells=tuple(CellReport(s, b, b / blocks) for s in range(steps) for b in range(blocks)),
-        estimated_error=0.0123456, calls={"sparse": steps * blocks},
+        estimated_error=0.0123456, calls=by_reason(sparse=steps * blocks),
         density=1 / 3, executed_density=0.5, dense_call=2.0, sparse_call=1.0, scheduled=steps,
         total=3.6e6 * steps, **changes)
 
@@ -35,15 +37,15 @@ def test_kinds_of_steps():
     """Warm-up and other dense steps, sparse ones, and sparse ones that planned nothing."""
     steps = (StepReport(0, 1, 1, 0, 0, 4, True), StepReport(1, 1, 1, 0, 0, 4), StepReport(2, 1, 1, 0.5, 3, 1),
              StepReport(3, 1, 1, 0.0, 4, 0))
-    made = make(dataclasses.replace(EMPTY, steps=steps, scheduled=9, calls={"sparse": 1}))
+    made = make(dataclasses.replace(EMPTY, steps=steps, scheduled=9, calls=by_reason(sparse=1)))
     assert [s["kind"] for s in made["timeline"]] == ["warm-up", "dense", "sparse", "reused"]
     assert (made["step"], made["steps"]) == (4, 9)
 
 
 def test_a_step_that_was_cut_short_is_not_shown():
     """Its time says nothing; a run that went dense after an error finished its steps."""
-    assert [len(make(report(), s)["timeline"]) for s in ("done", "interrupted", "error")] == [4, 3, 3]
-    assert len(make(report(error="OSError: x"), "done")["timeline"]) == 4
+    assert [len(make(report(), s)["timeline"]) for s in ("done", "interrupted", "failed")] == [4, 3, 3]
+    assert len(make(report(failure="OSError: x"), "done")["timeline"]) == 4
 
 
 def test_sixty_blocks_and_a_hundred_steps_fit():
@@ -54,14 +56,25 @@ def test_sixty_blocks_and_a_hundred_steps_fit():
 def test_the_worst_run_fits():
     """Long texts that JSON escapes, more of everything than anybody has."""
     long = "\u6c49" * 1000
-    worst = report(1000, 1000, error=long)
+    worst = report(1000, 1000, failure=long)
     worst = dataclasses.replace(
-        worst, settings=long, calls={f"{i}{long}": 10**9 for i in range(50)}, tokens=10**7,
+        worst, settings=dataclasses.replace(
+            CHOSEN, method="hierarchical", strength=1 / 3, moved_threshold=1 / 7, moved_warmup_steps=10**4),
+        calls={Reason(Outcome.MIN_TOKENS, f"{i}{long}"): 10**9 for i in range(50)}, tokens=10**7,
         sliders=tuple((1000 + i, 1.234567890123, 50) for i in range(500)),
         steps=tuple(dataclasses.replace(s, sparse_calls=0, index=s.index + 1000) for s in worst.steps))
     made = make(worst)
     assert len(json.dumps(made).encode()) < snapshot.MAX_BYTES
     assert made["timeline"][-1]["index"] == 1999 and made["step"] == 2000
+
+
+def test_settings_and_outcomes_are_fields():
+    """A code that stays for programs, a text for people; settings are no sentence."""
+    made = make(dataclasses.replace(EMPTY, calls={
+        Reason(Outcome.SPARSE): 9, Reason(Outcome.MIN_TOKENS, "fewer than 4096 tokens"): 3}))
+    assert made["settings"] == dataclasses.asdict(CHOSEN)
+    assert made["calls"] == ({"outcome": "sparse", "text": "sparse", "number": 9},
+                             {"outcome": "min_tokens", "text": "fewer than 4096 tokens", "number": 3})
 
 
 def heat(made):
@@ -93,20 +106,21 @@ def test_the_heat_map_takes_what_is_left():
 
 def test_estimated_errors_have_two_digits():
     made = make(report())
-    assert made["error"] == made["timeline"][0]["error"] == made["blocks"][0]["error"] == 0.012
-    assert made["headline"] == "sparse: 33% of scores, attention 2.00x faster, est. error 1.2%"
-    assert make(EMPTY)["error"] is None
+    for part in (made, made["timeline"][0], made["blocks"][0]):
+        assert part["estimated_error"] == 0.012 and "error" not in part
+    assert made["headline"] == "sparse: 33 % of scores, attention 2.00x faster, est. error 1.2 %"
+    assert make(EMPTY)["estimated_error"] is None
 
 
 @pytest.mark.parametrize(("given", "state", "shown", "text"), [
     (EMPTY, "running", "running", "waiting for the first step"),
     (EMPTY, "done", "done", "attention never reached FG-Attn"),
-    (report(error="OSError: x"), "done", "error", "dense after an error: OSError: x"),
-    (report(error="OSError: x"), "running", "running", "dense after an error: OSError: x"),
+    (report(failure="OSError: x"), "done", "failed", "dense after an error: OSError: x"),
+    (report(failure="OSError: x"), "running", "running", "dense after an error: OSError: x"),
     (report(), "interrupted", "interrupted",
-     "sparse: 33% of scores, attention 2.00x faster, est. error 1.2%"),
+     "sparse: 33 % of scores, attention 2.00x faster, est. error 1.2 %"),
     (dataclasses.replace(report(), density=None), "running", "running",
-     "sparse: attention 2.00x faster, est. error 1.2%"),
+     "sparse: attention 2.00x faster, est. error 1.2 %"),
 ], ids=["start", "nothing", "failed", "failing", "stopped", "densities on their way"])
 def test_state_and_headline(given, state, shown, text):
     made = make(given, state)
@@ -120,6 +134,8 @@ def live(monkeypatch):
         package = types.ModuleType(name)
         package.__path__ = [str(path)]
         monkeypatch.setitem(sys.modules, name, package)
+    for name in [n for n in sys.modules if n.partition(".")[0] == "fgattn"]:  # outcomes are one enum
+        monkeypatch.setitem(sys.modules, f"bare.{name}", sys.modules[name])
     module = importlib.import_module("bare.nodes.live")
     clock = types.SimpleNamespace(
         now=100.0, perf_counter=lambda: clock.now, time_ns=lambda: int(clock.now * 1e9))
@@ -175,7 +191,7 @@ def test_slow_steps_are_all_told(live, server):
 def test_the_node_says_what_it_does_without_javascript(live, server):
     """The server's own text, to the same client; the last word comes from the patch."""
     sample(live, live.Live("3", report), 2, 1.0)
-    line = "sparse: 33% of scores, attention 2.00x faster, est. error 1.2%, step 4 of 4"
+    line = "sparse: 33 % of scores, attention 2.00x faster, est. error 1.2 %, step 4 of 4"
     assert server.texts == [(line, "3", "tab")] * 3
 
 
@@ -232,10 +248,10 @@ def test_pages_get_their_own_runs_back(live, server):
     """Two tabs, nodes of the same id: the last message of each run, for the page that queued it."""
     recent = sys.modules["bare.nodes.recent"].RECENT
     one = live.Live("3", report)
-    for client, state in (("tab", "done"), ("other", "interrupted"), ("tab", "error")):
+    for client, state in (("tab", "done"), ("other", "interrupted"), ("tab", "failed")):
         server.client_id = client
         sample(live, one, 5, 1.0, state)
-    assert [m["state"] for m in recent.of("tab")] == ["done", "error"]
+    assert [m["state"] for m in recent.of("tab")] == ["done", "failed"]
     assert [m["state"] for m in recent.of("other")] == ["interrupted"]
     assert recent.of("third") == recent.of(None) == []
 

@@ -4,7 +4,9 @@ import types
 
 import pytest
 import torch
-from fgattn.runs.stats import CellReport, Clock, RunReport, RunStats, StepReport
+from fgattn.runs.clock import Clock
+from fgattn.runs.stats import CellReport, RunReport, RunStats, StepReport
+from makers import CHOSEN
 
 CPU = torch.device("cpu")
 
@@ -28,13 +30,13 @@ def plan(requested, executed, queries=10, keys=20):
 
 def test_no_step_at_all():
     """A run that was interrupted at once has a report all the same."""
-    report = RunStats(Clock(CPU)).report("settings", "torch")
+    report = RunStats(Clock(CPU)).report(CHOSEN, "torch")
     assert report.steps == () and report.blocks == () and report.calls == {} and report.remarks == ()
     assert report.total == 0 and report.planning == 0 and report.tokens == 0
-    for name in ("dense_call", "sparse_call", "density", "executed_density", "peak_memory", "error",
+    for name in ("dense_call", "sparse_call", "density", "executed_density", "peak_memory", "failure",
                  "speedup"):
         assert getattr(report, name) is None
-    assert (report.settings, report.implementation, report.device) == ("settings", "torch", "cpu")
+    assert (report.settings, report.implementation, report.device) == (CHOSEN, "torch", "cpu")
 
 
 def test_times_add_up():
@@ -46,7 +48,7 @@ def test_times_add_up():
     stats.timed(0, False, [(1.5, 1.5, 1.75)])
     stats.begin_step(1)
     stats.timed(1, True, [(3.0, 3.125, 3.25)])
-    report = stats.report("s", "torch")
+    report = stats.report(CHOSEN, "torch")
     assert report.steps == (
         StepReport(index=0, total=2000.0, attention=750.0, planning=0.0, sparse_calls=0, dense_calls=2),
         StepReport(index=1, total=4500.0, attention=125.0, planning=125.0, sparse_calls=1, dense_calls=0))
@@ -59,7 +61,7 @@ def test_samplers_that_come_back():
     stats = RunStats(Ticks(1.0, 3.0, 7.5))
     stats.begin_step(2)
     stats.begin_step(1)
-    report = stats.report("s", "torch")
+    report = stats.report(CHOSEN, "torch")
     assert [(step.index, step.total) for step in report.steps] == [(1, 4500.0), (2, 2000.0)]
 
 
@@ -69,7 +71,7 @@ def test_planning_of_calls_in_parts():
     stats.timed(0, True, 4 * [(0.0, 0.002, 0.005)])
     stats.timed(1, True, 4 * [(0.0, 0.0, 0.003)])
     stats.plans.update({"made": 4, "reused": 4})
-    assert stats.report("s", "torch").planning_saved == pytest.approx(8.0)
+    assert stats.report(CHOSEN, "torch").planning_saved == pytest.approx(8.0)
 
 
 @pytest.mark.parametrize(("calls", "median"), [((1,), 1), ((3, 1, 2), 2), ((9, 1, 1, 1, 500), 1)], ids=str)
@@ -78,7 +80,7 @@ def test_call_times_are_medians(calls, median):
     stats = RunStats(Ticks(0.0))
     for length in calls:
         stats.timed(0, True, [(0.0, 0.0, length / 1000)])
-    assert stats.report("s", "torch").sparse_call == pytest.approx(median)
+    assert stats.report(CHOSEN, "torch").sparse_call == pytest.approx(median)
 
 
 def test_planning_counts_by_the_share_of_calls_that_planned():
@@ -88,7 +90,7 @@ def test_planning_counts_by_the_share_of_calls_that_planned():
     for _ in range(3):
         stats.timed(1, True, [(0.0, 0.0, 0.010)])
     stats.plans.update({"made": 1, "reused": 3})
-    report = stats.report("s", "torch")
+    report = stats.report(CHOSEN, "torch")
     assert report.sparse_call == pytest.approx(12.0) and report.planning_saved == pytest.approx(24.0)
     assert report.plans == {"made": 1, "reused": 3}
 
@@ -98,7 +100,7 @@ def test_no_comparison_without_both(only):
     """A gain that was not measured is not claimed."""
     stats = RunStats(Ticks(0.0))
     stats.timed(0, only, [(0.0, 0.0, 1.0)])
-    assert stats.report("s", "torch").speedup is None
+    assert stats.report(CHOSEN, "torch").speedup is None
 
 
 def test_densities_by_block_and_over_all():
@@ -107,7 +109,7 @@ def test_densities_by_block_and_over_all():
     stats.add_plan(0, 5, plan([[50.0, 100.0]], [[100.0, 200.0]]))  # of 2 x 200
     stats.add_plan(1, 2, plan([[8.0]], [[8.0]], 4, 4))
     stats.add_plan(1, 5, plan([[0.0]], [[10.0]]))
-    report = stats.report("s", "torch")
+    report = stats.report(CHOSEN, "torch")
     assert [(b.block, b.density, b.executed_density) for b in report.blocks] == [
         (2, 0.5, 0.5), (5, 0.25, 310 / 600)]
     assert report.density == 158 / 616 and report.executed_density == 318 / 616
@@ -122,8 +124,8 @@ def test_estimated_errors_are_means_of_calls():
     for step, block, error in ((0, 5, 0.25), (0, 5, 0.75), (0, 2, 0.125), (1, 5, 0.5), (1, 2, None)):
         stats.add_plan(step, block, plan([[8.0]], [[8.0]], 4, 4))
         if error is not None:
-            stats.add_error(step, block, torch.tensor(error))
-    report = stats.report("s", "torch")
+            stats.add_estimate(step, block, torch.tensor(error))
+    report = stats.report(CHOSEN, "torch")
     assert [s.estimated_error for s in report.steps] == [1.125 / 3, 0.5, None]
     assert [(b.block, b.estimated_error) for b in report.blocks] == [(2, 0.125), (5, 0.5)]
     assert report.estimated_error == 1.625 / 4
@@ -134,8 +136,8 @@ def test_an_error_that_is_no_number_is_none():
     stats = RunStats(Ticks(1.0, 2.0))
     stats.begin_step(0)
     stats.add_plan(0, 0, plan([[8.0]], [[8.0]]))
-    stats.add_error(0, 0, torch.tensor(float("nan")))
-    report = stats.report("s", "torch")
+    stats.add_estimate(0, 0, torch.tensor(float("nan")))
+    report = stats.report(CHOSEN, "torch")
     for part in (report, report.steps[0], report.blocks[0]):
         assert part.estimated_error is None
 
@@ -182,16 +184,16 @@ def test_so_far_never_waits():
     seen = []
     for now in range(-1, device.marks):
         device.now = now
-        seen.append(stats.so_far("s", "torch"))
+        seen.append(stats.so_far(CHOSEN, "torch"))
     assert [len(r.steps) for r in seen] == [0] * 8 + [1] * 7 + [2] * 7 + [3] * 7
     assert seen[-1].steps[1] == StepReport(1, 70.0, pytest.approx(20.0), pytest.approx(20.0), 2, 0)
     assert (seen[-1].scheduled, seen[-1].total) == (4, 210.0)
     assert seen[5].dense_call == pytest.approx(20.0) and seen[5].sparse_call is None
     assert seen[-1].density is None  # its copy is on the way
     device.now = device.marks
-    assert stats.so_far("s", "torch").density == pytest.approx(0.2)
+    assert stats.so_far(CHOSEN, "torch").density == pytest.approx(0.2)
     device.now = device.marks + 9
-    full = stats.report("s", "torch")
+    full = stats.report(CHOSEN, "torch")
     assert [s.index for s in full.steps] == [0, 1, 2, 3] and full.steps[:3] == seen[-1].steps
     assert full.density == pytest.approx(0.2)
 
@@ -204,13 +206,13 @@ def test_so_far_changes_nothing():
             stats.begin_step(step)
             stats.timed(step, bool(step), [(start, start + 0.125, start + 0.25)])
             if stats is watched:
-                stats.so_far("s", "torch")
-    assert watched.report("s", "torch") == alone.report("s", "torch")
+                stats.so_far(CHOSEN, "torch")
+    assert watched.report(CHOSEN, "torch") == alone.report(CHOSEN, "torch")
 
 
 def test_report_is_immutable():
     """The node, the chart and the log read the same one."""
-    report = RunStats(Clock(CPU)).report("s", "torch")
+    report = RunStats(Clock(CPU)).report(CHOSEN, "torch")
     with pytest.raises(AttributeError):
         report.tokens = 1
     assert isinstance(report, RunReport)

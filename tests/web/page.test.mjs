@@ -119,7 +119,7 @@ test("a panel that comes later shows the runs so far", () => {
   const timing = create("FGAttnTiming", 9, [patch]);
   timing.onAdded();
   draw();
-  assert.match(text(timing), /sparse: 30% of scores/);
+  assert.match(text(timing), /sparse: 30 % of scores/);
   assert.equal(timing.widgets.at(-1).element.find((e) => e.tag === "tr").length, 1 + 2);
   timing.onRemoved();
 });
@@ -212,8 +212,8 @@ test("the patch node says what its last run did, unless ComfyUI's own line still
   node.widgets.pop();
   page.api.dispatchEvent(new Event("execution_success"));
   await new Promise((done) => setTimeout(done, 400));
-  assert.equal(line.textContent, "sparse: 30% of scores");
+  assert.equal(line.textContent, "sparse: 30 % of scores");
   node.onRemoved();
   send(sample({ node: "30", run: "s2" }));
-  assert.equal(line.textContent, "sparse: 30% of scores");
+  assert.equal(line.textContent, "sparse: 30 % of scores");
 });

@@ -9,7 +9,7 @@ test("samples are snapshots", () => {
 
 const malformed = {
   "nothing": undefined, "null": null, "text": "x", "a list": [], "no field": {},
-  "another version": sample({ version: 1 }), "text for a number": sample({ total: "1" }),
+  "another version": sample({ version: 2 }), "text for a number": sample({ total: "1" }),
   "not finite": sample({ total: NaN }), "a fraction for a count": sample({ step: 1.5 }),
   "unknown state": sample({ state: "paused" }), "null where a number must be": sample({ total: null }),
   "no list": sample({ blocks: {} }), "a hole in a list": sample({ calls: [null] }),

@@ -15,6 +15,7 @@ import pytest
 from fgattn.runs.stats import BlockReport, RunReport, StepReport
 from fgattn.show import snapshot
 from fgattn.show.text import headline
+from makers import CHOSEN, by_reason
 from pages import load, patch_id, slider, started, text, value
 
 EXAMPLE = Path(__file__).parents[2] / "example_workflows" / "wan2.1_t2v.json"
@@ -41,8 +42,8 @@ def report(steps):
     done = tuple(StepReport(i, 900.0, 500.0, 0.0, 0, 8, True) if i < 2 else
                  StepReport(i, 900.0, 200.0, 20.0, 8, 0) for i in range(steps))
     return RunReport(
-        "threshold 1, tiles 128x16, warm-up 2 of 8 steps", 32760, "triton", "GPU", 900.0 * steps, done,
-        tuple(BlockReport(b, 0.2 + b / 100, 0.3) for b in range(8)), {"sparse": 8 * steps},
+        CHOSEN, 32760, "triton", "GPU", 900.0 * steps, done,
+        tuple(BlockReport(b, 0.2 + b / 100, 0.3) for b in range(8)), by_reason(sparse=8 * steps),
         5.0, 2.0, 0.26, 0.3, None, None, scheduled=8, sliders=((0, 1.0, 2),))
 
 
@@ -88,7 +89,7 @@ def test_move_save_reload_run(page):
     inputs = page.server.queued[0]["prompt"][patch_id(page)]["inputs"]
     assert (inputs["threshold"], inputs["warmup_steps"]) == moved and inputs["live"] is False
     assert "fgattn_presets" not in inputs
-    assert "26% of scores" in text(page) and "done, step 8 of 8" in text(page)
+    assert "26 % of scores" in text(page) and "done, step 8 of 8" in text(page)
     assert page.locator(".fgattn-runs tbody tr").count() == 1
     assert page.locator(".fgattn-panel rect.fgattn-sparse").count() > 6
     assert not page.server.moved, "the live switch is off"
@@ -97,7 +98,7 @@ def test_move_save_reload_run(page):
 def test_status_line_of_the_server(page):
     """It needs none of our JavaScript. The first Vue renderer keeps such a text, but does not draw it."""
     play(page, patch_id(page), steps=3, last=None)
-    line = "sparse: 26% of scores, attention 2.50x faster, step 3 of 8"
+    line = "sparse: 26 % of scores, attention 2.50x faster, step 3 of 8"
     assert value(page, "$$node-text-preview") == line
     if not (page.vue and old(page)):
         shown = page.locator(f"text={line}")
@@ -111,7 +112,7 @@ def test_status_line_after_the_run(page):
     kept = page.evaluate("""app.graph._nodes.find(n => n.comfyClass === 'FGAttnPatch')
                             .widgets.some(w => w.name === '$$node-text-preview')""")
     line = page.locator(".fgattn-status").inner_text()
-    assert line == ("" if kept else "sparse: 26% of scores, attention 2.50x faster")
+    assert line == ("" if kept else "sparse: 26 % of scores, attention 2.50x faster")
 
 
 def test_live_slider(page):

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import * as view from "../../web/js/view.js";
-import { sample, samples } from "./sample.mjs";
+import { chosen, sample, samples } from "./sample.mjs";
 
 const close = (a, b) => assert.ok(Math.abs(a - b) < 1e-9, `${a} is not ${b}`);
 
@@ -81,7 +81,7 @@ test("heat: the last steps, where there are fewer columns; nothing where there i
 });
 
 test("heat: 60 blocks and 60 steps are at most 17 paths", () => {
-  const blocks = Array.from({ length: 60 }, (_, block) => ({ block, density: 0.3, error: null }));
+  const blocks = Array.from({ length: 60 }, (_, block) => ({ block, density: 0.3, estimated_error: null }));
   const step = sample().timeline[0];
   const steps = Array.from({ length: 60 }, (_, index) => ({ ...step, index }));
   const bytes = Array.from({ length: 3600 }, (_, i) => 1 + i % 255);
@@ -91,23 +91,26 @@ test("heat: 60 blocks and 60 steps are at most 17 paths", () => {
 });
 
 test("estimated errors: a bar under each step that has one, and words with two digits", () => {
-  const { bars, least, most } = view.errors(sample());
+  const { bars, least, most } = view.estimatedErrors(sample());
   assert.deepEqual(bars.map((b) => [b.x, b.width]), [[0.25, 0.25], [0.5, 0.25]]);
   assert.deepEqual([bars[0].height, bars[1].y, least, most], [1, 1 - 0.052 / 0.07, 0.052, 0.07]);
   assert.equal(bars[1].label, "step 3: est. error 5.2 %");
-  assert.equal(view.errors(sample({ timeline: sample().timeline.slice(0, 1) })), null);
-  assert.deepEqual([0.0612, 0.00431, 0.12345, 0, null].map(view.errorText), ["6.1 %", "0.43 %", "12 %", "<0.01 %", "-"]);
+  assert.equal(view.estimatedErrors(sample({ timeline: sample().timeline.slice(0, 1) })), null);
+  assert.deepEqual([0.0612, 0.00431, 0.12345, 1e-9, 0, null].map(view.percent),
+    ["6.1 %", "0.43 %", "12 %", "<0.01 %", "0 %", "-"]);
 });
 
 test("runs side by side: what differs in each row, what is shared once", () => {
-  const other = sample({ settings: "threshold 2, tiles 128x16, warm-up 1 of 4 steps", density: null, speedup: null,
-    error: null, timeline: [], state: "done" });
+  const other = sample({ settings: chosen({ strength: 2, tail: false }), density: null, speedup: null,
+    estimated_error: null, timeline: [], state: "done" });
   const { rows, shared } = view.runTable([sample(), other]);
-  assert.equal(shared, "tiles 128x16, warm-up 1 of 4 steps");
-  assert.deepEqual(rows, [["1", "threshold 1", "750 ms", "2.00x faster", "30 %", "6.1 %", "running"],
-    ["2", "threshold 2", "-", "-", "-", "-", "done"]]);
+  assert.equal(shared, "tiles 128x16, cells order, warm-up 1 of 4 steps");
+  assert.deepEqual(rows, [["1", "threshold 1, tail on", "750 ms", "2.00x faster", "30 %", "6.1 %", "running"],
+    ["2", "threshold 2, tail off", "-", "-", "-", "-", "done"]]);
   assert.ok(rows.every((row) => row.length === view.RUN_COLUMNS.length));
   assert.equal(view.runTable([sample()]).rows[0][1], "-");
+  const moved = sample({ settings: chosen({ method: "a, b", moved: true, moved_threshold: 1.4, moved_warmup_steps: 0 }) });
+  assert.equal(view.runTable([sample(), moved]).rows[1][1], "a, b 1, moved to threshold 1.4 and warm-up 0");
 });
 
 test("what is spoken stays the same from step to step of a kind", () => {
@@ -118,18 +121,18 @@ test("what is spoken stays the same from step to step of a kind", () => {
 
 test("text has every step, block and outcome", () => {
   const text = view.asText(sample());
-  for (const part of ["sparse: 30% of scores", "8 calls: sparse", "step 3, reused", "block 3: 40 %", "est. error 6.1 %"]) {
+  for (const part of ["sparse: 30 % of scores", "8 calls: sparse", "step 3, reused", "block 3: 40 %", "est. error 6.1 %"]) {
     assert.ok(text.includes(part), part);
   }
   for (const one of samples) assert.doesNotMatch(view.asText(one), /undefined|NaN|null/);
 });
 
 test("CSV: one line a step and a block, text with commas quoted", () => {
-  const lines = view.asCsv([sample(), sample({ settings: 'a "b"' })]).split("\r\n");
+  const lines = view.asCsv([sample(), sample({ settings: chosen({ method: 'a "b"' }) })]).split("\r\n");
   assert.equal(lines.length, 1 + 2 * 5 + 1);
-  assert.equal(lines[1], '1,"threshold 1, tiles 128x16, warm-up 1 of 4 steps",step,0,warm-up,1000,500,0,,,1,1');
-  assert.equal(lines[2], '1,"threshold 1, tiles 128x16, warm-up 1 of 4 steps",step,1,sparse,900,200,100,,0.07,1,1');
-  assert.equal(lines.at(-2), '2,"a ""b""",block,3,,,,,0.4,0.061,,');
+  assert.equal(lines[1], '1,"threshold 1, tiles 128x16, cells order, tail on, warm-up 1 of 4 steps",step,0,warm-up,1000,500,0,,,1,1');
+  assert.equal(lines[2], '1,"threshold 1, tiles 128x16, cells order, tail on, warm-up 1 of 4 steps",step,1,sparse,900,200,100,,0.07,1,1');
+  assert.equal(lines.at(-2), '2,"a ""b"" 1, tiles 128x16, cells order, tail on, warm-up 1 of 4 steps",block,3,,,,,0.4,0.061,,');
 });
 
 test("sliders that moved during the run: a mark, a line of text, and every step's values in the CSV", () => {

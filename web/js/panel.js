@@ -46,7 +46,7 @@ export function createPanel(actions) {
       return;
     }
     say(view.announcement(run));
-    body.replaceChildren(title(run), steps(run), shareBar(run), errors(run), blocks(run), calls(run), table(runs));
+    body.replaceChildren(title(run), steps(run), shareBar(run), estimatedErrors(run), blocks(run), calls(run), table(runs));
   }
 
   show([]);
@@ -58,7 +58,7 @@ function title(run) {
   head.dataset.state = run.state;
   element("strong", "", head, run.headline);
   const progress = element("span", "fgattn-faint", head, `${view.status(run)}, ${view.duration(run.total)}`);
-  progress.title = run.settings;
+  progress.title = view.settingsText(run.settings);
   return head;
 }
 
@@ -95,13 +95,13 @@ function shareBar(run) {
   return figure;
 }
 
-function errors(run) {
-  const layout = view.errors(run);
+function estimatedErrors(run) {
+  const layout = view.estimatedErrors(run);
   if (!layout) return element("div", "");
-  const figure = chart("estimated error", `mean ${view.errorText(run.error)}, steps ${view.errorText(layout.least)} to `
-    + view.errorText(layout.most));
+  const figure = chart("estimated error", `mean ${view.percent(run.estimated_error)}, steps ${view.percent(layout.least)} to `
+    + view.percent(layout.most));
   const svg = picture(figure, 24);
-  for (const bar of layout.bars) rectangle(svg, spaced(bar), "fgattn-error", bar.label);
+  for (const bar of layout.bars) rectangle(svg, spaced(bar), "fgattn-estimated-error", bar.label);
   return figure;
 }
 
@@ -128,10 +128,10 @@ function calls(run) {
   const list = element("ul", "fgattn-calls");
   list.setAttribute("aria-label", "attention calls by outcome");
   element("li", "fgattn-faint", list, "calls");
-  for (const { outcome, number } of run.calls) {
+  for (const { text, number } of run.calls) {
     const item = element("li", "", list);
     element("b", "", item, `${number} `);
-    item.append(outcome);
+    item.append(text);
   }
   return list;
 }

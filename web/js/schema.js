@@ -1,15 +1,19 @@
-// The message that the server sends while a run samples. fgattn/snapshot.py defines it; a test compares.
+// The message that the server sends while a run samples. fgattn/show/snapshot.py defines it; a test compares.
 
-export const VERSION = 2;
+export const VERSION = 3;
 
-// int, number, string; "?" may be null; [..] one of these strings; {list} of objects.
+// int, number, string, bool; "?" may be null; [..] one of these strings; {list} of objects.
 export const SCHEMA = {
   "version": "int",
   "node": "string",
   "run": "string",
-  "state": ["running", "done", "error", "interrupted"],
+  "state": ["running", "done", "failed", "interrupted"],
   "headline": "string",
-  "settings": "string",
+  "settings": {
+    "method": "string", "strength": "number", "tile_queries": "int", "tile_keys": "int", "order": "string",
+    "tail": "bool", "warmup_steps": "int", "steps": "int", "reuse_steps": "int",
+    "moved": "bool", "moved_threshold": "number?", "moved_warmup_steps": "int?"
+  },
   "tokens": "int",
   "step": "int",
   "steps": "int",
@@ -18,13 +22,13 @@ export const SCHEMA = {
   "sparse_call": "number?",
   "speedup": "number?",
   "density": "number?",
-  "error": "number?",
+  "estimated_error": "number?",
   "timeline": {"list": {
     "index": "int", "total": "number", "attention": "number", "planning": "number",
-    "kind": ["warm-up", "dense", "sparse", "reused"], "error": "number?"
+    "kind": ["warm-up", "dense", "sparse", "reused"], "estimated_error": "number?"
   }},
-  "blocks": {"list": {"block": "int", "density": "number", "error": "number?"}},
-  "calls": {"list": {"outcome": "string", "number": "int"}},
+  "blocks": {"list": {"block": "int", "density": "number", "estimated_error": "number?"}},
+  "calls": {"list": {"outcome": "string", "text": "string", "number": "int"}},
   "heat": "string",
   "sliders": {"list": {"step": "int", "threshold": "number", "warmup_steps": "int"}}
 };
@@ -37,7 +41,8 @@ export function problem(value) {
 function wrong(value, shape, where) {
   if (typeof shape === "string") {
     if (value === null && shape.endsWith("?")) return null;
-    const fits = { int: Number.isSafeInteger, number: Number.isFinite, string: (v) => typeof v === "string" };
+    const fits = { int: Number.isSafeInteger, number: Number.isFinite, string: (v) => typeof v === "string",
+      bool: (v) => typeof v === "boolean" };
     return fits[shape.replace("?", "")](value) ? null : `${where} is no ${shape}`;
   }
   if (Array.isArray(shape)) return shape.includes(value) ? null : `${where} is not one of ${shape.join(", ")}`;

@@ -9,14 +9,13 @@ export function duration(ms) {
   return ms >= 10 || ms === 0 ? `${ms.toFixed(0)} ms` : `${ms.toFixed(2)} ms`;
 }
 
+/**
+ * A share with two digits, "-" for null: "0.43 %", "6.1 %", "12 %"; "<0.01 %" for less, "0 %" for nothing at all.
+ * The server writes the same text (`percent` in fgattn/show/text.py).
+ */
 export function percent(share) {
-  return `${(100 * share).toFixed(0)} %`;
-}
-
-/** An estimated error, with two digits, or "-": "<0.01 %", "0.43 %", "6.1 %", "12 %". */
-export function errorText(error) {
-  if (error === null) return "-";
-  return error < 1e-4 ? "<0.01 %" : `${Number((100 * error).toPrecision(2))} %`;
+  if (share === null) return "-";
+  return share > 0 && share < 1e-4 ? "<0.01 %" : `${Number((100 * share).toPrecision(2))} %`;
 }
 
 /** "2.90x faster", "1.20x slower" or "-". */
@@ -82,9 +81,9 @@ export function timeline(run) {
       bottom = top;
     }
     const cut = step.total > limit ? ", bar cut off" : "";
-    const error = step.error === null ? "" : `, est. error ${errorText(step.error)}`;
+    const estimate = step.estimated_error === null ? "" : `, est. error ${percent(step.estimated_error)}`;
     labels.push({ x, width, label: `step ${step.index + 1}, ${step.kind}: ${duration(step.total)}, attention `
-      + `${duration(step.attention)}, planning ${duration(step.planning)}${error}${cut}` });
+      + `${duration(step.attention)}, planning ${duration(step.planning)}${estimate}${cut}` });
   }
   return { parts, labels, limit, first: first + 1, last: first + slots };
 }
@@ -93,16 +92,16 @@ export function timeline(run) {
  * Bars of the estimated error, one for each step that has one, in a box of 1 x 1 under the timeline, with the least
  * and the greatest of them; null if there is none.
  */
-export function errors(run) {
-  const known = run.timeline.map((step, i) => [step, i]).filter(([step]) => step.error !== null);
+export function estimatedErrors(run) {
+  const known = run.timeline.map((step, i) => [step, i]).filter(([step]) => step.estimated_error !== null);
   if (!known.length) return null;
   const { labels } = timeline(run);
-  const values = known.map(([step]) => step.error);
+  const values = known.map(([step]) => step.estimated_error);
   const most = Math.max(...values);
   const bars = known.map(([step, i]) => {
-    const height = most ? Math.max(0, step.error / most) : 0;
+    const height = most ? Math.max(0, step.estimated_error / most) : 0;
     return { x: labels[i].x, width: labels[i].width, y: 1 - height, height,
-      label: `step ${step.index + 1}: est. error ${errorText(step.error)}` };
+      label: `step ${step.index + 1}: est. error ${percent(step.estimated_error)}` };
   });
   return { bars, least: Math.min(...values), most };
 }
@@ -119,7 +118,7 @@ export function heat(run) {
   const count = run.blocks.length;
   const height = 1 / Math.max(1, count);
   const rows = run.blocks.map((b, i) => ({ y: i * height, height, label: `${blockName(b.block)}: `
-    + `${percent(b.density)} of scores${b.error === null ? "" : `, est. error ${errorText(b.error)}`}` }));
+    + `${percent(b.density)} of scores${b.estimated_error === null ? "" : `, est. error ${percent(b.estimated_error)}`}` }));
   const bytes = decoded(run.heat);
   const { labels } = timeline(run);
   const columns = Math.min(labels.length, count ? Math.floor(bytes.length / count) : 0);
@@ -171,7 +170,7 @@ export function blockName(block) {
 /** Where a run stands, in words. */
 export function status(run) {
   const where = `step ${run.step} of ${run.steps}`;
-  return { running: where, done: `done, ${where}`, error: `failed, ${where}`,
+  return { running: where, done: `done, ${where}`, failed: `failed, ${where}`,
     interrupted: `stopped, ${where}` }[run.state];
 }
 
@@ -184,29 +183,61 @@ export function announcement(run) {
 
 export const RUN_COLUMNS = ["run", "settings", "sparse step", "attention", "density", "est. error", "state"];
 
+/**
+ * Words for a run's settings, from their fields, in the order that people read them; empty where one has no effect.
+ * `describe` in fgattn/show/text.py has the same words.
+ */
+const SETTINGS = [
+  (s) => `${s.method} ${short(s.strength)}`,
+  (s) => `tiles ${s.tile_queries}x${s.tile_keys}`,
+  (s) => `${s.order} order`,
+  (s) => `tail ${s.tail ? "on" : "off"}`,
+  (s) => `warm-up ${s.warmup_steps} of ${s.steps} steps`,
+  (s) => (s.reuse_steps > 1 ? `plans serve ${s.reuse_steps} steps` : ""),
+  (s) => (s.moved ? `moved to ${movedTo(s)}` : ""),
+];
+
+function movedTo({ moved_threshold: threshold, moved_warmup_steps: warmup }) {
+  const now = [];
+  if (threshold !== null) now.push(`threshold ${short(threshold)}`);
+  if (warmup !== null) now.push(`warm-up ${warmup}`);
+  return now.join(" and ") || "and fro";
+}
+
+/** A number with at most six digits. */
+function short(number) {
+  return `${Number(number.toPrecision(6))}`;
+}
+
+/** A run's settings as one line; those of `which` only, if it is given. */
+export function settingsText(settings, which = SETTINGS) {
+  return which.map((words) => words(settings)).filter(Boolean).join(", ");
+}
+
 /** The table of runs: rows of cells, with the settings that differ, and the settings that all share. */
 export function runTable(runs) {
-  const settings = runs.map((run) => run.settings.split(", "));
-  const shared = settings[0].filter((part) => settings.every((parts) => parts.includes(part)));
+  const same = (words) => runs.every((run) => words(run.settings) === words(runs[0].settings));
+  const differing = SETTINGS.filter((words) => !same(words));
   const rows = runs.map((run, i) => {
     const step = meanStep(run, ["sparse", "reused"]);
-    return [`${i + 1}`, settings[i].filter((part) => !shared.includes(part)).join(", ") || "-",
+    return [`${i + 1}`, settingsText(run.settings, differing) || "-",
       step === null ? "-" : duration(step), gain(run.speedup),
-      run.density === null ? "-" : percent(run.density), errorText(run.error), run.state];
+      percent(run.density), percent(run.estimated_error), run.state];
   });
-  return { rows, shared: shared.join(", ") };
+  return { rows, shared: settingsText(runs[0].settings, SETTINGS.filter(same)) };
 }
 
 /** A run as text. */
 export function asText(run) {
-  const lines = [run.headline, `${status(run)}, ${duration(run.total)}, ${run.tokens} tokens`, run.settings];
+  const lines = [run.headline, `${status(run)}, ${duration(run.total)}, ${run.tokens} tokens`,
+    settingsText(run.settings)];
   const part = shares(run);
   if (part) {
     lines.push(`time: attention ${percent(part.attention)}, planning ${percent(part.planning)}, `
       + `rest ${percent(part.rest)}`);
   }
   lines.push(...moves(run).map((move) => move.label));
-  lines.push("", ...run.calls.map((c) => `${c.number} calls: ${c.outcome}`));
+  lines.push("", ...run.calls.map((c) => `${c.number} calls: ${c.text}`));
   lines.push("", ...timeline(run).labels.map((l) => l.label));
   if (run.blocks.length) lines.push("", ...heat(run).rows.map((row) => row.label));
   return lines.join("\n");
@@ -217,13 +248,14 @@ export function asCsv(runs) {
   const rows = [["run", "settings", "part", "index", "kind", "total_ms", "attention_ms", "planning_ms", "density",
     "est_error", "threshold", "warmup_steps"]];
   runs.forEach((run, i) => {
-    const start = [i + 1, run.settings];
+    const start = [i + 1, settingsText(run.settings)];
     for (const s of run.timeline) {
       const at = slidersAt(run, s.index);
-      rows.push([...start, "step", s.index, s.kind, s.total, s.attention, s.planning, "", s.error ?? "",
+      rows.push([...start, "step", s.index, s.kind, s.total, s.attention, s.planning, "", s.estimated_error ?? "",
         at?.threshold ?? "", at?.warmup_steps ?? ""]);
     }
-    for (const b of run.blocks) rows.push([...start, "block", b.block, "", "", "", "", b.density, b.error ?? "", "", ""]);
+    for (const b of run.blocks) rows.push([...start, "block", b.block, "", "", "", "", b.density,
+      b.estimated_error ?? "", "", ""]);
   });
   return rows.map((row) => row.map(csvCell).join(",")).join("\r\n") + "\r\n";
 }
