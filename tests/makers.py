@@ -8,6 +8,7 @@ import torch
 from fgattn import SparsePlan, TokenLayout, plan_from_mask, reference
 from fgattn.backends import registry
 from fgattn.backends.base import Planned
+from fgattn.backends.execute import plan_of
 from fgattn.call import Call
 from fgattn.layout import CELL
 from fgattn.outcomes import Outcome, Reason
@@ -244,3 +245,9 @@ def tail_of(q, k, v, plan, impl="torch", made=None):
     """The tail of a plan by a backend, (out, log-sum-exp); made: what the plan's own backend hands on."""
     call = Call.under(plan, q, k, v)
     return registry.by_name(impl).tail(call, Planned(plan, made))
+
+
+def planned(q, k, v, settings, layout, impl="triton", scale=None):
+    """A call, its backend and what that one plans: a plan, and what serves the tail of the same call."""
+    call, backend = Call.to_plan(q, k, v, settings, layout, scale), registry.by_name(impl)
+    return call, backend, plan_of(call, backend)

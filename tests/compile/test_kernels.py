@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fgattn.backends.shared.available import HEAD_DIMS
 from fgattn.backends.shared.plan_table import PLAN_TABLE
 from fgattn.backends.triton.launch_table import TABLE, launch_for
 
@@ -87,7 +88,7 @@ def resources(made, folder):
 
 def test_table_is_complete():
     """Every GPU generation that can run the kernel, both head sizes, both tile heights."""
-    assert sorted(itertools.product(SHARED_KIB, attend_fwd.HEAD_DIMS, (64, 128))) == ROWS
+    assert sorted(itertools.product(SHARED_KIB, HEAD_DIMS, (64, 128))) == ROWS
     for launch in TABLE.values():
         assert launch.block_keys % 16 == 0 and launch.warps in (4, 8) and launch.stages >= 1
 
@@ -96,7 +97,7 @@ def test_table_is_complete():
     (75, 80), (80, 80), (87, 86), (89, 89), (90, 90), (103, 100), (121, 120), (200, 120)])
 def test_unknown_gpu_takes_the_row_below(arch, row):
     """A new GPU runs with settings that fit an older one."""
-    for dim, tile in itertools.product(attend_fwd.HEAD_DIMS, (64, 128)):
+    for dim, tile in itertools.product(HEAD_DIMS, (64, 128)):
         assert launch_for(arch, dim, tile) == TABLE[row, dim, tile]
 
 
@@ -127,7 +128,7 @@ def test_list_kernel(arch, unit, tmp_path):
     assert resources(made, tmp_path)[1] == 0 and made.metadata.shared < 16 * 1024
 
 
-@pytest.mark.parametrize("dim", attend_fwd.HEAD_DIMS)
+@pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize("arch", SHARED_KIB)
 def test_planning_kernels(arch, dim, tmp_path):
     """Summaries, selection and tail run with one setting on every GPU."""
@@ -147,7 +148,7 @@ def test_planning_kernels(arch, dim, tmp_path):
         assert stack == 0, f"{kernel} spills: {registers} registers, {stack} bytes of stack"
 
 
-@pytest.mark.parametrize("dim", attend_fwd.HEAD_DIMS)
+@pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize("arch", SHARED_KIB)
 def test_selection_kernels(arch, dim, tmp_path):
     """Each GPU's settings: the passes over cells and over keys, and what makes slices of their words."""
@@ -214,7 +215,7 @@ def test_count_kernel(split, checked, tmp_path):
 
 @pytest.mark.parametrize("n", [1, 2, 16, 128])
 @pytest.mark.parametrize("tile_runs", [4, 8])
-@pytest.mark.parametrize("dim", attend_fwd.HEAD_DIMS)
+@pytest.mark.parametrize("dim", HEAD_DIMS)
 def test_hopper_tail_kernel(dim, tile_runs, n, tmp_path):
     """Nothing but a few words of arguments is spilled, and the ring fits."""
     block = [1, pooled_hopper.STEP.value, dim]

@@ -11,7 +11,9 @@ import sys
 
 import torch
 from fgattn import Settings, TokenLayout, attend, build_plan, plan_from_mask
-from fgattn.backends import runtime
+from fgattn.backends import registry
+from fgattn.call import Call
+from fgattn.outcomes import Reason
 
 CASES = [  # M, N: every unit and every way to share a tile
     (128, 16), (128, 1), (64, 2), (64, 64), (32, 4), (16, 8), (16, 128)]
@@ -32,8 +34,10 @@ def plans(q, k, m, n):
 def main(impls: list[str]) -> int:
     device = torch.device("cuda")
     for impl in impls:
-        if reason := runtime.missing() or (impl == "hopper" and runtime.hopper_missing(device)):
-            print(f"{impl} cannot run here: {reason}")
+        q = torch.zeros(1, 1, 16, 64, device=device, dtype=torch.bfloat16)
+        answer = registry.named(Call.to_plan(q, q, q, Settings(), TokenLayout.flat(16)), impl)
+        if isinstance(answer, Reason):
+            print(f"{impl} cannot run here: {answer.text}")
             return 2
     torch.manual_seed(0)
     worst, calls = 0.0, 0

@@ -20,8 +20,9 @@ from fgattn import (
     reference,
     sparse_attention,
 )
-from fgattn.backends import runtime
-from fgattn.backends.pytorch.tail import pooled_tail
+from fgattn.backends import hopper, registry
+from fgattn.backends.hopper.boxes import boxes_for
+from fgattn.call import Call
 from fgattn.methods import METHODS
 from fgattn.plan import of_heads
 from fgattn.runs.engine import Engine
@@ -29,7 +30,7 @@ from fgattn.runs.estimate import exact
 from fgattn.settings import TILE_KEYS, TILE_QUERIES, Policy
 from hypothesis import example, given
 from hypothesis import settings as examples
-from makers import by_text
+from makers import by_text, tail_of
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -37,14 +38,14 @@ BF16 = torch.bfloat16
 
 def kernels():
     """Every kernel that this GPU can run."""
-    return ["triton"] if runtime.hopper_missing(torch.device("cuda")) else ["triton", "hopper"]
+    return ["triton"] if hopper.device_reason(torch.device("cuda")) else ["triton", "hopper"]
 
 
 @pytest.fixture(params=["triton", "hopper"])
 def impl(request):
     """Each kernel; skipped with the reason where the GPU has none."""
     if request.param not in kernels():
-        pytest.skip(runtime.hopper_missing(torch.device("cuda")))
+        pytest.skip(hopper.device_reason(torch.device("cuda")))
     return request.param
 
 
@@ -86,9 +87,8 @@ def assert_close(got, q, k, v, plan):
 def test_this_gpu_runs_the_kernel():
     """The self-tests pass, and attend takes the fastest kernel by itself."""
     device = torch.device("cuda")
-    assert runtime.device_reason(device) is None
-    fastest = "triton" if runtime.hopper_missing(device) else "hopper"
-    assert runtime.gpu_kernel(device).split()[0] == fastest
+    fastest = "triton" if hopper.device_reason(device) else "hopper"
+    assert registry.on_device(device, Settings()).backend.name == fastest
     q, k, v = tensors(1, 1, 200, 64)
     plan = build_plan(q, k, Settings(), TokenLayout.flat(200))
     assert torch.equal(attend(q, k, v, plan), attend(q, k, v, plan, impl=fastest))
@@ -138,10 +138,9 @@ def test_ragged_lengths(length, impl):
 @pytest.mark.parametrize("n", TILE_KEYS)
 @pytest.mark.parametrize("m", [16, 128])
 def test_tail_against_torch(m, n, dim, dtype, impl):
-    """Ragged ends, orders of runs, batches, missing keys, a shared mask; summaries made before or not."""
-    from fgattn.backends.shared.launch import position_rows
+    """Ragged ends, orders of cells, batches, missing keys, a shared mask; summaries made before or not."""
+    from fgattn.backends.shared.launch import key_rows, query_rows
     from fgattn.backends.shared.summarise import summarise
-    from fgattn.backends.triton.tail import tail_triton
 
     layout = TokenLayout((9, 17, 25), front=5, back=9)  # 240 cells: more than a step
     q, k, v = tensors(2, 2, layout.length, dim, dtype)
@@ -155,15 +154,15 @@ def test_tail_against_torch(m, n, dim, dtype, impl):
         keys, values = k, v
         if plan.key_valid is not None:
             keys, values = (x.masked_fill(~valid[:, None, :, None], torch.nan) for x in (k, v))
-        out, lse = tail_triton(q, keys, values, plan, hopper=impl == "hopper")
-        expected, expected_lse = pooled_tail(q, k, v, plan)
+        out, lse = tail_of(q, keys, values, plan, impl)
+        expected, expected_lse = tail_of(q, k, v, plan)
         assert torch.equal(lse == -torch.inf, expected_lse == -torch.inf)
         torch.testing.assert_close(lse, expected_lse, atol=2e-3, rtol=1e-4)
         assert (out - expected).norm() / expected.norm() < (4e-3 if dtype == BF16 else 1e-3)
         geo = plan.geometry
-        rows = position_rows(geo.query_tokens), position_rows(geo.key_tokens, plan.key_valid)
+        rows = query_rows(geo), key_rows(geo, plan.key_valid)
         for made in (summarise(q, keys, None, *rows, second=True), summarise(q, keys, values, *rows)):
-            again = tail_triton(q, keys, values, plan, made, hopper=impl == "hopper")
+            again = tail_of(q, keys, values, plan, impl, made)
             assert torch.equal(again[0], out) and torch.equal(again[1], lse)
 
 
@@ -220,7 +219,9 @@ def test_absent_tokens(impl, front, back, absent, m, n):
     for x in (q, k, v):
         x[:, :, gone] = torch.nan
     whole = build_plan(q, k, Settings(threshold=1.5, tile_queries=m, tile_keys=n), layout)
-    assert torch.equal(whole.bits, plan.bits) and whole.gathers == plan.gathers
+    assert torch.equal(whole.bits, plan.bits)
+    boxed = [boxes_for(Call.under(p, *x)) is not None for p, x in ((whole, (q, k, v)), (plan, short))]
+    assert boxed[0] == boxed[1]
     got = attend(q, k, v, whole, impl=impl)
     assert torch.equal(got.index_select(2, there), expected) and not got[:, :, gone].any()
 
@@ -273,7 +274,7 @@ def test_more_heads_than_one_launch(monkeypatch, impl):
 
 def test_hopper_list_lengths():
     """One list of every length around the steps of the kernel; negative scales; the same bits twice."""
-    if reason := runtime.hopper_missing(torch.device("cuda")):
+    if reason := hopper.device_reason(torch.device("cuda")):
         pytest.skip(reason)
     for dim, m, n, scale in (
             (128, 128, 16, None), (128, 64, 1, 0.05), (64, 128, 8, -0.1), (64, 64, 128, None)):
@@ -294,7 +295,7 @@ def test_hopper_list_lengths():
 @pytest.mark.parametrize(("dim", "m"), [(128, 128), (128, 64), (64, 128), (64, 64)])
 def test_hopper_listers(dim, m, n, checked):
     """Slices kept anywhere, close together and far apart, of any number around steps, slots and windows."""
-    if reason := runtime.hopper_missing(torch.device("cuda")):
+    if reason := hopper.device_reason(torch.device("cuda")):
         pytest.skip(reason)
     keys, generator = 5000 - n // 2, torch.Generator("cuda").manual_seed(dim + m + n)
     slices = -(-keys // n)
@@ -550,7 +551,7 @@ def test_engine_times_with_events():
     assert by_text(report) == {"warm-up step": 2, "sparse": 6, "fewer than 4096 tokens": 4}
     assert report.speedup > 0 and report.peak_memory > 0 and report.total > 0
     assert all(s.attention > 0 for s in report.steps)
-    assert report.implementation == runtime.gpu_kernel(q.device)
+    assert report.implementation == registry.on_device(q.device, Settings()).text
 
 
 FIRST_USE = """
@@ -569,7 +570,7 @@ start = time.perf_counter()
 from fgattn import Settings, TokenLayout
 from fgattn.runs.engine import Engine
 from fgattn.settings import Policy
-one = Engine(Settings(), Policy(0))
+one = Engine(Settings(), Policy(warmup_steps=0))
 one.begin_run([1.0, 0.0], True, q.device)
 one.begin_evaluation(1.0)
 one.attention(q, k, v, layout=TokenLayout((21, 30, 52)), dense=None, block=0)
@@ -592,7 +593,7 @@ def test_first_use(tmp_path):
     print(f"first use {cold:.1f} s, from the cache {warm:.1f} s")
     assert calls == {"sparse": 1} and cold < 15 and warm < cold / 2
     compiled = {line.rpartition(" ")[2] for line in said if "is compiling kernels, once: " in line}
-    tail = "tail_kernel" if runtime.hopper_missing(torch.device("cuda")) else "tail_hopper_kernel"
+    tail = "tail_kernel" if hopper.device_reason(torch.device("cuda")) else "tail_hopper_kernel"
     assert {"select_kernel", tail, "list_kernel", "summarise_kernel"} < compiled
     assert not any("compiling" in line for line in nothing)
 

@@ -5,12 +5,12 @@ import weakref
 import pytest
 import torch
 from fgattn import Settings, TokenLayout
-from fgattn.plan import call_bytes, plan_call
-from makers import tensors
+from fgattn.call import Call
+from fgattn.planning import call_bytes
+from makers import planned, tail_of, tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="no Triton: nothing to interpret")
-from fgattn.backends.triton.tail import tail_triton
 
 GRID = (4, 18, 20)
 
@@ -45,9 +45,9 @@ def test_call_bytes(m, n):
     """Small counts, and rows of bits that are mostly padding at this size, are not counted."""
     q, k, v = tensors(1, 4 * 18 * 20, dtype=torch.float16)
     settings, layout = Settings(threshold=1.5, tile_queries=m, tile_keys=n), TokenLayout(GRID)
-    plan_call(q, k, v, settings, layout, impl="triton")  # fills the caches of the geometry
+    planned(q, k, v, settings, layout)  # fills the caches of the geometry
     with Held() as held:
-        plan, summaries = plan_call(q, k, v, settings, layout, impl="triton")
-        tail = tail_triton(q, k, v, plan, summaries)
-    expected = call_bytes(q.shape, k.shape[2], settings)
+        _, _, (plan, made) = planned(q, k, v, settings, layout)
+        tail = tail_of(q, k, v, plan, "triton", made)
+    expected = call_bytes(Call.to_plan(q, k, v, settings, layout))
     assert tail[0].isfinite().all() and 0.9 < held.most / expected < 1.15

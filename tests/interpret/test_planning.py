@@ -7,19 +7,18 @@ import pytest
 import torch
 from calls import INFINITE_BOUND, plan_calls
 from fgattn import Settings, TokenLayout, attend, build_plan, reference
+from fgattn.backends import execute
 from fgattn.backends.pytorch.scoring import summarise as summarise_torch
-from fgattn.backends.pytorch.tail import pooled_tail
-from fgattn.plan import plan_call
+from fgattn.layout import geometry
 from fgattn.settings import TILE_KEYS, TILE_QUERIES
 from hypothesis import example, given
 from hypothesis import settings as examples
-from makers import CASES, assert_lists_agree, random_mask, random_valid
+from makers import CASES, assert_lists_agree, planned, random_mask, random_valid, tail_of
 from makers import tensors as make
 
 pytest.importorskip("triton", reason="no Triton: nothing to interpret")
-from fgattn.backends.shared.launch import position_rows
+from fgattn.backends.shared.launch import key_rows, query_rows
 from fgattn.backends.shared.summarise import summarise
-from fgattn.backends.triton.tail import tail_triton
 
 LAYOUT = TokenLayout((2, 5, 9), front=3, back=5)  # 98 tokens
 
@@ -33,12 +32,13 @@ def test_summaries(padded, dim):
     valid = random_valid(2, length) if padded else None
     if padded:
         valid[1, 16:32] = False
-    tokens = torch.randperm(length, generator=torch.Generator().manual_seed(0))
-    q, rows = q[:, :, :40], (position_rows(tokens[tokens < 40]), position_rows(tokens, valid))
+    layout = TokenLayout((2, 5, 9), 3, 5, query_start=20)
+    geo = geometry(layout, "cells", 40, q.device)
+    q, rows = q[:, :, :40], (query_rows(geo), key_rows(geo, valid))
     made = summarise(q, k, v, *rows, second=True)
     for b in range(2):
         row = rows[1][b if padded else 0, :length].long()
-        centroid = summarise_torch(q[b][:, tokens[tokens < 40]])[0]
+        centroid = summarise_torch(q[b][:, geo.query_tokens])[0]
         mean, variance, _ = summarise_torch(k[b][:, row.clamp(min=0)], row >= 0, variance=True)
         value = summarise_torch(v[b][:, row.clamp(min=0)], row >= 0)[0]
         for got, expected in zip(made, (centroid, centroid.square(), mean, variance, value), strict=True):
@@ -129,8 +129,8 @@ def test_extreme_queries_and_keys(value):
 
 
 def assert_same_tail(q, k, v, plan, tolerance=1e-5):
-    out, lse = tail_triton(q, k, v, plan)
-    expected_out, expected_lse = pooled_tail(q, k, v, plan)
+    out, lse = tail_of(q, k, v, plan, "triton")
+    expected_out, expected_lse = tail_of(q, k, v, plan)
     torch.testing.assert_close(lse, expected_lse, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(out, expected_out, atol=tolerance, rtol=tolerance)
 
@@ -141,17 +141,18 @@ def test_tail_of_every_slice_width(n):
     q, k, v = make(2, 98, seed=n)
     for m in (32, 128):
         assert_same_tail(q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=m, tile_keys=n), LAYOUT))
-    assert tail_triton(q, k, v, build_plan(q, k, Settings(threshold=0.0, tile_queries=64, tile_keys=n), LAYOUT))[1].isneginf().all()
+    assert tail_of(q, k, v, build_plan(q, k, Settings(threshold=0.0, tile_queries=64, tile_keys=n), LAYOUT), "triton")[1].isneginf().all()
 
 
 @pytest.mark.parametrize("scale", [None, -0.2])
 def test_summaries_of_a_plan_serve_its_tail(scale):
     """What planning summarised is not read again, and changes nothing; a negative scale has none to offer."""
     q, k, v = make(2, 98)
-    plan, summaries = plan_call(q, k, v, Settings(threshold=2.0, tile_queries=64, tile_keys=4), LAYOUT, scale=scale, impl="triton")
-    assert (summaries is None) == (scale is not None)
-    assert torch.equal(attend(q, k, v, plan, impl="triton", summaries=summaries),
-                       attend(q, k, v, plan, impl="triton"))
+    settings = Settings(threshold=2.0, tile_queries=64, tile_keys=4)
+    call, backend, made = planned(q, k, v, settings, LAYOUT, scale=scale)
+    assert (made.made is None) == (scale is not None)
+    assert torch.equal(execute.attend(call, backend, made, torch.empty_like(q)),
+                       attend(q, k, v, made.plan, impl="triton"))
 
 
 def test_kernels_write_a_part_of_the_heads():
@@ -160,9 +161,9 @@ def test_kernels_write_a_part_of_the_heads():
     whole = attend(q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=4), LAYOUT, impl="triton"))
     out = torch.empty_like(q)
     for of in (slice(0, 1), slice(1, 3)):
-        mine = q[:, of], k[:, of], v[:, of]
-        plan, summaries = plan_call(*mine, Settings(threshold=2.0, tile_queries=64, tile_keys=4), LAYOUT, impl="triton")
-        attend(*mine, plan, impl="triton", summaries=summaries, out=out[:, of])
+        settings = Settings(threshold=2.0, tile_queries=64, tile_keys=4)
+        call, backend, made = planned(q[:, of], k[:, of], v[:, of], settings, LAYOUT)
+        execute.attend(call, backend, made, out[:, of])
     torch.testing.assert_close(out, whole, atol=1e-5, rtol=1e-5)
 
 
