@@ -1,4 +1,8 @@
-"""Triton kernels; imported only where Triton is. A kernel that has to be compiled says so in the log."""
+"""Says in the log when a kernel of ours has to be compiled: the first call that needs it takes seconds more.
+
+Triton calls one listener after each compilation or look-up in its cache. Importing this module puts ours in
+front of the listener that was there, if this version of Triton has listeners.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ log = logging.getLogger("fgattn")
 
 
 def announced(before):
-    """A listener to Triton's compiler: logs kernels of ours that no cache held, then calls `before`."""
+    """A listener that logs each kernel of ours that no cache held, and then calls `before`, if any."""
 
     def listener(**event):
         module = getattr(getattr(event.get("src"), "fn", None), "__module__", None) or ""

@@ -13,8 +13,8 @@ LOG2_E = 1.4426950408889634
 # Arguments that Triton shall not compile variants for (being 1, or divisible by 16): each video length and
 # number of heads would cost its own seconds.
 COUNTS = [
-    "heads", "first", "queries", "keys", "tiles", "units", "runs", "cells", "slices", "span", "n_bytes",
-    "cell_bytes"]
+    "heads", "first_head", "first_tensor", "queries", "query_cells", "keys", "key_cells", "tiles", "units",
+    "slices", "span", "n_bytes", "cell_bytes"]
 
 
 def on_device(x: torch.Tensor):
@@ -28,7 +28,7 @@ def shared_stride(x: torch.Tensor | None, dim: int = 0) -> int:
 
 
 def position_rows(tokens: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """Row at each position of the order, -1 for invalid ones and past the end; int32 [B or 1, runs * 16].
+    """Row at each position of the order, -1 for invalid ones and past the end: int32 [B or 1, cells * 16].
 
     Args:
         tokens: [L], row at each position; a geometry's, which are never written to.
