@@ -101,7 +101,7 @@ def memory(shape: Shape, n: int) -> list[Run]:
 def make_lists(call: Call, plan):
     """Numbers of keys of the last heads' tiles, and the first of these heads.
 
-    As an attention call makes them: with the lists, of the last group of heads; where the attention kernel
+    As an attention call makes them: with the lists, of the last launch's heads; where the attention kernel
     lists single keys itself, alone.
     """
     shape = plan.bits.shape[:2]
@@ -111,7 +111,7 @@ def make_lists(call: Call, plan):
 
         return Counts(plan, *shape).listed, 0
     lists = Lists(plan, *shape, boxes)
-    *_, (_, first, number) = lists.groups()
+    *_, (_, first, number) = lists.launches()
     return lists.listed[:number], first
 
 

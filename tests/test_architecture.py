@@ -20,8 +20,9 @@ COMFYUI = {
 HOT = (
     "backends/hopper/attend", "backends/hopper/lister", "backends/hopper/tail", "backends/pytorch/attend",
     "backends/pytorch/scoring", "backends/pytorch/select", "backends/pytorch/tail", "backends/shared/join",
-    "backends/shared/launch", "backends/shared/lists", "backends/shared/refine", "backends/shared/select",
-    "backends/shared/summarise", "backends/triton/attend", "backends/triton/tail", "joining", "methods/__init__", "methods/common",
+    "backends/shared/key_tables", "backends/shared/launch", "backends/shared/lists",
+    "backends/shared/refine", "backends/shared/select", "backends/shared/summarise",
+    "backends/triton/attend", "backends/triton/tail", "joining", "methods/__init__", "methods/common",
     "methods/hierarchical", "methods/radial", "methods/sol", "methods/top_k", "plan", "runs/estimate",
     "tensors",
 )

@@ -20,10 +20,10 @@ lists = pytest.importorskip("fgattn.backends.shared.lists")
 attend_hopper = pytest.importorskip("fgattn.backends.hopper.attend")
 hopper_lister = pytest.importorskip("fgattn.backends.hopper.lister")
 hopper_producers = pytest.importorskip("fgattn.backends.hopper.producers")
-pooled = pytest.importorskip("fgattn.backends.triton.tail")
-pooled_hopper = pytest.importorskip("fgattn.backends.hopper.tail")
+tail = pytest.importorskip("fgattn.backends.triton.tail")
+tail_hopper = pytest.importorskip("fgattn.backends.hopper.tail")
 select = pytest.importorskip("fgattn.backends.shared.select")
-group = pytest.importorskip("fgattn.backends.shared.join")
+join = pytest.importorskip("fgattn.backends.shared.join")
 refine = pytest.importorskip("fgattn.backends.shared.refine")
 summarise = pytest.importorskip("fgattn.backends.shared.summarise")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -35,10 +35,11 @@ TYPES = {
     **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
     **dict.fromkeys(("lists", "listed", "entries", "query_rows", "key_rows"), "*i32"),
     **dict.fromkeys(("tail_out", "tail_lse"), "*fp32"),
-    **dict.fromkeys(("bits", "cell_bits", "pair_bits", "always"), "*u8"),
-    **dict.fromkeys(("order", "pair_order", "words", "sources"), "*i32"),
-    **dict.fromkeys(("scores", "asked", "done"), "*fp64"), "executed": "*i64",
+    **dict.fromkeys(("bits", "cell_bits", "joined_bits", "always"), "*u8"),
+    **dict.fromkeys(("order", "joined_order", "words", "sources"), "*i32"),
+    **dict.fromkeys(("requested_pairs", "executed_pairs"), "*fp64"),
     **dict.fromkeys(("scale", "half", "bound"), "fp32"),
+    **dict.fromkeys(("stride_q", "stride_k", "stride_v", "stride_out"), ("i32", "i32", "i32")),
     **dict.fromkeys(("x", "centroid", "square", "mean", "variance", "second", "value"), "*bf16"),
     **dict.fromkeys(("rows", "widths", "counts", "valid"), "*i32"), "exists": "*u8",
     **dict.fromkeys(("lse", "limits", "totals", "weights"), "*fp32"),
@@ -63,13 +64,14 @@ def compiled(kernel, arch, constants, types=(), **options):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = types.get(name, "i32")
-        if signature[name].startswith("tensordesc"):
+        kind = signature[name] = types.get(name, "i32")
+        if isinstance(kind, str) and kind.startswith("tensordesc"):
             continue
         general = kernel.params[i].do_not_specialize  # one variant for every value
         assert name in types or general or name.startswith("stride_"), f"what type is {name}?"
-        if signature[name] != "fp32" and not general:
-            aligned[(i,)] = [["tt.divisibility", 16]]
+        if kind != "fp32" and not general:
+            places = [(i,)] if isinstance(kind, str) else [(i, j) for j in range(len(kind))]
+            aligned |= {place: [["tt.divisibility", 16]] for place in places}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     make = gluon.GluonASTSource if kernel.is_gluon() else triton.compiler.ASTSource
     source = make(kernel, signature, constexprs=places, attrs=aligned)
@@ -111,7 +113,7 @@ def test_attend_kernel(arch, dim, tile, unit, tmp_path):
     launch = launch_for(arch, dim, tile)
     made = compiled(
         attend_fwd.attend_kernel, arch, num_warps=launch.warps, num_stages=launch.stages, constants={
-            "BLOCK_M": tile, "BLOCK_N": launch.block_keys, "UNIT": unit, "D": dim, "HAS_TAIL": True})
+            "TILE_QUERIES": tile, "BLOCK_KEYS": launch.block_keys, "UNIT": unit, "D": dim, "HAS_TAIL": True})
     registers, stack = resources(made, tmp_path)
     assert made.metadata.shared <= SHARED_KIB[arch] * 1024
     assert stack == 0, f"{launch} spills: {registers} registers, {stack} bytes of stack"
@@ -122,7 +124,7 @@ def test_attend_kernel(arch, dim, tile, unit, tmp_path):
 @pytest.mark.parametrize("arch", SHARED_KIB)
 def test_list_kernel(arch, unit, tmp_path):
     """The list of every tile is made on the device."""
-    constants = {"UNIT": unit, "SPLIT": 1, "HAS_ENTRIES": unit == 1, "CHECKED": False,
+    constants = {"UNIT": unit, "SLICE_UNITS": 1, "HAS_ENTRIES": unit == 1, "CHECKED": False,
                  "BLOCK": lists.LIST_BLOCK}
     made = compiled(lists.list_kernel, arch, constants, num_warps=4)
     assert resources(made, tmp_path)[1] == 0 and made.metadata.shared < 16 * 1024
@@ -132,17 +134,20 @@ def test_list_kernel(arch, unit, tmp_path):
 @pytest.mark.parametrize("arch", SHARED_KIB)
 def test_planning_kernels(arch, dim, tmp_path):
     """Summaries, selection and tail run with one setting on every GPU."""
-    tiles = {"BLOCK_RUNS": 64, "D": dim, "TILE_RUNS": 8, "SPAN": 1}
+    tiles = {"BLOCK_QUERY_CELLS": 64, "BLOCK_KEY_CELLS": tail.BLOCK_KEY_CELLS, "D": dim, "TILE_CELLS": 8,
+             "CELL_SLICES": 1, "SLICE_CELLS": 1}
     for kernel, num_warps, stages, constants in (
-            (summarise.summarise_kernel, 4, 3, {"RUNS": summarise.RUNS_D // dim, "D": dim, "SECOND": True}),
-            (group.pair_kernel, group.WARPS, 3,
-             {"WINDOW": group.WINDOW, "TILE_RUNS": 1, "FARTHEST": group.FARTHEST,
-              "BLOCK_BYTES": group.BLOCK_BYTES, "COUNT": True}),
-            (pooled.tail_kernel, pooled.WARPS, pooled.STAGES,
-             {**tiles, "BLOCK_CELLS": pooled.BLOCK_CELLS, "PARTS": 1, "order": None}),
-            (pooled.tail_kernel, pooled.WARPS, pooled.STAGES,
-             {**tiles, "BLOCK_CELLS": pooled.BLOCK_CELLS, "TILE_RUNS": 4, "PARTS": 1})):
-        made = compiled(kernel, arch, constants, num_warps=num_warps, num_stages=stages)
+            (summarise.summarise_kernel, 4, 3,
+             {"CELLS": summarise.CHANNELS // dim, "D": dim, "SECOND": True}),
+            (join.join_kernel, join.WARPS, 3,
+             {"WINDOW": join.WINDOW, "TILE_CELLS": 1, "FARTHEST": join.FARTHEST,
+              "BLOCK_BYTES": join.BLOCK_BYTES, "COUNT": True}),
+            (tail.tail_kernel, tail.WARPS, tail.STAGES,
+             {**tiles, "order": None}),
+            (tail.tail_kernel, tail.WARPS, tail.STAGES,
+             {**tiles, "TILE_CELLS": 4})):
+        types = {"executed_pairs": "*i64"} if kernel is join.join_kernel else {}
+        made = compiled(kernel, arch, constants, types, num_warps=num_warps, num_stages=stages)
         registers, stack = resources(made, tmp_path)
         assert made.metadata.shared <= SHARED_KIB[arch] * 1024, kernel
         assert stack == 0, f"{kernel} spills: {registers} registers, {stack} bytes of stack"
@@ -153,24 +158,26 @@ def test_planning_kernels(arch, dim, tmp_path):
 def test_selection_kernels(arch, dim, tmp_path):
     """Each GPU's settings: the passes over cells and over keys, and what makes slices of their words."""
     launch = PLAN_TABLE[max(row for row in PLAN_TABLE if row <= arch)]
-    block, keys = {"BLOCK_RUNS": launch.runs, "D": dim}, {"BLOCK_KEYS": launch.keys}
-    cells = {**block, "BLOCK_CELLS": launch.cells}
+    block, keys = {"BLOCK_QUERY_CELLS": launch.query_cells, "D": dim}, {"BLOCK_KEYS": launch.keys}
+    cells = {**block, "BLOCK_KEY_CELLS": launch.key_cells}
     slices = {"TILES": refine.SLICE_TILES, "WORDS": refine.SLICE_WORDS}
     width = {64: "*i16", 128: "*i32"}
     for kernel, bits, num_warps, stages, constants in (
             (select.total_kernel, None, launch.warps, launch.stages, {**cells, "sources": None}),
             (select.total_kernel, None, launch.warps, launch.stages, cells),
-            *((select.select_kernel, width[launch.cells], launch.warps, launch.stages,
-               {**cells, "TILE_RUNS": runs}) for runs in (1, 8)),
+            *((select.select_kernel, width[launch.key_cells], launch.warps, launch.stages,
+               {**cells, "TILE_CELLS": query_cells}) for query_cells in (1, 8)),
             (refine.refine_kernel, width[launch.keys], launch.key_warps, launch.key_stages,
-             {**block, **keys, "TILE_RUNS": 8, "order": None}),
+             {**block, **keys, "TILE_CELLS": 8, "order": None}),
             (refine.refine_kernel, width[launch.keys], launch.key_warps, launch.key_stages,
-             {**block, **keys, "TILE_RUNS": 1}),
-            (select.slice_kernel, "*u8", 1, 3, {"TILE_QUERIES": 128, "SPAN": 1, "TILES": select.SLICE_TILES,
-                                                "BYTES": select.SLICE_BYTES}),
+             {**block, **keys, "TILE_CELLS": 1}),
+            (select.slice_kernel, "*u8", 1, 3,
+             {"TILE_QUERIES": 128, "SLICE_CELLS": 1, "TILES": select.SLICE_TILES,
+              "BYTES": select.SLICE_BYTES}),
             (refine.key_slice_kernel, "*i32", 4, 3,
-             {**slices, "TILE_RUNS": 8, "JOINED": 1, "N": 1, "order": None}),
-            (refine.key_slice_kernel, "*u8", 4, 3, {**slices, "TILE_RUNS": 1, "JOINED": 4, "N": 8})):
+             {**slices, "TILE_CELLS": 8, "JOINED": 1, "SLICE_KEYS": 1, "order": None}),
+            (refine.key_slice_kernel, "*u8", 4, 3,
+             {**slices, "TILE_CELLS": 1, "JOINED": 4, "SLICE_KEYS": 8})):
         types = {"bits": bits, "exists": "*i32" if kernel is refine.key_slice_kernel else "*u8"}
         made = compiled(kernel, arch, constants, types, num_warps=num_warps, num_stages=stages)
         registers, stack = resources(made, tmp_path)
@@ -185,8 +192,9 @@ def test_hopper_kernel(dim, tile, split, tmp_path):
     launch, boxed = attend_hopper.TABLE[dim, tile], split == "box"
     limit = {} if launch.max_registers is None else {"maxnreg": launch.max_registers}
     constants = {
-        "CONSUMERS": tile // 64, "BLOCK_N": launch.block_keys, "SPLIT": None if boxed else split, "D": dim,
-        "STAGES": launch.stages, "HAS_TAIL": True, "GATHERS": not boxed,
+        "CONSUMERS": tile // 64, "BLOCK_KEYS": launch.block_keys, "D": dim,
+        "SLICE_KEYS": None if boxed else split, "STAGES": launch.stages, "HAS_TAIL": True,
+        "GATHERS": not boxed,
         "REGISTERS": attend_hopper.BOX_REGISTERS if boxed else launch.registers,
         "GATHERERS": launch.gatherers}
     constants |= dict.fromkeys(("bits", "valid", "key_rows") if boxed else (*BOXES, "lists"))
@@ -208,24 +216,24 @@ def test_hopper_kernel(dim, tile, split, tmp_path):
 @pytest.mark.parametrize("split", [1, 2, 16, 128])
 def test_count_kernel(split, checked, tmp_path):
     """Keys of every tile are counted on the device."""
-    constants = {"SPLIT": split} if checked else {"SPLIT": split, "valid": None}
+    constants = {"SLICE_KEYS": split} if checked else {"SLICE_KEYS": split, "valid": None}
     made = compiled(hopper_lister.count_kernel, 90, constants, num_warps=4)
     assert resources(made, tmp_path)[1] == 0
 
 
 @pytest.mark.parametrize("n", [1, 2, 16, 128])
-@pytest.mark.parametrize("tile_runs", [4, 8])
+@pytest.mark.parametrize("tile_cells", [4, 8])
 @pytest.mark.parametrize("dim", HEAD_DIMS)
-def test_hopper_tail_kernel(dim, tile_runs, n, tmp_path):
+def test_hopper_tail_kernel(dim, tile_cells, n, tmp_path):
     """Nothing but a few words of arguments is spilled, and the ring fits."""
-    block = [1, pooled_hopper.STEP.value, dim]
+    block = [1, tail_hopper.STEP.value, dim]
     layout = gluon_language.NVMMASharedLayout.get_default_for(block, gluon_language.bfloat16)
-    constants = {"D": dim, "TILE_RUNS": tile_runs, "N": n, "STAGES": pooled_hopper.STAGES,
-                 "REGISTERS": pooled_hopper.REGISTERS}
+    constants = {"D": dim, "TILE_CELLS": tile_cells, "SLICE_KEYS": n, "STAGES": tail_hopper.STAGES,
+                 "REGISTERS": tail_hopper.REGISTERS}
     if n > 1:
         constants |= {"valid": None, "order": None}
     maps = dict.fromkeys(("mean", "value"), f"tensordesc<bf16{block},{layout!r}>")
-    made = compiled(pooled_hopper.tail_hopper_kernel, 90, constants, maps, num_warps=4)
+    made = compiled(tail_hopper.tail_hopper_kernel, 90, constants, maps, num_warps=4)
     registers, stack = resources(made, tmp_path)
     assert made.metadata.shared <= SHARED_KIB[90] * 1024
     assert registers * 512 <= 65536 and stack <= 24, f"{registers} registers, {stack} bytes of stack"

@@ -233,7 +233,7 @@ def test_lists_say_what_the_bits_say(n, unit, keys, monkeypatch):
     plan = plan_from_mask(mask, 64, n, layout=layout, query_length=150, key_length=keys)
     boxes = torch.from_numpy(octet_boxes(plan.geometry.host_tokens, layout.grid)) if unit == "box" else None
     lists = key_lists.Lists(plan, 1, 1, boxes)
-    assert list(lists.groups()) == [(0, 0, 1)]
+    assert list(lists.launches()) == [(0, 0, 1)]
     width = {"key": 1, "cell": min(n, 16), "box": 8}[unit]
     assert lists.unit == width
     for tile in range(3):

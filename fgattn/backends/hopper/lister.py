@@ -1,9 +1,13 @@
-"""Listers of the Hopper kernel: warps that turn the plan's bits into rows of k and v, in Gluon.
+"""Listers of the Hopper attention kernel: warps that turn a tile's bits into rows of k and v, in Gluon.
 
-A lane holds the bits of 32 keys, a warp those of a window of 1024; sums of ones up to each lane say in
-which lane, and at which bit of it, the n-th kept key is. The rows of a step go to a slot of shared memory,
-SLOTS steps ahead of the warps that copy them; each lister finds its part of every slot. The first step is
-the one that is not full. How many keys a tile keeps must be known before: `count_kernel`.
+A lister reads the bits of a window of 1024 keys at a time, 32 in each of its lanes. The number of ones up to
+the end of each lane tells in which lane the n-th kept key is; the ones below each bit then tell at which bit.
+
+The rows of a step are written to a slot of shared memory. There are SLOTS of them, so that listers work ahead
+of the warps that copy the rows. Several listers share the work: each finds its own part of every slot.
+
+The first step is the one that is not full. So the number of keys that a tile keeps must be known before the
+attention kernel starts: `count_kernel` counts them.
 """
 
 from __future__ import annotations
@@ -15,11 +19,12 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ...plan import SparsePlan
 from ..shared.launch import COUNTS, shared_stride
+from .records import Bits
 
 WINDOW = gl.constexpr(1024)  # keys
 LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
-SLOTS = gl.constexpr(4)
-STRIDES = ["stride_bits_b", "stride_bits_h", "stride_valid"]
+SLOTS = gl.constexpr(4)  # steps
+BIT_STRIDES = ["stride_bits_b", "stride_bits_h", "stride_valid"]  # not to compile variants for
 
 
 @gluon.jit
@@ -34,49 +39,57 @@ def _add(a, b):
 
 
 @gluon.jit
-def _apart(x, HALF: gl.constexpr, SPLIT: gl.constexpr):
-    """Moves the upper halves of runs of 2 * HALF bits up, to where they stand in the end."""
+def _apart(x, HALF: gl.constexpr, SLICE_KEYS: gl.constexpr):
+    """Moves the upper half of each stretch of 2 * HALF bits up, towards one bit for every SLICE_KEYS places.
+
+    From bit i of a stretch to bit i + HALF * (SLICE_KEYS - 1). HALF is a power of two, or 0: nothing to do.
+    """
     if HALF > 0:
-        ONES: gl.constexpr = ((1 << 32) - 1) // ((1 << HALF * SPLIT) - 1) * ((1 << HALF) - 1)
-        x = (x | (x << (HALF * (SPLIT - 1)))) & ONES
+        ONES: gl.constexpr = ((1 << 32) - 1) // ((1 << HALF * SLICE_KEYS) - 1) * ((1 << HALF) - 1)
+        x = (x | (x << (HALF * (SLICE_KEYS - 1)))) & ONES
     return x
 
 
 @gluon.jit
-def _load(source, word, SPLIT: gl.constexpr):
-    """The bytes that hold the bits of keys 32 * word, ...; not yet waited for. SPLIT: keys of a slice."""
-    bits, _, n_bytes, _ = source
-    first = word // max(1, SPLIT // 32) * max(1, 32 // SPLIT) // 8
+def _load(source, word, SLICE_KEYS: gl.constexpr):
+    """The bytes that hold the bits of the keys 32 * word to 32 * word + 31; not yet waited for.
+
+    source: records.Bits; word: int32 [n]; SLICE_KEYS: keys of a slice. Returns one to four uint8 [n].
+    """
+    first = word // max(1, SLICE_KEYS // 32) * max(1, 32 // SLICE_KEYS) // 8
     loaded = ()
-    for i in gl.static_range(max(1, 32 // SPLIT // 8)):
-        loaded += (gl.load(bits + first + i, mask=first + i < n_bytes, other=0),)
+    for i in gl.static_range(max(1, 32 // SLICE_KEYS // 8)):
+        loaded += (gl.load(source.bits + first + i, mask=first + i < source.n_bytes, other=0),)
     return loaded
 
 
 @gluon.jit
-def _kept(source, loaded, word, SPLIT: gl.constexpr):
-    """Which of the keys 32 * word, ... are kept, as bits, uint32."""
-    _, valid, _, keys = source
-    EACH: gl.constexpr = max(1, 32 // SPLIT)  # slices of a word
+def _kept(source, loaded, word, SLICE_KEYS: gl.constexpr):
+    """Which of the keys 32 * word to 32 * word + 31 are kept, as bits of uint32, from what _load loaded."""
+    EACH: gl.constexpr = max(1, 32 // SLICE_KEYS)  # slices of a word
     kept = loaded[0].to(gl.uint32)
     for i in gl.static_range(1, EACH // 8):
         kept |= loaded[i].to(gl.uint32) << (8 * i)
     if EACH < 8:
-        first = word // max(1, SPLIT // 32) * EACH
+        first = word // max(1, SLICE_KEYS // 32) * EACH
         kept = (kept >> (first % 8).to(gl.uint32)) & ((1 << EACH) - 1)
-    if SPLIT > 1:  # bit s moves to bit s * SPLIT, and is repeated
-        kept = _apart(_apart(kept, EACH // 2, SPLIT), EACH // 4, SPLIT)
-        kept = _apart(_apart(kept, EACH // 8, SPLIT), EACH // 16, SPLIT) * ((1 << min(SPLIT, 32)) - 1)
-    rest = gl.minimum(gl.maximum(keys - word * 32, 0), 32)
+    if SLICE_KEYS > 1:  # bit s moves to bit s * SLICE_KEYS, and is repeated
+        kept = _apart(_apart(kept, EACH // 2, SLICE_KEYS), EACH // 4, SLICE_KEYS)
+        kept = _apart(_apart(kept, EACH // 8, SLICE_KEYS), EACH // 16, SLICE_KEYS)
+        kept *= (1 << min(SLICE_KEYS, 32)) - 1
+    rest = gl.minimum(gl.maximum(source.keys - word * 32, 0), 32)
     exists = ((1 << rest.to(gl.uint64)) - 1).to(gl.uint32)
-    if valid is not None:
-        exists = gl.load(valid + word, mask=rest > 0, other=0).to(gl.uint32)
+    if source.valid is not None:
+        exists = gl.load(source.valid + word, mask=rest > 0, other=0).to(gl.uint32)
     return kept & exists
 
 
 @gluon.jit
 def _find(kept, up_to, rank):
-    """In a window: the key that has `rank` kept ones before it. up_to: kept keys up to the end of a lane."""
+    """The key of a window that has `rank` kept ones before it, int32 like rank; by bisection.
+
+    kept: uint32 [32], bits of the window's keys; up_to: int32 [32], kept keys up to the end of each lane.
+    """
     lane = rank * 0
     for i in gl.static_range(5):
         is_after = gl.gather(up_to, lane + ((16 >> i) - 1), 0) <= rank
@@ -95,20 +108,23 @@ def _find(kept, up_to, rank):
 
 @gluon.jit
 def enlist(
-    task, source, lists, PART: gl.constexpr, PARTS: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr,
+    key_rows, listed, source, slots, PART: gl.constexpr, PARTS: gl.constexpr, SLICE_KEYS: gl.constexpr,
 ):
-    """Lister of a part of every step: rows of k and v."""
-    key_rows, listed = task
-    slots, slot_full, slot_empty = lists
-    keys = source[3]
-    MINE: gl.constexpr = BLOCK_N // PARTS
+    """Lister of the PART-th of PARTS parts of every step: writes rows of k and v to the slots.
+
+    key_rows: int32 [keys], row at each position; listed: kept keys; source: records.Bits; slots:
+    records.Slots; SLICE_KEYS: keys of a slice.
+    """
+    BLOCK_KEYS: gl.constexpr = slots.rows.shape[1]
+    MINE: gl.constexpr = BLOCK_KEYS // PARTS
+    keys = source.keys
     word = gl.arange(0, 32, LANES)
     place = gl.arange(0, MINE, LANES)
-    steps = gl.cdiv(listed, BLOCK_N)
-    first = listed - (steps - 1) * BLOCK_N  # keys of the first step
+    steps = gl.cdiv(listed, BLOCK_KEYS)
+    first = listed - (steps - 1) * BLOCK_KEYS  # keys of the first step
     kept = gl.full([32], 0, gl.uint32, LANES)
     up_to = kept.to(gl.int32)
-    loaded = _load(source, word, SPLIT)
+    loaded = _load(source, word, SLICE_KEYS)
     window = listed * 0 - 1
     total = window * 0 - PART * MINE  # kept keys up to the window's end, from the first one looked for
     for i in range(steps):
@@ -119,45 +135,54 @@ def enlist(
         while (found < number) & (window * WINDOW < keys):
             if total <= found:
                 window += 1
-                kept = _kept(source, loaded, window * 32 + word, SPLIT)
-                loaded = _load(source, (window + 1) * 32 + word, SPLIT)
+                kept = _kept(source, loaded, window * 32 + word, SLICE_KEYS)
+                loaded = _load(source, (window + 1) * 32 + word, SLICE_KEYS)
                 up_to = gl.associative_scan(_ones(kept), 0, _add) + total
                 total = gl.max(up_to, 0)
             if total > found:
                 key = gl.where(place >= found, window * WINDOW + _find(kept, up_to, place), key)
                 found = total
         row = gl.load(key_rows + key, mask=key < keys, other=0)
-        passed = gl.where(i == 0, first, BLOCK_N)
+        passed = gl.where(i == 0, first, BLOCK_KEYS)
         up_to -= passed
         total -= passed
-        mbarrier.wait(slot_empty.index(slot), ((i // SLOTS) & 1) ^ 1)
-        slots.index(slot).slice(PART * MINE, MINE).store(row)
+        mbarrier.wait(slots.empty.index(slot), ((i // SLOTS) & 1) ^ 1)
+        slots.rows.index(slot).slice(PART * MINE, MINE).store(row)
         gl.thread_barrier()
-        mbarrier.arrive(slot_full.index(slot), count=1)
+        mbarrier.arrive(slots.full.index(slot), count=1)
 
 
-@gluon.jit(do_not_specialize=[*STRIDES, *COUNTS])
+@gluon.jit(do_not_specialize=[*BIT_STRIDES, *COUNTS])
 def count_kernel(
     bits, valid, listed, stride_bits_b, stride_bits_h, stride_valid, heads, tiles, keys, n_bytes,
-    SPLIT: gl.constexpr,
+    SLICE_KEYS: gl.constexpr,
 ):
-    """Number of keys that a tile keeps."""
+    """Number of keys that each tile keeps.
+
+    Launched by `Counts`, before the attention kernel that lists them. Grid: (tiles, B * H).
+
+    Reads
+        bits: uint8 [B or 1, H or 1, tiles, n_bytes], a bit for each slice of SLICE_KEYS keys.
+        valid: None or int32 [B or 1, keys / 32], bits of the keys that exist.
+    Writes
+        listed: int32 [B * H, tiles].
+    """
     BITS: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
     tile = gl.program_id(0)
     head = gl.program_id(1).to(gl.int64)
     bits += (head // heads) * stride_bits_b + (head % heads) * stride_bits_h + tile.to(gl.int64) * n_bytes
     if valid is not None:
         valid += (head // heads) * stride_valid
-    source = (bits, valid, n_bytes, keys)
+    source = Bits(bits, valid, n_bytes, keys)
     ones = gl.full([1024], 0, gl.int32, BITS)
     for begin in range(0, gl.cdiv(keys, 32), 1024):
         word = begin + gl.arange(0, 1024, BITS)
-        ones += _ones(_kept(source, _load(source, word, SPLIT), word, SPLIT))
+        ones += _ones(_kept(source, _load(source, word, SLICE_KEYS), word, SLICE_KEYS))
     gl.store(listed + head * tiles + tile, gl.sum(ones, 0))
 
 
 class Counts:
-    """What listers need: a plan's bits and their strides, bits of the keys that exist, keys of each tile."""
+    """What listers need of a plan: bits, bits of the keys that exist, strides of both, keys of each tile."""
 
     def __init__(self, plan: SparsePlan, batch: int, heads: int):
         bits = self.bits = plan.bits
@@ -170,4 +195,4 @@ class Counts:
         self.listed = torch.empty(batch * heads, tiles, dtype=torch.int32, device=device)
         count_kernel[tiles, batch * heads](
             bits, self.valid, self.listed, *self.strides, heads, tiles, plan.keys, n_bytes,
-            SPLIT=plan.tile_keys, num_warps=4)
+            SLICE_KEYS=plan.tile_keys, num_warps=4)

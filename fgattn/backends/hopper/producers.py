@@ -1,8 +1,10 @@
-"""Producers of the Hopper kernel: bring the listed rows of k and v into rings of shared tiles, in Gluon.
+"""Producers of the Hopper attention kernel: warps that bring rows of k and v into a ring, in Gluon.
 
-`fetch` has the copy engine (TMA) bring octets that lie in memory as boxes (boxes.octet_boxes); four
-warps fetch a quarter of each tile. `gather` copies single rows with cp.async; hopper_lister says which.
-The keys that do not fill a step, the last ones, come first.
+There are two ways. `fetch` has TMA copy octets, 8 keys that lie in memory as a box (boxes.py): each of
+four warps fetches a quarter of each shared tile. `gather` copies single rows with cp.async, those that
+listers found (lister.py).
+
+The step that is not full comes first; `fetch` takes it from the end of its list.
 """
 
 from __future__ import annotations
@@ -18,47 +20,51 @@ from .boxes import DEEP, OCTET, WIDE
 from .lister import SLOTS
 
 PRODUCERS = gl.constexpr(4)  # warps that fetch
-HALF = gl.constexpr(64)  # columns of a box: 128 bytes, the widest that the copy engine swizzles
+HALF = gl.constexpr(64)  # columns of a box: 128 bytes, the widest that TMA swizzles
 IS_WIDE, IS_DEEP, ROWS = gl.constexpr(WIDE), gl.constexpr(DEEP), gl.constexpr(OCTET)
 TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 @gluon.jit
 def gather(
-    task, lists, ring, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+    task, slots, ring, WARPS: gl.constexpr,
 ):
-    """Producer: copy the rows of each slot with cp.async; the copies of each thread arrive by themselves."""
-    k, v, stride_kl, stride_vl, listed = task
-    slots, slot_full, slot_empty = lists
-    k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = ring
+    """Producer: copies the rows of each slot with cp.async; the copies of each thread arrive by themselves.
+
+    task: records.Rows; slots: records.Slots; ring: records.Ring; WARPS: of this producer.
+    """
+    STAGES: gl.constexpr = ring.k_tiles.shape[0]
+    BLOCK_KEYS: gl.constexpr = ring.k_tiles.shape[1]
+    D: gl.constexpr = ring.k_tiles.shape[2]
+    listed = task.listed
     # A thread has consecutive rows, which are wide loads; eight threads copy 64 elements of one.
-    layout: gl.constexpr = gl.BlockedLayout([BLOCK_N // (4 * WARPS), 8], [4, 8], [WARPS, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([BLOCK_KEYS // (4 * WARPS), 8], [4, 8], [WARPS, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     dim = gl.arange(0, D, gl.SliceLayout(0, layout))
-    steps = gl.cdiv(listed, BLOCK_N)
-    exists = (steps - 1) * BLOCK_N + gl.arange(0, BLOCK_N, rows) < listed
+    steps = gl.cdiv(listed, BLOCK_KEYS)
+    exists = (steps - 1) * BLOCK_KEYS + gl.arange(0, BLOCK_KEYS, rows) < listed
     for i in range(steps):
         stage = i % STAGES
         phase = ((i // STAGES) & 1) ^ 1
-        mbarrier.wait(slot_full.index(i % SLOTS), (i // SLOTS) & 1)
-        row = slots.index(i % SLOTS).load(rows)
+        mbarrier.wait(slots.full.index(i % SLOTS), (i // SLOTS) & 1)
+        row = slots.rows.index(i % SLOTS).load(rows)
         kept = exists | (i > 0)  # rows that are not copied are zeros
-        k_at = k + row.to(gl.int64)[:, None] * stride_kl + dim[None, :]
-        mbarrier.wait(k_empty.index(stage), phase)
-        async_copy.async_copy_global_to_shared(k_tiles.index(stage), k_at, mask=kept[:, None])
-        async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
-        async_copy.mbarrier_arrive(slot_empty.index(i % SLOTS), increment_count=False)
-        v_at = v + row.to(gl.int64)[:, None] * stride_vl + dim[None, :]
-        mbarrier.wait(v_empty.index(stage), phase)
-        async_copy.async_copy_global_to_shared(v_tiles.index(stage), v_at, mask=kept[:, None])
-        async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
+        k_at = task.k + row.to(gl.int64)[:, None] * task.stride_k + dim[None, :]
+        mbarrier.wait(ring.k_empty.index(stage), phase)
+        async_copy.async_copy_global_to_shared(ring.k_tiles.index(stage), k_at, mask=kept[:, None])
+        async_copy.mbarrier_arrive(ring.k_full.index(stage), increment_count=False)
+        async_copy.mbarrier_arrive(slots.empty.index(i % SLOTS), increment_count=False)
+        v_at = task.v + row.to(gl.int64)[:, None] * task.stride_v + dim[None, :]
+        mbarrier.wait(ring.v_empty.index(stage), phase)
+        async_copy.async_copy_global_to_shared(ring.v_tiles.index(stage), v_at, mask=kept[:, None])
+        async_copy.mbarrier_arrive(ring.v_full.index(stage), increment_count=False)
     async_copy.wait_group(0)
 
 
 @gluon.jit
-def _boxes(unit_list, step, PART: gl.constexpr, BLOCK_N: gl.constexpr):
-    """The list's boxes of a quarter of a step; -1 beyond its end."""
-    MINE: gl.constexpr = BLOCK_N // ROWS // PRODUCERS
+def _boxes(unit_list, step, PART: gl.constexpr, BLOCK_KEYS: gl.constexpr):
+    """The list's boxes of the PART-th quarter of a step, a tuple of int32; -1 beyond its end."""
+    MINE: gl.constexpr = BLOCK_KEYS // ROWS // PRODUCERS
     boxes = ()
     for i in gl.static_range(MINE):
         boxes += (gl.load(unit_list + (step * PRODUCERS + PART) * MINE + i),)
@@ -67,21 +73,23 @@ def _boxes(unit_list, step, PART: gl.constexpr, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def _copy(
-    kinds, boxes, head, tiles, full, stage, PART: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
+    kinds, boxes, head, tiles, full, stage, PART: gl.constexpr, BLOCK_KEYS: gl.constexpr, D: gl.constexpr,
 ):
-    """Have a quarter of a tile copied, octet by octet, in halves of columns."""
-    OCTETS: gl.constexpr = BLOCK_N // ROWS
+    """Has TMA copy a quarter of a tile, octet by octet, in halves of 64 columns.
+
+    kinds: records.Kinds; boxes: from _boxes; tiles: of a ring; full: the barrier of their stage.
+    """
+    OCTETS: gl.constexpr = BLOCK_KEYS // ROWS
     MINE: gl.constexpr = OCTETS // PRODUCERS
-    flat, wide, deep = kinds
     tiles = tiles._reinterpret(
-        tiles.dtype, [tiles.shape[0] * OCTETS * (D // HALF), 1, 1, 2, ROWS // 2, HALF], flat.layout)
+        tiles.dtype, [tiles.shape[0] * OCTETS * (D // HALF), 1, 1, 2, ROWS // 2, HALF], kinds.flat.layout)
     mbarrier.expect(full, MINE * ROWS * D * 2)
     for i in gl.static_range(MINE):
-        kind = flat
+        kind = kinds.flat
         if (boxes[i] & 3) == IS_WIDE:
-            kind = wide
+            kind = kinds.wide
         if (boxes[i] & 3) == IS_DEEP:
-            kind = deep
+            kind = kinds.deep
         token = gl.where(boxes[i] < 0, 1 << 30, boxes[i] >> 2)  # outside: zeros
         for half in gl.static_range(D // HALF):
             at = (stage * (D // HALF) + half) * OCTETS + PART * MINE + i
@@ -90,26 +98,30 @@ def _copy(
 
 @gluon.jit
 def fetch(
-    task, ring, PART: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    task, ring, PART: gl.constexpr,
 ):
-    """Producer of a quarter of every tile: the boxes of the next step are looked up a step ahead."""
-    k_kinds, v_kinds, head, unit_list, listed = task
-    k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = ring
-    steps = gl.cdiv(listed, BLOCK_N)
-    boxes = _boxes(unit_list, gl.maximum(steps - 1, 0), PART, BLOCK_N)
+    """Producer of the PART-th quarter of every tile: the boxes of a step are looked up a step ahead.
+
+    task: records.Boxes; ring: records.Ring.
+    """
+    STAGES: gl.constexpr = ring.k_tiles.shape[0]
+    BLOCK_KEYS: gl.constexpr = ring.k_tiles.shape[1]
+    D: gl.constexpr = ring.k_tiles.shape[2]
+    steps = gl.cdiv(task.listed, BLOCK_KEYS)
+    boxes = _boxes(task.units, gl.maximum(steps - 1, 0), PART, BLOCK_KEYS)
     for i in range(steps):
         stage = i % STAGES
         phase = ((i // STAGES) & 1) ^ 1
-        following = _boxes(unit_list, i, PART, BLOCK_N)
-        mbarrier.wait(k_empty.index(stage), phase)
-        _copy(k_kinds, boxes, head, k_tiles, k_full.index(stage), stage, PART, BLOCK_N, D)
-        mbarrier.wait(v_empty.index(stage), phase)
-        _copy(v_kinds, boxes, head, v_tiles, v_full.index(stage), stage, PART, BLOCK_N, D)
+        following = _boxes(task.units, i, PART, BLOCK_KEYS)
+        mbarrier.wait(ring.k_empty.index(stage), phase)
+        _copy(task.k, boxes, task.head, ring.k_tiles, ring.k_full.index(stage), stage, PART, BLOCK_KEYS, D)
+        mbarrier.wait(ring.v_empty.index(stage), phase)
+        _copy(task.v, boxes, task.head, ring.v_tiles, ring.v_full.index(stage), stage, PART, BLOCK_KEYS, D)
         boxes = following
 
 
 def descriptors(x: torch.Tensor, grid: tuple[int, int, int]) -> list[TensorDescriptor]:
-    """Boxes of 2 x 4 tokens by 64 columns of x [H, L, D]: FLAT, WIDE and DEEP (see boxes.octet_boxes).
+    """Boxes of 2 x 4 tokens by 64 columns of x [H, L, D]: FLAT, WIDE and DEEP (see boxes.py).
 
     Each is a view of x whose tokens overlap: [H, L, 2, 4, D], the third dimension being the next four
     tokens, those below, or those of the next frame.

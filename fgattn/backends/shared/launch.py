@@ -12,8 +12,8 @@ LOG2_E = 1.4426950408889634
 # Arguments that Triton shall not compile variants for (being 1, or divisible by 16): each video length and
 # number of heads would cost its own seconds.
 COUNTS = [
-    "heads", "first", "queries", "keys", "tiles", "units", "runs", "cells", "slices", "span", "n_bytes",
-    "cell_bytes"]
+    "heads", "first_head", "first_tensor", "queries", "query_cells", "keys", "key_cells", "tiles", "units",
+    "slices", "span", "n_bytes", "cell_bytes"]
 
 
 def on_device(x: torch.Tensor):

@@ -1,4 +1,8 @@
-"""The list kernel and its launches: from the bits of a plan to the units that each tile executes."""
+"""Lists of the keys that each tile executes: a kernel makes them from a plan's bits, for attention to read.
+
+A list counts in units, which are 1 to 16 consecutive positions of keys in the order (see Lists). It ends with
+16 times -1, so that its readers may look ahead.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,13 @@ from ...layout import CELL
 from ...plan import SparsePlan
 from .launch import COUNTS, LOG2_E, key_rows, shared_stride
 
-LIST_BYTES = 208 << 20  # scratch for lists; more heads than fit run in several launches
+LIST_BYTES = 208 << 20  # scratch for lists; heads that do not fit at once run in several launches
 LIST_BLOCK, LIST_SPAN = 256, 4096  # units: of a step, of a program
 
 
 @triton.jit
 def _ones_up_to(octet):
-    """For a byte, the number of bits set up to and with bit i as the i-th group of four bits, uint32."""
+    """For a byte, the number of bits set up to and with bit i, as four bits from bit 4 * i on; uint32."""
     x = octet.to(tl.uint32)
     x = (x | (x << 12)) & 0x000F000F
     x = (x | (x << 6)) & 0x03030303
@@ -31,41 +35,49 @@ def _ones_up_to(octet):
 
 @triton.jit(do_not_specialize=["stride_bits_b", "stride_bits_h", *COUNTS])
 def list_kernel(
-    bits, entries, lists, listed, stride_bits_b, stride_bits_h, stride_entries_b, stride_list, heads, first,
-    tiles, slices, units, keys, span, n_bytes,
-    SPLIT: tl.constexpr, UNIT: tl.constexpr, HAS_ENTRIES: tl.constexpr, CHECKED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    bits, entries, lists, listed, stride_bits_b, stride_bits_h, stride_entries_b, stride_list, heads,
+    first_head, tiles, slices, units, keys, span, n_bytes, SLICE_UNITS: tl.constexpr, UNIT: tl.constexpr,
+    HAS_ENTRIES: tl.constexpr, CHECKED: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """List the units whose slice (unit // SPLIT) has its bit set, for one tile, in the order.
+    """Lists the units of UNIT keys whose slice (unit // SLICE_UNITS) has its bit set, in order, for one tile.
 
-    A unit is listed as its entry, or as itself without entries; if CHECKED, those with an entry below 0
-    are left out. One program writes `span` units; it counts the bits before them to know where. `listed`
-    is the number of keys; the list ends with 16 times -1.
+    A unit is listed as its entry, or as its number without entries; if CHECKED, those with an entry below 0
+    are left out. One program lists what is kept of `span` units, and counts the bits before to know where.
+
+    Launched by `Lists.launches`. Grid: (tiles, heads of the launch, spans); head `first_head` of all B * H
+    comes first.
+
+    Reads
+        bits: uint8 [B or 1, H or 1, tiles, n_bytes], a bit for each slice.
+        entries: int32 [B or 1, units], if HAS_ENTRIES.
+    Writes
+        lists: int32 [heads of the launch, tiles, stride_list].
+        listed: int32 [heads of the launch, tiles], number of keys in each list.
     """
     tile = tl.program_id(0)
     row = tl.program_id(1)
-    head = (first + row).to(tl.int64)
+    head = (first_head + row).to(tl.int64)
     source = bits + (head // heads) * stride_bits_b + (head % heads) * stride_bits_h
     source += tile.to(tl.int64) * n_bytes
     out = lists + (row.to(tl.int64) * tiles + tile) * stride_list
-    begin = tl.program_id(2) * span  # a multiple of 8 * SPLIT
+    begin = tl.program_id(2) * span  # a multiple of 8 * SLICE_UNITS
     end = tl.minimum(begin + span, units)
-    behind = begin // (8 * SPLIT)
+    behind = begin // (8 * SLICE_UNITS)
     ones = tl.zeros([BLOCK // 8], tl.int32)
     for start in range(0, behind, BLOCK // 8):
         byte = start + tl.arange(0, BLOCK // 8)
         ones += (_ones_up_to(tl.load(source + byte, mask=byte < behind, other=0)) >> 28).to(tl.int32)
-    count = tl.sum(ones, 0) * SPLIT
-    STEP: tl.constexpr = 1 if CHECKED else min(SPLIT, 8)  # units of one bit
+    count = tl.sum(ones, 0) * SLICE_UNITS
+    STEP: tl.constexpr = 1 if CHECKED else min(SLICE_UNITS, 8)  # units of one bit
     i = tl.arange(0, 8)[:, None]  # [8, BLOCK // 8]: neighbouring lanes store to neighbouring places
     eight = begin // 8 + tl.arange(0, BLOCK // 8)  # units whose bits lie in one byte
-    ahead = tl.load(source + eight // SPLIT, mask=eight * 8 < end, other=0)
+    ahead = tl.load(source + eight // SLICE_UNITS, mask=eight * 8 < end, other=0)
     for _ in range(begin, end, BLOCK):
-        octet = ahead.to(tl.int32) >> (eight * 8 // SPLIT % 8)
+        octet = ahead.to(tl.int32) >> (eight * 8 // SLICE_UNITS % 8)
         unit = eight[None, :] * 8 + i
         eight += BLOCK // 8
-        ahead = tl.load(source + eight // SPLIT, mask=eight * 8 < end, other=0)
-        kept = (octet[None, :] >> (i // SPLIT)) & 1
+        ahead = tl.load(source + eight // SLICE_UNITS, mask=eight * 8 < end, other=0)
+        kept = (octet[None, :] >> (i // SLICE_UNITS)) & 1
         entry = unit
         if HAS_ENTRIES:
             wanted = (kept > 0) & (unit < end)
@@ -84,14 +96,14 @@ def list_kernel(
         n_keys = count * UNIT
         if not CHECKED:  # the last slice was counted as if it filled its byte
             last = (tl.load(source + (slices - 1) // 8).to(tl.int32) >> ((slices - 1) % 8)) & 1
-            count -= last * (tl.minimum(slices * SPLIT, tl.cdiv(units, 8) * 8) - units)
+            count -= last * (tl.minimum(slices * SLICE_UNITS, tl.cdiv(units, 8) * 8) - units)
             n_keys = count * UNIT - last * (units * UNIT - keys)
         tl.store(out + count + tl.arange(0, 16), tl.full([16], -1, tl.int32))
         tl.store(listed + row * tiles + tile, n_keys)
 
 
 class Lists:
-    """The unit lists of a plan's tiles, made for one group of heads after the other.
+    """The unit lists of a plan's tiles, made for the heads of one launch after the other.
 
     Units are 8 keys, listed as their entry in `octets`, if that is given; else up to 16 keys,
     listed as their place in the order; else single keys, listed as their row of k and v.
@@ -107,28 +119,31 @@ class Lists:
         else:
             self.unit = 1 if plan.key_valid is not None else min(plan.tile_keys, CELL)
             self.entries = self.key_rows if self.unit == 1 else None
-        self.units, self.split = -(-plan.keys // self.unit), plan.tile_keys // self.unit
+        self.units, self.slice_units = -(-plan.keys // self.unit), plan.tile_keys // self.unit
         self.slices, self.is_checked = -(-plan.keys // plan.tile_keys), plan.key_valid is not None
         # Where its bit alone says whether a unit is listed, several programs share a list.
         self.span = self.units if self.is_checked else LIST_SPAN
         self.stride = -(-self.units // 16) * 16 + 16  # lists start aligned: wide loads
         fitting = max(1, LIST_BYTES // (4 * self.tiles * self.stride))
-        group = -(-heads // -(-heads // fitting))  # even groups
-        self.lists = torch.empty(group, self.tiles, self.stride, dtype=torch.int32, device=bits.device)
-        self.listed = torch.empty(group, self.tiles, dtype=torch.int32, device=bits.device)
+        most = -(-heads // -(-heads // fitting))  # heads of a launch, about as many in each
+        self.lists = torch.empty(most, self.tiles, self.stride, dtype=torch.int32, device=bits.device)
+        self.listed = torch.empty(most, self.tiles, dtype=torch.int32, device=bits.device)
 
-    def groups(self) -> Iterator[tuple[int, int, int]]:
-        """(batch row, first head, number of heads) whose lists were just made."""
-        bits, group = self.bits, len(self.lists)
+    def launches(self) -> Iterator[tuple[int, int, int]]:
+        """(batch row, first head, number of heads) of each launch, once its lists were made.
+
+        Lists of the launch before are overwritten.
+        """
+        bits, most = self.bits, len(self.lists)
         strides = shared_stride(bits, 0), shared_stride(bits, 1)
-        for b, first in itertools.product(range(self.batch), range(0, self.heads, group)):
-            number = min(group, self.heads - first)
-            list_kernel[self.tiles, number, triton.cdiv(self.units, self.span)](
+        for b, first in itertools.product(range(self.batch), range(0, self.heads, most)):
+            launch_heads = min(most, self.heads - first)
+            list_kernel[self.tiles, launch_heads, triton.cdiv(self.units, self.span)](
                 bits, self.entries, self.lists, self.listed, *strides, self.stride_rows, self.stride,
                 self.heads, b * self.heads + first, self.tiles, self.slices, self.units, self.keys, self.span,
-                bits.shape[3], SPLIT=self.split, UNIT=self.unit, HAS_ENTRIES=self.entries is not None,
-                CHECKED=self.is_checked, BLOCK=LIST_BLOCK, num_warps=1)
-            yield b, first, number
+                bits.shape[3], SLICE_UNITS=self.slice_units, UNIT=self.unit,
+                HAS_ENTRIES=self.entries is not None, CHECKED=self.is_checked, BLOCK=LIST_BLOCK, num_warps=1)
+            yield b, first, launch_heads
 
 
 def execution_rows(plan: SparsePlan, batch: int, heads: int) -> tuple[torch.Tensor, int]:

@@ -10,8 +10,8 @@ import triton
 
 
 class PlanLaunch(NamedTuple):
-    runs: int  # centroids of a program
-    cells: int  # of a step
+    query_cells: int  # of a program
+    key_cells: int  # of a step
     warps: int
     stages: int
     keys: int  # of a step of the key-by-key pass
@@ -19,7 +19,7 @@ class PlanLaunch(NamedTuple):
     key_stages: int
 
 
-PLAN_TABLE: dict[int, PlanLaunch] = {  # by compute capability
+PLAN_TABLE: dict[int, PlanLaunch] = {  # by compute capability, the nearest not above
     80: PlanLaunch(64, 64, 4, 2, 64, 4, 3),
     90: PlanLaunch(128, 64, 8, 3, 128, 8, 3),
     120: PlanLaunch(64, 64, 4, 2, 64, 4, 3),
@@ -29,6 +29,7 @@ MAX_SHARES = 8
 
 
 def plan_launch(device: torch.device) -> PlanLaunch:
+    """The settings of select.py and refine.py on a device."""
     return PLAN_TABLE[max(row for row in PLAN_TABLE if row <= capability(device))]
 
 

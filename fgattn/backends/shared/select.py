@@ -1,16 +1,18 @@
-"""Score and select: the plan's bits straight from the summaries.
+"""Selects which key cells each tile keeps: the plan's bits straight from the summaries.
 
-A program takes BLOCK_RUNS centroids of one head past a share of the cells: total_kernel for the log-sum-exp,
-select_kernel for the comparison. Logits are computed twice and never stored.
+A program takes BLOCK_QUERY_CELLS centroids of one head past a share of the key cells: total_kernel for the
+log-sum-exp, select_kernel for the comparison. Logits are computed twice and never stored. With the centroid c
+of a query cell, the mean m and the variances s2 of a key cell, and its number of keys n:
 
     logit = scale (c.m + scale/2 sum_d c_d^2 s2_d),   kept unless logit / scale < limit_c
-    limit_c = (lse_c + ln(threshold / L_k) - 0.001) / scale
+    limit_c = (lse_c + ln(threshold / L_k) - 0.001) / scale,   lse_c = ln(sum_cells n e^logit)
+
+slice_kernel then makes lists of slices of 16 keys and more; refine.py those of fewer.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import torch
 import triton
@@ -18,33 +20,38 @@ import triton.language as tl
 from torch.nn.functional import pad
 
 from ...call import Call
-from ...layout import CELL, Geometry
+from ...layout import CELL
 from ...plan import KERNEL_ROWS, SparsePlan, pack, row_bytes
 from ..base import Planned
 from .join import grouped
-from .launch import COUNTS, LOG2_E, key_rows, on_device, query_rows, shared_stride
+from .key_tables import KeyTables, key_tables
+from .launch import COUNTS, LOG2_E, on_device, query_rows, shared_stride
 from .plan_table import plan_launch, shares
 from .refine import Chosen, refine
 from .summarise import summarise
-from .words import WORDS, column_order, scores_of, share, tile_words
+from .words import WORDS, column_order, pairs_of, share, tile_words
 
 SLICE_TILES, SLICE_BYTES = 4, 128  # of a program and of its step
 
 
 @triton.jit
-def _centroids(centroid, square, head, run, runs, D: tl.constexpr):
-    at = (head * runs + run[:, None]) * D + tl.arange(0, D)[None, :]
-    return (tl.load(centroid + at, mask=run[:, None] < runs, other=0.0),
-            tl.load(square + at, mask=run[:, None] < runs, other=0.0))
+def _centroids(centroid, square, head, query_cell, query_cells, D: tl.constexpr):
+    """Centroids of a head and their squares, each [BLOCK_QUERY_CELLS, D]; zeros past the end."""
+    at = (head * query_cells + query_cell[:, None]) * D + tl.arange(0, D)[None, :]
+    return (tl.load(centroid + at, mask=query_cell[:, None] < query_cells, other=0.0),
+            tl.load(square + at, mask=query_cell[:, None] < query_cells, other=0.0))
 
 
 @triton.jit
-def _scaled(c, c2, mean, variance, sources, at, j, cells, half, D: tl.constexpr):
-    """Logits over scale. sources: None, or what stands in for each cell, as one without keys has no logit."""
-    cell = tl.minimum(j + at, cells - 1)  # past the end nothing counts: no mask
+def _scaled(c, c2, mean, variance, sources, at, j, key_cells, half, D: tl.constexpr):
+    """Logits over scale, fp32 [BLOCK_QUERY_CELLS, BLOCK_KEY_CELLS], of the key cells j + at; half: scale / 2.
+
+    sources: None, or int32 [key_cells], what stands in for each cell, as one without keys has no logit.
+    """
+    key_cell = tl.minimum(j + at, key_cells - 1)  # past the end nothing counts: no mask
     if sources is not None:
-        cell = tl.load(sources + cell)
-    place = cell[:, None] * D + tl.arange(0, D)[None, :]
+        key_cell = tl.load(sources + key_cell)
+    place = key_cell[:, None] * D + tl.arange(0, D)[None, :]
     first = tl.dot(c, tl.trans(tl.load(mean + place)))
     return tl.fma(tl.dot(c2, tl.trans(tl.load(variance + place))), half, first)
 
@@ -52,75 +59,110 @@ def _scaled(c, c2, mean, variance, sources, at, j, cells, half, D: tl.constexpr)
 @triton.jit(do_not_specialize=["stride_weights_b", "stride_sources_b", *COUNTS])
 def total_kernel(
     centroid, square, mean, variance, weights, sources, totals, stride_weights_b, stride_sources_b, heads,
-    runs, cells, scale, half,
-    BLOCK_RUNS: tl.constexpr, BLOCK_CELLS: tl.constexpr, D: tl.constexpr,
+    query_cells, key_cells, scale, half,
+    BLOCK_QUERY_CELLS: tl.constexpr, BLOCK_KEY_CELLS: tl.constexpr, D: tl.constexpr,
 ):
-    """Log-sum-exp, base 2, of a share of the cells for each centroid."""
+    """Log-sum-exp of a share of the key cells for each centroid: log2(sum n 2^(scale * scaled logit)).
+
+    Launched by `plan_bits`. Grid: (blocks of BLOCK_QUERY_CELLS, shares of the key cells, B * H).
+
+    Reads
+        centroid, square, mean, variance: of Summaries, 16 bits or fp32.
+        weights: fp32 [B or 1, key_cells and more], n; sources: None or int32 [B or 1, key_cells].
+        scale, half: the softmax scale times log2(e), and half the softmax scale.
+    Writes
+        totals: fp32 [B * H, shares, query_cells].
+    """
     head = tl.program_id(2).to(tl.int64)
-    run = tl.program_id(0) * BLOCK_RUNS + tl.arange(0, BLOCK_RUNS)
-    c, c2 = _centroids(centroid, square, head, run, runs, D)
-    mean += head * cells * D
-    variance += head * cells * D
+    query_cell = tl.program_id(0) * BLOCK_QUERY_CELLS + tl.arange(0, BLOCK_QUERY_CELLS)
+    c, c2 = _centroids(centroid, square, head, query_cell, query_cells, D)
+    mean += head * key_cells * D
+    variance += head * key_cells * D
     weights += head // heads * stride_weights_b
     if sources is not None:
         sources += head // heads * stride_sources_b
-    at = tl.arange(0, BLOCK_CELLS)
-    m_i = tl.full([BLOCK_RUNS], -1e30, tl.float32)
-    l_i = tl.zeros([BLOCK_RUNS], tl.float32)
-    begin, end = share(cells, BLOCK_CELLS)
-    for j in range(begin, end, BLOCK_CELLS):
-        logits = _scaled(c, c2, mean, variance, sources, at, j, cells, half, D)
+    at = tl.arange(0, BLOCK_KEY_CELLS)
+    m_i = tl.full([BLOCK_QUERY_CELLS], -1e30, tl.float32)
+    l_i = tl.zeros([BLOCK_QUERY_CELLS], tl.float32)
+    begin, end = share(key_cells, BLOCK_KEY_CELLS)
+    for j in range(begin, end, BLOCK_KEY_CELLS):
+        logits = _scaled(c, c2, mean, variance, sources, at, j, key_cells, half, D)
         n = tl.load(weights + j + at)
         m_new = tl.minimum(tl.maximum(m_i, tl.max(logits, 1) * scale), 3e38)  # finite: there is no inf - inf
         p = tl.exp2(logits * scale - m_new[:, None])
         l_i = l_i * tl.exp2(m_i - m_new) + tl.sum(p * n[None, :], 1)
         m_i = m_new
-    tl.store(totals + (head * tl.num_programs(1) + tl.program_id(1)) * runs + run, m_i + tl.log2(l_i),
-             mask=run < runs)
+    tl.store(totals + (head * tl.num_programs(1) + tl.program_id(1)) * query_cells + query_cell,
+             m_i + tl.log2(l_i), mask=query_cell < query_cells)
 
 
-@triton.jit(do_not_specialize=["parts", "row", *COUNTS])
+@triton.jit(do_not_specialize=["parts", "row_words", *COUNTS])
 def select_kernel(
-    centroid, square, mean, variance, totals, limits, bits, runs, cells, tiles, parts, row, scale, half,
-    bound, BLOCK_RUNS: tl.constexpr, BLOCK_CELLS: tl.constexpr, D: tl.constexpr, TILE_RUNS: tl.constexpr,
+    centroid, square, mean, variance, totals, limits, bits, query_cells, key_cells, tiles, parts, row_words,
+    scale, half, bound, BLOCK_QUERY_CELLS: tl.constexpr, BLOCK_KEY_CELLS: tl.constexpr, D: tl.constexpr,
+    TILE_CELLS: tl.constexpr,
 ):
-    """Which cells each tile would keep for their score. TILE_RUNS: runs of a tile; parts: of `totals`.
+    """Which key cells each tile of TILE_CELLS query cells would keep for their score.
 
-    Bits are written as integers of BLOCK_CELLS / 4, `row` of them for a tile.
+    Launched by `plan_bits` after total_kernel. Grid: (blocks of BLOCK_QUERY_CELLS, shares of the key cells,
+    B * H).
+
+    Reads
+        what total_kernel reads and writes, `parts` being the shares; bound: log2(threshold / L_k) less
+        0.001 log2(e).
+    Writes
+        limits: fp32 [B * H, query_cells], limit_c.
+        bits: [B * H, tiles, row_words], integers of BLOCK_KEY_CELLS / 4 bits, one bit for each key cell.
     """
     head = tl.program_id(2).to(tl.int64)
-    run = tl.program_id(0) * BLOCK_RUNS + tl.arange(0, BLOCK_RUNS)
-    c, c2 = _centroids(centroid, square, head, run, runs, D)
-    mean += head * cells * D
-    variance += head * cells * D
-    m_i = tl.full([BLOCK_RUNS], -1e30, tl.float32)
-    l_i = tl.zeros([BLOCK_RUNS], tl.float32)
+    query_cell = tl.program_id(0) * BLOCK_QUERY_CELLS + tl.arange(0, BLOCK_QUERY_CELLS)
+    c, c2 = _centroids(centroid, square, head, query_cell, query_cells, D)
+    mean += head * key_cells * D
+    variance += head * key_cells * D
+    m_i = tl.full([BLOCK_QUERY_CELLS], -1e30, tl.float32)
+    l_i = tl.zeros([BLOCK_QUERY_CELLS], tl.float32)
     for i in range(parts):
-        total = tl.load(totals + (head * parts + i) * runs + run, mask=run < runs, other=0.0)
+        total = tl.load(totals + (head * parts + i) * query_cells + query_cell, mask=query_cell < query_cells,
+                        other=0.0)
         m_new = tl.minimum(tl.maximum(m_i, total), 3e38)
         l_i = l_i * tl.exp2(m_i - m_new) + tl.exp2(total - m_new)
         m_i = m_new
     limit = (m_i + tl.log2(l_i) + bound) / scale
-    tl.store(limits + head * runs + run, limit, mask=(run < runs) & (tl.program_id(1) == 0))
+    tl.store(limits + head * query_cells + query_cell, limit,
+             mask=(query_cell < query_cells) & (tl.program_id(1) == 0))
 
-    T: tl.constexpr = BLOCK_RUNS // TILE_RUNS  # tiles of this program
+    T: tl.constexpr = BLOCK_QUERY_CELLS // TILE_CELLS  # tiles of this program
     tile = tl.program_id(0) * T + tl.arange(0, T)
-    bits += (head * tiles + tile[:, None]) * row + tl.arange(0, 4)[None, :]
-    at = column_order(BLOCK_CELLS)
-    begin, end = share(cells, BLOCK_CELLS)
-    for j in range(begin, end, BLOCK_CELLS):
-        logits = _scaled(c, c2, mean, variance, None, at, j, cells, half, D)
-        kept = tile_words(~(logits < limit[:, None]), run < runs, T, TILE_RUNS)  # a NaN is kept
-        tl.store(bits + j // (BLOCK_CELLS // 4), kept.to(bits.dtype.element_ty), mask=tile[:, None] < tiles)
+    bits += (head * tiles + tile[:, None]) * row_words + tl.arange(0, 4)[None, :]
+    at = column_order(BLOCK_KEY_CELLS)
+    begin, end = share(key_cells, BLOCK_KEY_CELLS)
+    for j in range(begin, end, BLOCK_KEY_CELLS):
+        logits = _scaled(c, c2, mean, variance, None, at, j, key_cells, half, D)
+        kept = ~(logits < limit[:, None])  # a NaN is kept
+        kept = tile_words(kept, query_cell < query_cells, T, TILE_CELLS)
+        tl.store(bits + j // (BLOCK_KEY_CELLS // 4), kept.to(bits.dtype.element_ty),
+                 mask=tile[:, None] < tiles)
 
 
 @triton.jit(do_not_specialize=["stride_widths_b", "stride_exists_b", "cell_bytes", *COUNTS])
 def slice_kernel(
-    cell_bits, always, exists, bits, widths, scores, stride_widths_b, stride_exists_b, heads, queries, tiles,
-    slices, cell_bytes, n_bytes,
-    TILE_QUERIES: tl.constexpr, SPAN: tl.constexpr, TILES: tl.constexpr, BYTES: tl.constexpr,
+    cell_bits, always, exists, bits, widths, requested_pairs, stride_widths_b, stride_exists_b, heads,
+    queries, tiles, slices, cell_bytes, n_bytes,
+    TILE_QUERIES: tl.constexpr, SLICE_CELLS: tl.constexpr, TILES: tl.constexpr, BYTES: tl.constexpr,
 ):
-    """Slices of SPAN cells: those kept for a cell's score or always, and the scores in them."""
+    """Slices of SLICE_CELLS key cells that are kept for a cell's score or always.
+
+    Launched by `plan_bits` after select_kernel. Grid: (programs of TILES tiles, B * H).
+
+    Reads
+        cell_bits: uint8 [B * H, tiles, cell_bytes], what select_kernel wrote.
+        always: uint8 [tiles, cell_bytes], bits of the cells that a tile keeps whatever their score.
+        exists: uint8 [B or 1, cell_bytes], bits of the cells that have keys.
+        widths: int32 [B or 1, slices], keys of each slice.
+    Writes
+        bits: uint8 [B * H, tiles, n_bytes], the lists; may be cell_bits.
+        requested_pairs: fp64 [B * H, programs], pairs of a query and a key in the listed slices.
+    """
     head = tl.program_id(1).to(tl.int64)
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
     widths += head // heads * stride_widths_b
@@ -133,48 +175,22 @@ def slice_kernel(
         byte = j + tl.arange(0, BYTES)
         kept = tl.zeros([TILES, BYTES], tl.int32)
         for i in tl.static_range(8):
-            source = byte * SPAN + i * SPAN // 8
+            source = byte * SLICE_CELLS + i * SLICE_CELLS // 8
             inside = (tile[:, None] < tiles) & (source < cell_bytes)[None, :]
             octet = tl.load(cell_bits + source[None, :], mask=inside, other=0)
             octet |= tl.load(always + source[None, :], mask=inside, other=0)
             octet &= tl.load(exists + source, mask=source < cell_bytes, other=0)[None, :]
-            part = (octet.to(tl.int32) >> (i * SPAN % 8)) & ((1 << SPAN) - 1)
+            part = (octet.to(tl.int32) >> (i * SLICE_CELLS % 8)) & ((1 << SLICE_CELLS) - 1)
             kept |= (part > 0).to(tl.int32) << i
             width = tl.load(widths + byte * 8 + i, mask=byte * 8 + i < slices, other=0)
             keys += tl.where(part > 0, width[None, :], 0)
         tl.store(bits + byte[None, :], kept.to(tl.uint8),
                  mask=(tile[:, None] < tiles) & (byte < n_bytes)[None, :])
-    tl.store(scores + head * tl.num_programs(0) + tl.program_id(0),
-             scores_of(tl.sum(keys, 1), tile, queries, TILE_QUERIES))
+    tl.store(requested_pairs + head * tl.num_programs(0) + tl.program_id(0),
+             pairs_of(tl.sum(keys, 1), tile, queries, TILE_QUERIES))
 
 
 IS_INTERPRETED = not isinstance(total_kernel, triton.JITFunction)
-
-
-class KeyTables(NamedTuple):
-    """What planning looks up by position of keys; B is 1 if all are valid."""
-
-    rows: torch.Tensor  # int32 [B, cells * 16]: row of k, -1 for none
-    counts: torch.Tensor  # int32 [B, cells]: valid keys
-    weights: torch.Tensor  # fp32 [B, row_bytes(cells) * 8]: the same, nearly 0 past the end
-    sources: torch.Tensor | None  # int32 [B, cells]: the cell itself, or one with keys; None if all have keys
-    cells: torch.Tensor  # uint8 [B, row_bytes(cells)]: bits of the cells with keys
-    keys: torch.Tensor  # uint8 [B, row_bytes(L_k)]: bits of the keys
-
-
-def key_tables(geo: Geometry, valid: torch.Tensor | None) -> KeyTables:
-    """valid: None or bool [B, L_k], in the order."""
-    rows = key_rows(geo, valid)
-    exists = rows >= 0
-    counts = exists.view(len(rows), -1, CELL).sum(2, dtype=torch.int32)
-    # What does not count stands for a cell that does: too little to show, but inf * 0 would be no number.
-    weights = pad(counts.float(), (0, -counts.shape[1] % 128)).clamp(min=1e-30)
-    sources, has_keys = None, counts > 0
-    if valid is not None:
-        itself = torch.arange(counts.shape[1], dtype=torch.int32, device=rows.device)
-        sources = torch.where(has_keys, itself, has_keys.int().argmax(1, keepdim=True).int())
-    return KeyTables(rows, counts, weights, sources, pack(has_keys),
-                     pack(rows[:, : len(geo.key_tokens)] >= 0))
 
 
 def plan_bits(call: Call) -> Planned:
@@ -185,8 +201,7 @@ def plan_bits(call: Call) -> Planned:
     if is_negative:
         q, scale = -q, -scale
     m, n = settings.tile_queries, settings.tile_keys
-    table = (geo.table("key tables", lambda: key_tables(geo, None)) if call.key_valid is None
-             else key_tables(geo, call.key_valid))
+    table = key_tables(geo, call.key_valid)
     always, order = geo.table(("always kept, bits", m), lambda: pack(geo.always_kept(m))), None
     with on_device(q):
         summaries, limits, cells = _score(dataclasses.replace(call, q=q, k=k, v=v, scale=scale), table)
@@ -206,34 +221,35 @@ def plan_bits(call: Call) -> Planned:
 
 
 def _score(call: Call, table: KeyTables):
-    """Summaries, limits of the centroids fp32 [B * H, runs], and bits [B, H, tiles, bytes] of cells above."""
+    """Summaries, limits fp32 [B * H, query_cells], and bits [B, H, tiles, bytes] of the cells above."""
     (batch, heads, _, dim), device, scale = call.q.shape, call.device, call.scale
     tiles = triton.cdiv(call.queries, call.settings.tile_queries)
     summaries = summarise(call.q, call.k, call.v, query_rows(call.geometry), table.rows, second=True)
     centroid, square, mean, variance, _ = summaries
-    (groups, runs, _), cells = centroid.shape, mean.shape[1]
+    (all_heads, query_cells, _), key_cells = centroid.shape, mean.shape[1]
     launch = plan_launch(device)
-    blocks = triton.cdiv(runs, launch.runs)
-    parts = shares(blocks * groups, triton.cdiv(cells, launch.cells), device)
-    totals = torch.empty(groups, parts, runs, dtype=torch.float32, device=device)
-    limits = torch.empty(groups, runs, dtype=torch.float32, device=device)
-    bits = torch.empty(batch, heads, tiles, row_bytes(cells), dtype=torch.uint8, device=device)
-    words = bits.view(WORDS[launch.cells])
-    common = {"BLOCK_RUNS": launch.runs, "BLOCK_CELLS": launch.cells, "D": dim, "num_warps": launch.warps,
-              "num_stages": launch.stages}
-    total_kernel[blocks, parts, groups](
+    blocks = triton.cdiv(query_cells, launch.query_cells)
+    parts = shares(blocks * all_heads, triton.cdiv(key_cells, launch.key_cells), device)
+    totals = torch.empty(all_heads, parts, query_cells, dtype=torch.float32, device=device)
+    limits = torch.empty(all_heads, query_cells, dtype=torch.float32, device=device)
+    bits = torch.empty(batch, heads, tiles, row_bytes(key_cells), dtype=torch.uint8, device=device)
+    words = bits.view(WORDS[launch.key_cells])
+    common = {"BLOCK_QUERY_CELLS": launch.query_cells, "BLOCK_KEY_CELLS": launch.key_cells, "D": dim,
+              "num_warps": launch.warps, "num_stages": launch.stages}
+    total_kernel[blocks, parts, all_heads](
         centroid, square, mean, variance, table.weights, table.sources, totals, shared_stride(table.weights),
-        shared_stride(table.sources), heads, runs, cells, scale * LOG2_E,
+        shared_stride(table.sources), heads, query_cells, key_cells, scale * LOG2_E,
         scale / 2, **common)
-    select_kernel[blocks, parts, groups](
-        centroid, square, mean, variance, totals, limits, words, runs, cells, tiles, parts, words.shape[3],
-        scale * LOG2_E, scale / 2, call.settings.log_bound(call.keys) * LOG2_E,
-        TILE_RUNS=call.settings.tile_queries // CELL, **common)
+    select_kernel[blocks, parts, all_heads](
+        centroid, square, mean, variance, totals, limits, words, query_cells, key_cells, tiles, parts,
+        words.shape[3], scale * LOG2_E, scale / 2,
+        call.settings.log_bound(call.keys) * LOG2_E,
+        TILE_CELLS=call.settings.tile_queries // CELL, **common)
     return summaries._replace(square=None, variance=None), limits, bits
 
 
 def _slices(cells: torch.Tensor, always: torch.Tensor, table: KeyTables, call: Call):
-    """Bits of slices of whole cells, the keys in each int32 [B or 1, slices], and scores [B, H, programs].
+    """Bits of slices of whole cells, the keys in each int32 [B or 1, slices], and pairs [B, H, programs].
 
     `cells`, the bits of cells kept for their score, become those of kept cells where slices are no larger.
     """
@@ -244,9 +260,10 @@ def _slices(cells: torch.Tensor, always: torch.Tensor, table: KeyTables, call: C
         counts = pad(counts, (0, -counts.shape[1] % span)).unflatten(1, (-1, span)).sum(2, dtype=torch.int32)
         bits = cells.new_empty(batch, heads, tiles, row_bytes(counts.shape[1]))
     programs = triton.cdiv(tiles, SLICE_TILES)
-    scores = torch.empty(batch, heads, programs, dtype=torch.float64, device=cells.device)
+    pairs = torch.empty(batch, heads, programs, dtype=torch.float64, device=cells.device)
     slice_kernel[programs, batch * heads](
-        cells, always, table.cells, bits, counts, scores, shared_stride(counts), shared_stride(table.cells),
+        cells, always, table.cells, bits, counts, pairs, shared_stride(counts), shared_stride(table.cells),
         heads, call.queries, tiles, counts.shape[1], cell_bytes, bits.shape[3],
-        TILE_QUERIES=settings.tile_queries, SPAN=span, TILES=SLICE_TILES, BYTES=SLICE_BYTES, num_warps=1)
-    return bits, counts, scores
+        TILE_QUERIES=settings.tile_queries, SLICE_CELLS=span, TILES=SLICE_TILES, BYTES=SLICE_BYTES,
+        num_warps=1)
+    return bits, counts, pairs

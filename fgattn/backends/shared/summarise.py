@@ -1,6 +1,6 @@
-"""Summarise: means (and second moments) of runs of 16 rows of q, k and v, gathered through the order.
+"""Summaries of cells: means (and second moments) of 16 rows of q, k or v each, gathered through the order.
 
-One launch reads each tensor once; a program has RUNS_D // D runs of one head, all of whose loads are under
+One launch reads each tensor once. A program has CHANNELS / D cells of one head, all of whose loads are under
 way together. Sums are fp32; nothing but the summaries is written.
 """
 
@@ -17,17 +17,17 @@ from ...layout import CELL
 from ..base import Planned, Tail
 from .launch import COUNTS, key_rows, on_device, query_rows, shared_stride
 
-RUNS_D = 1024  # channels of a program, all runs together: eight a thread
+CHANNELS = 1024  # of a program, all its cells together: eight a thread
 
 
 class Summaries(NamedTuple):
-    """Of runs of 16 queries and cells of 16 keys, in the compute type; None where it was not asked for.
+    """Of cells of 16 queries and cells of 16 keys, in the compute type; None where it was not asked for.
 
     | field | shape | meaning |
     |---|---|---|
-    | centroid, square | [B * H, runs, D] | mean of a run's queries, and its square |
-    | mean, variance | [B * H, cells, D] | mean and biased variance of a cell's keys |
-    | value | [B * H, cells, D] | mean of a cell's values |
+    | centroid, square | [B * H, query_cells, D] | mean of a cell's queries, and its square |
+    | mean, variance | [B * H, key_cells, D] | mean and biased variance of a cell's keys |
+    | value | [B * H, key_cells, D] | mean of a cell's values |
     """
 
     centroid: torch.Tensor | None = None
@@ -39,21 +39,26 @@ class Summaries(NamedTuple):
 
 @triton.jit
 def _moments(
-    x, rows, average, second, head, runs, stride_l, RUNS: tl.constexpr, D: tl.constexpr,
+    x, rows, average, second, head, cells, stride_l, CELLS: tl.constexpr, D: tl.constexpr,
     SQUARE: tl.constexpr, VARIANCE: tl.constexpr,
 ):
-    run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
+    """Summaries of CELLS of a head's `cells`: `average`, and its square or the variance as `second`.
+
+    x: [L, D] with distance stride_l; rows: int32 [cells * 16], a row of x or -1; average, second: [B * H,
+    cells, D]. A cell without rows has zeros.
+    """
+    cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     dim = tl.arange(0, D)
     loaded, there = (), ()
     for i in tl.static_range(16):
-        row = tl.load(rows + run * 16 + i, mask=run < runs, other=-1)
+        row = tl.load(rows + cell * 16 + i, mask=cell < cells, other=-1)
         at = x + row.to(tl.int64)[:, None] * stride_l + dim[None, :]
         loaded += (tl.load(at, mask=row[:, None] >= 0, other=0.0),)
         there += (row >= 0,)
-    n = tl.zeros([RUNS], tl.float32)
-    total = tl.zeros([RUNS, D], tl.float32)
-    shifted = tl.zeros([RUNS, D], tl.float32)  # relative to the run's first row: no cancellation
-    squares = tl.zeros([RUNS, D], tl.float32)
+    n = tl.zeros([CELLS], tl.float32)
+    total = tl.zeros([CELLS, D], tl.float32)
+    shifted = tl.zeros([CELLS, D], tl.float32)  # relative to the cell's first row: no cancellation
+    squares = tl.zeros([CELLS, D], tl.float32)
     origin = loaded[0].to(tl.float32)
     for i in tl.static_range(16):
         value = loaded[i].to(tl.float32)
@@ -65,65 +70,77 @@ def _moments(
             squares += value * value
     n = tl.maximum(n, 1.0)[:, None]
     mean = total / n
-    at = (head * runs + run[:, None]) * D + dim[None, :]
-    tl.store(average + at, mean.to(average.dtype.element_ty), mask=run[:, None] < runs)
+    at = (head * cells + cell[:, None]) * D + dim[None, :]
+    tl.store(average + at, mean.to(average.dtype.element_ty), mask=cell[:, None] < cells)
     if SQUARE:
-        tl.store(second + at, (mean * mean).to(average.dtype.element_ty), mask=run[:, None] < runs)
+        tl.store(second + at, (mean * mean).to(average.dtype.element_ty), mask=cell[:, None] < cells)
     if VARIANCE:
         shifted = shifted / n
         variance = tl.maximum(squares / n - shifted * shifted, 0.0)
         # overflow and NaN stay; an infinite mean has no variance
         variance = tl.where(squares < float("inf"), variance, squares + (total - total))
-        tl.store(second + at, variance.to(average.dtype.element_ty), mask=run[:, None] < runs)
+        tl.store(second + at, variance.to(average.dtype.element_ty), mask=cell[:, None] < cells)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def summarise_kernel(
     q, k, v, query_rows, key_rows, centroid, square, mean, variance, value, stride_qb, stride_qh, stride_ql,
-    stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_rows_b, heads, runs, cells,
-    first, RUNS: tl.constexpr, D: tl.constexpr, SECOND: tl.constexpr,
+    stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_rows_b, heads, query_cells,
+    key_cells, first_tensor, CELLS: tl.constexpr, D: tl.constexpr, SECOND: tl.constexpr,
 ):
-    """The grid's third axis is v, q, k, from `first` on. SECOND: squares and variances too."""
+    """Means of the cells of v, q and k; with SECOND also the squares of those of q and the variances of k.
+
+    Launched by `summarise`. Grid: (programs of CELLS cells of the longer side, B * H, tensors), where the
+    third axis counts v, q, k from `first_tensor` on.
+
+    Reads
+        q, k, v: [B, H, L, D], 16 or 32 bits, the channels of a row next to each other.
+        query_rows: int32 [1, query_cells * 16]; key_rows: int32 [B or 1, key_cells * 16]; -1: none.
+    Writes
+        the fields of Summaries, in the type of q, k and v.
+    """
     head = tl.program_id(1).to(tl.int64)
     b, h = head // heads, head % heads
     key_rows += b * stride_rows_b
-    which = first + tl.program_id(2)
+    which = first_tensor + tl.program_id(2)
     if which == 0:
-        _moments(v + b * stride_vb + h * stride_vh, key_rows, value, value, head, cells, stride_vl, RUNS, D,
-                 False, False)
+        _moments(v + b * stride_vb + h * stride_vh, key_rows, value, value, head, key_cells, stride_vl, CELLS,
+                 D, False, False)
     elif which == 1:
-        _moments(q + b * stride_qb + h * stride_qh, query_rows, centroid, square, head, runs, stride_ql, RUNS,
-                 D, SECOND, False)
+        _moments(q + b * stride_qb + h * stride_qh, query_rows, centroid, square, head, query_cells,
+                 stride_ql, CELLS, D, SECOND, False)
     else:
-        _moments(k + b * stride_kb + h * stride_kh, key_rows, mean, variance, head, cells, stride_kl, RUNS, D,
-                 False, SECOND)
+        _moments(k + b * stride_kb + h * stride_kh, key_rows, mean, variance, head, key_cells, stride_kl,
+                 CELLS, D, False, SECOND)
 
 
 def summarise(q, k, v, query_rows: torch.Tensor, key_rows: torch.Tensor, second: bool = False) -> Summaries:
-    """Summaries of q and k, of v, or of all three, in one launch. A run without rows has zeros.
+    """Summaries of q and k, of v, or of all three, in one launch. A cell without rows has zeros.
 
     Args:
         q, k, v: [B, H, L, D] of one type, any outer strides; q and k, or v, may be None.
-        query_rows: int32 [1, runs * 16]: row of q at each position, -1 for none.
-        key_rows: int32 [B or 1, cells * 16], of k and v.
+        query_rows: int32 [1, query_cells * 16]: row of q at each position, -1 for none.
+        key_rows: int32 [B or 1, key_cells * 16], of k and v.
         second: squares of the centroids and variances of the keys too.
     """
     x = v if q is None else q
     batch, heads, _, dim = x.shape
-    runs, cells = query_rows.shape[1] // CELL, key_rows.shape[1] // CELL
+    query_cells, key_cells = query_rows.shape[1] // CELL, key_rows.shape[1] // CELL
+
     def room(length: int, is_wanted: bool) -> torch.Tensor | None:
         return torch.empty(batch * heads, length, dim, dtype=x.dtype, device=x.device) if is_wanted else None
 
     planned = q is not None
-    made = Summaries(room(runs, planned), room(runs, planned and second), room(cells, planned),
-                     room(cells, planned and second), room(cells, v is not None))
+    made = Summaries(room(query_cells, planned), room(query_cells, planned and second),
+                     room(key_cells, planned), room(key_cells, planned and second),
+                     room(key_cells, v is not None))
     q, k, v = (x if y is None else y for y in (q, k, v))
     tensors = (made.value is not None) + 2 * (made.centroid is not None)  # v comes first
     with on_device(x):
-        summarise_kernel[(triton.cdiv(max(runs, cells) * dim, RUNS_D), batch * heads, tensors)](
+        summarise_kernel[(triton.cdiv(max(query_cells, key_cells) * dim, CHANNELS), batch * heads, tensors)](
             q, k, v, query_rows, key_rows, *(x if y is None else y for y in made),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], shared_stride(key_rows), heads, runs, cells,
-            int(made.value is None), RUNS=RUNS_D // dim, D=dim, SECOND=second, num_warps=4)
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], shared_stride(key_rows), heads, query_cells,
+            key_cells, int(made.value is None), CELLS=CHANNELS // dim, D=dim, SECOND=second, num_warps=4)
     return made
 
 

@@ -1,13 +1,15 @@
-"""Attend: online softmax over gathered keys, on any GPU that Triton supports.
+"""Attention over the keys that a plan keeps, on any GPU that Triton supports: the portable kernel.
 
-One program computes BLOCK_M query rows of one head. Keys come from a list of units (UNIT
-consecutive positions in the order); `key_rows` turns a position into a row of k and v, or -1 where
-there is no key, so that order, ragged ends and invalid keys are one lookup (with invalid keys, units
-are single keys, and only the last unit can be short). Scores stay in
-registers, accumulation is fp32. The list is made from the plan's bits by the first kernel.
+One program computes TILE_QUERIES queries of one head with an online softmax over the keys of the tile's list
+(see shared/lists.py). Keys are gathered: `key_rows` turns a position in the order into a row of k and v, or
+-1 where there is no key, so that order, ragged ends and invalid keys are one look-up. With invalid keys the
+units of a list are single keys, so that only the last unit can be short. Scores stay in registers, and sums
+are fp32.
 
     out = (sum_kept e^(s-m) v + e^(t-m) tail) / (sum_kept e^(s-m) + e^(t-m)),   m = max(s, t)
-with scores s and the tail's log-sum-exp t, all in base 2.
+
+with scores s, and the tail (what is not kept, estimated; see tail.py) with its log-sum-exp t. The kernel
+computes powers of two, with s, t and m in base 2.
 """
 
 from __future__ import annotations
@@ -29,9 +31,15 @@ from .launch_table import launch_for
 @triton.jit
 def _step(
     i, count, q, acc, m_i, l_i, k_base, v_base, stride_k, stride_v, units, key_rows, scale,
-    BLOCK_N: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, IS_MASKED: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, IS_MASKED: tl.constexpr,
 ):
-    lane = tl.arange(0, BLOCK_N)
+    """One step of the online softmax: BLOCK_KEYS keys, from the i-th of the list's `count` units on.
+
+    q: [TILE_QUERIES, D]; units: int32, the list; m_i, l_i: fp32 [TILE_QUERIES], the largest score s so far
+    and the sum of 2^(s - m_i); acc: fp32 [TILE_QUERIES, D], the sum of 2^(s - m_i) v. Returns the new acc,
+    m_i and l_i. IS_MASKED: the step may go beyond the list and hold positions without a key.
+    """
+    lane = tl.arange(0, BLOCK_KEYS)
     dim = tl.arange(0, D)
     place = i + lane // UNIT
     if IS_MASKED:
@@ -51,7 +59,7 @@ def _step(
     else:
         k = tl.load(k_at)
         v = tl.load(v_at)
-    s = tl.dot(q, tl.trans(k)) * scale  # [BLOCK_M, BLOCK_N]
+    s = tl.dot(q, tl.trans(k)) * scale  # [TILE_QUERIES, BLOCK_KEYS]
     if IS_MASKED:
         s = tl.where(row[None, :] >= 0, s, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(s, 1))
@@ -62,19 +70,36 @@ def _step(
     return acc, m_new, l_i
 
 
+# Strides are single numbers here: the oldest Triton that runs this kernel takes no tuples.
 @triton.jit(do_not_specialize=["stride_queries", *COUNTS])
 def attend_kernel(
     q, k, v, out, lists, listed, query_rows, key_rows, tail_out, tail_lse,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
-    stride_ob, stride_oh, stride_ol, stride_queries, stride_rows_b, stride_list, heads, first, queries, tiles,
-    runs, scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
+    stride_ob, stride_oh, stride_ol, stride_queries, stride_rows_b, stride_list, heads, first_head, queries,
+    tiles, query_cells, scale, TILE_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, HAS_TAIL: tl.constexpr,
 ):
+    """Attention of one tile over its list, by the formula above.
+
+    Launched by `attend_triton`. Grid: (tiles, heads of the launch); head `first_head` of all B * H comes
+    first.
+
+    Reads
+        q: [B, H, L_q, D]; k, v: [B, H, L_k, D], the channels of a row next to each other.
+        lists: int32 [heads of the launch, tiles, stride_list], units of UNIT keys; listed: int32 [heads of
+            the launch, tiles], their keys.
+        query_rows: int32 [B * H or 1, queries], row of q and out at each place of execution.
+        key_rows: int32 [B or 1, L_k and more], row of k and v at each position; not read if UNIT is 1.
+        tail_out: fp32 [B * H, query_cells, D]; tail_lse: fp32 [B * H, query_cells], base 2; if HAS_TAIL.
+        scale: the softmax scale times log2(e).
+    Writes
+        out: [B, H, L_q, D].
+    """
     tile = tl.program_id(0)
     row = tl.program_id(1)
-    head = (first + row).to(tl.int64)
+    head = (first_head + row).to(tl.int64)
     b, h = head // heads, head % heads
-    position = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    position = tile * TILE_QUERIES + tl.arange(0, TILE_QUERIES)
     dim = tl.arange(0, D)
     exists = position < queries
     token = tl.load(query_rows + head * stride_queries + position, mask=exists, other=0).to(tl.int64)
@@ -87,24 +112,24 @@ def attend_kernel(
     count = tl.cdiv(tl.load(listed + at), UNIT)
     unit_list = lists + at * stride_list
 
-    m_i = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: an empty list must not give inf - inf
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    m_i = tl.full([TILE_QUERIES], -1e30, tl.float32)  # finite: an empty list must not give inf - inf
+    l_i = tl.zeros([TILE_QUERIES], tl.float32)
+    acc = tl.zeros([TILE_QUERIES, D], tl.float32)
     # The last step may be short and may hold the short last unit of the sequence: masked apart.
-    full = tl.maximum(count - 1, 0) // (BLOCK_N // UNIT) * (BLOCK_N // UNIT)
-    for i in range(0, full, BLOCK_N // UNIT):
+    full = tl.maximum(count - 1, 0) // (BLOCK_KEYS // UNIT) * (BLOCK_KEYS // UNIT)
+    for i in range(0, full, BLOCK_KEYS // UNIT):
         acc, m_i, l_i = _step(i, count, q_tile, acc, m_i, l_i, k_base, v_base, stride_kl, stride_vl,
-                              unit_list, key_rows, scale, BLOCK_N, UNIT, D, False)
+                              unit_list, key_rows, scale, BLOCK_KEYS, UNIT, D, False)
     if count > 0:
         acc, m_i, l_i = _step(full, count, q_tile, acc, m_i, l_i, k_base, v_base, stride_kl, stride_vl,
-                              unit_list, key_rows, scale, BLOCK_N, UNIT, D, True)
-    if HAS_TAIL:
-        run = head * runs + position // 16
-        tail_l = tl.load(tail_lse + run, mask=exists, other=float("-inf"))
+                              unit_list, key_rows, scale, BLOCK_KEYS, UNIT, D, True)
+    if HAS_TAIL:  # the queries of a cell share it
+        query_cell = head * query_cells + position // 16
+        tail_l = tl.load(tail_lse + query_cell, mask=exists, other=float("-inf"))
         m_new = tl.maximum(m_i, tail_l)
         alpha, beta = tl.math.exp2(m_i - m_new), tl.math.exp2(tail_l - m_new)
-        pooled = tl.load(tail_out + run[:, None] * D + dim[None, :], mask=exists[:, None], other=0.0)
-        acc = acc * alpha[:, None] + pooled * beta[:, None]
+        tail = tl.load(tail_out + query_cell[:, None] * D + dim[None, :], mask=exists[:, None], other=0.0)
+        acc = acc * alpha[:, None] + tail * beta[:, None]
         l_i = l_i * alpha + beta
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]  # nothing kept and no tail: zeros
     tl.store(out + b * stride_ob + h * stride_oh + token[:, None] * stride_ol + dim[None, :],
@@ -119,11 +144,11 @@ def attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -
     launch = launch_for(capability(q.device), dim, plan.tile_rows)
     with on_device(q):
         lists, (tokens, stride_queries) = Lists(plan, batch, heads), execution_rows(plan, batch, heads)
-        for b, first, group in lists.groups():
-            attend_kernel[tiles, group](
+        for b, first, launch_heads in lists.launches():
+            attend_kernel[tiles, launch_heads](
                 q, k, v, out, lists.lists, lists.listed, tokens, lists.key_rows, tail_out, tail_lse,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
                 stride_queries, lists.stride_rows, lists.stride, heads, b * heads + first, queries,
                 tiles, -(-queries // CELL), plan.softmax_scale(dim) * LOG2_E,
-                BLOCK_M=plan.tile_rows, BLOCK_N=launch.block_keys, UNIT=lists.unit, D=dim,
+                TILE_QUERIES=plan.tile_rows, BLOCK_KEYS=launch.block_keys, UNIT=lists.unit, D=dim,
                 HAS_TAIL=tail is not None, num_warps=launch.warps, num_stages=launch.stages)

@@ -1,4 +1,4 @@
-"""Launch settings of the portable attention kernel by GPU generation, chosen offline."""
+"""Launch settings of the portable attention kernel, by GPU generation, head size and tile."""
 
 from __future__ import annotations
 
