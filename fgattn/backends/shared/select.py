@@ -217,7 +217,7 @@ def plan_bits(q, k, v, geo: Geometry, valid: torch.Tensor | None, settings: Sett
     table = all_keys(geo) if valid is None else key_tables(geo, valid)
     always, order = _always_kept(geo, m), None
     with on_device(q):
-        summaries, limits, cells = _score(q, k, v, geo, table, len(always), settings, scale)
+        summaries, limits, cells = _select_cells(q, k, v, geo, table, len(always), settings, scale)
         bits, widths, requested = _slices(cells, always, table, settings, queries)
         executed = requested
         if m < KERNEL_ROWS:
@@ -231,7 +231,7 @@ def plan_bits(q, k, v, geo: Geometry, valid: torch.Tensor | None, settings: Sett
     return bits, requested, executed, order, None if is_negative else summaries
 
 
-def _score(q, k, v, geo: Geometry, table: KeyTables, tiles: int, settings: Settings, scale: float):
+def _select_cells(q, k, v, geo: Geometry, table: KeyTables, tiles: int, settings: Settings, scale: float):
     """Summaries, limits fp32 [B * H, query_cells], and bits [B, H, tiles, bytes] of the cells above."""
     (batch, heads, _, dim), device = q.shape, q.device
     summaries = summarise(q, k, v, position_rows(geo.query_tokens), table.rows, second=True)
