@@ -204,7 +204,7 @@ def plan_bits(call: Call) -> Planned:
     table = key_tables(geo, call.key_valid)
     always, order = geo.table(("always kept, bits", m), lambda: pack(geo.always_kept(m))), None
     with on_device(q):
-        summaries, limits, cells = _score(dataclasses.replace(call, q=q, k=k, v=v, scale=scale), table)
+        summaries, limits, cells = _select_cells(dataclasses.replace(call, q=q, k=k, v=v, scale=scale), table)
         bits, widths, requested = _slices(cells, always, table, call)
         executed = requested
         if m < KERNEL_ROWS:
@@ -220,7 +220,7 @@ def plan_bits(call: Call) -> Planned:
     return Planned(plan, None if is_negative else summaries)
 
 
-def _score(call: Call, table: KeyTables):
+def _select_cells(call: Call, table: KeyTables):
     """Summaries, limits fp32 [B * H, query_cells], and bits [B, H, tiles, bytes] of the cells above."""
     (batch, heads, _, dim), device, scale = call.q.shape, call.device, call.scale
     tiles = triton.cdiv(call.queries, call.settings.tile_queries)
