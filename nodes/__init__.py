@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import recent, sliders
-from .maps import FGAttnInspect
+from .maps import FGAttnMap
 from .sparse_attention import FGAttnPatch
 from .status import prompt_server
 from .timing import FGAttnTiming
@@ -16,4 +16,4 @@ class FGAttnExtension(ComfyExtension):
             sliders.serve(server)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [FGAttnPatch, FGAttnTiming, FGAttnInspect]
+        return [FGAttnPatch, FGAttnTiming, FGAttnMap]

@@ -14,7 +14,7 @@ from .patch import patch_of
 from .status import show
 
 
-class FGAttnInspect(io.ComfyNode):
+class FGAttnMap(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -24,7 +24,7 @@ class FGAttnInspect(io.ComfyNode):
             description="Shows which keys one tile of queries computed, frame by frame, and how dense every "
             "block and head was. Connect the patched model, and the sampler's latent so that it draws "
             "afterwards; block, head and step may be changed without sampling again.",
-            search_aliases=["fgattn", "attention map", "sparsity map", "inspect attention"],
+            search_aliases=["fgattn", "attention map", "sparsity map", "selected keys"],
             inputs=[
                 io.Model.Input("model", tooltip="The output of FG-Attn Sparse Attention that is sampled."),
                 io.Latent.Input("latent", lazy=True,
@@ -62,30 +62,34 @@ class FGAttnInspect(io.ComfyNode):
     @classmethod
     def check_lazy_status(cls, model, block, head, step, latent=None, frame=0, row=0, column=0) -> list[str]:
         """Runs before the sampler: says which tile its run shall keep, then waits for the latent."""
+        if latent is not None:
+            return []
         if patch := patch_of(model):
-            patch.engine.place = frame, row, column
-        return ["latent"] if latent is None else []
+            patch.engine.watch_tile(cls.hidden.unique_id, (frame, row, column))
+        return ["latent"]
 
     @classmethod
     def execute(cls, model, latent, block: int, head: int, step: int, frame: int = 0, row: int = 0,
                 column: int = 0) -> io.NodeOutput:
         patch = patch_of(model)
-        text, *images = _draw(patch and patch.engine, block, head, step - 1, (frame, row, column))
+        text, *images = _draw(patch and patch.engine, cls.hidden.unique_id, block, head, step - 1,
+                              (frame, row, column))
         show(cls.hidden.unique_id, text)
         shown = ui.PreviewImage(_tensor(_stacked(*images)), cls=cls).as_dict()
         shown |= ui.PreviewText(text).as_dict()
         return io.NodeOutput(*map(_tensor, images), latent, ui=shown)
 
 
-def _draw(engine, block: int, head: int, step: int, place):
-    """A line of text, the map and the densities; words instead of what cannot be drawn."""
+def _draw(engine, key: str, block: int, head: int, step: int, place):
+    """A line of text, the map at the key's place and the densities; words instead of what cannot be drawn."""
     last, maps = (engine.last_report, engine.last_maps) if engine else (None, None)
     if not last or not maps:
         text = ("this model does not come through FG-Attn" if not engine else "this model has no run yet"
                 if not last else "the last run left no maps, see the log")
         return text, *[map_chart.draw_message("no map", text)] * 2
+    drawn = maps.place_for(key, place)
     try:
-        step, found = maps.find(step, block, head)
+        step, found = maps.find(step, block, head, drawn)
     except InvalidArgument as error:  # the render is done: it must not be lost for a wrong number
         return str(error), *[map_chart.draw_message("no map", str(error))] * 2
     at = f"step {step + 1} of {last.scheduled}"
@@ -97,7 +101,7 @@ def _draw(engine, block: int, head: int, step: int, place):
     note = describe(last.settings)
     if error is not None:
         note = f"block's est. error {percent(error)}; {note}"
-    if place != maps.place:
+    if place != drawn:
         note = f"tile of the run before the place was changed; {note}"
     title = f"Block {block}, head {head}, {at}: keys that one tile of queries computes"
     text = (f"block {block}, head {head}, {at}: the tile computes {percent(found.keys(head).mean())} of the "

@@ -111,6 +111,13 @@ def test_texts_of_outcomes_stand_in_one_place(path):
     assert path.name == "outcomes.py" or not texts & texts_of(path.read_text())
 
 
+@pytest.mark.parametrize("path", [*shipped(), *sorted((ROOT / "web" / "js").iterdir())], ids=name_of)
+def test_the_map_node_has_one_name(path):
+    """Saved workflows know it by the id of its first days; nothing else has that name."""
+    assert re.findall(r"\w*inspect\w*", path.read_text(encoding="utf-8"), re.I) == (
+        ["FGAttnInspect"] if name_of(path) == "nodes/maps.py" else [])
+
+
 def test_outcomes_import_nothing_of_the_package():
     """Every part may name them."""
     assert not [module for level, module in imports(ROOT / "fgattn" / "outcomes.py") if level]

@@ -28,7 +28,7 @@ from ..settings import Policy, Settings, ranges
 from ..tensors import OutOfMemory, empty_like
 from .break_even import faster
 from .clock import Clock
-from .maps import MIDDLE, Maps
+from .maps import NOBODY, Maps, Place
 from .plan_store import MADE, REUSED, PlanStore
 from .run import Run, step_of
 from .stats import UNKNOWN_BLOCK, CallPlace, RunReport, RunSettings, RunStats
@@ -48,7 +48,6 @@ class Engine:
         notify: called once with the text of an error.
 
     Attributes:
-        place: of the query tile that the next run's maps are of.
         run: that is going on, or None.
         last_report, last_maps: of the last run, once it has ended.
     """
@@ -60,11 +59,22 @@ class Engine:
         notify: Callable[[str], None] = lambda text: None,
     ):
         self.settings, self.policy = settings, policy
-        self.place = MIDDLE
         self.last_report: RunReport | None = None
         self.last_maps: Maps | None = None
         self._scope, self._passthrough, self._notify = scope, passthrough, notify
+        self._places, self._asked = NOBODY, {}  # of tiles: of the last run's maps, of those to come
         self.run: Run | None = None
+
+    def watch_tile(self, key: str, place: Place) -> None:
+        """Keep a query tile in the maps of the next run, beside those that others ask for.
+
+        Runs that follow without being asked for any tile keep the same ones.
+
+        Args:
+            key: of who will look at it; has one tile.
+            place: (frame, row, column) of a token, counted from 1; 0 is the middle.
+        """
+        self._asked[key] = place
 
     def begin_run(self, sigmas: Sequence[float], full_noise: bool, device: torch.device) -> None:
         """Start a run over a schedule.
@@ -81,6 +91,7 @@ class Engine:
         compile_log.start()
         try:
             with self._scope():
+                self._places, self._asked = self._asked or self._places, {}
                 stats = RunStats(Clock(device), scheduled=max(1, len(sigmas) - 1),
                                  sliders=[(0, self.settings.threshold, self.policy.warmup_steps)])
                 self.run = Run(
@@ -88,7 +99,7 @@ class Engine:
                     final=final, stats=stats, answer=registry.on_device(device, self.settings),
                     plans=PlanStore(self.policy.reuse_steps, self.policy.reuse_memory_mb * 10**6),
                     rule=self._has_rule(device),
-                    watch=Watch(stats, self.place, self.policy.estimate_error, self._passthrough))
+                    watch=Watch(stats, self._places, self.policy.estimate_error, self._passthrough))
         except BaseException:
             compile_log.stop()
             raise

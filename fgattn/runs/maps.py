@@ -1,10 +1,11 @@
-"""What one tile of queries computes in each block and step of a run, by head, to be looked at afterwards."""
+"""What some tiles of queries compute in each block and step of a run, by head, to be looked at later."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from ..plan import SparsePlan
 LIMIT = 64 << 20  # bytes of a run's maps; Wan 14B at 720p, 81 frames, M = 128, N = 16, needs 0.95 MB a step
 Place = tuple[int, int, int]  # frame, row and column of a token, counted from 1; 0 is the middle
 MIDDLE: Place = 0, 0, 0
+NOBODY: Mapping[str, Place] = MappingProxyType({"": MIDDLE})  # where nobody looks yet
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,39 +66,35 @@ class Maps:
     Where a model does not number its blocks, calls are counted within a step.
 
     Args:
-        place: token whose tile is kept; what lies outside the video is taken as its last frame, row, column.
+        places: tokens whose tiles are kept, at least one, each by the key of who looks at it; what lies
+            outside the video is taken as its last frame, row, column. Tiles of one place are kept once.
 
     Attributes:
-        kept: (step, block) -> map.
+        kept: (step, block) -> place -> map.
         skipped: (step, block) -> why there is none.
     """
 
-    def __init__(self, place: Place = MIDDLE):
-        self.place = place
-        self.kept: dict[tuple[int, int], TileMap] = {}
+    def __init__(self, places: Mapping[str, Place] = NOBODY):
+        self.places = dict(places)
+        self.kept: dict[tuple[int, int], dict[Place, TileMap]] = {}
         self.skipped: dict[tuple[int, int], Reason] = {}
         self._size = 0
         self._unnamed: Counter = Counter()  # calls of unknown blocks, by step
 
     def keep(self, step: int, block: int | None, plan: SparsePlan, layout: TokenLayout, order: str) -> None:
-        """Keep the map of a call; never waits for the device."""
+        """Keep the maps of a call; never waits for the device."""
         at = self._at(step, block)
         if at in self.kept:
             return
         heads, _, width = plan.bits.shape[1:]
-        if self._size + heads * width > LIMIT:
+        places = dict.fromkeys(self.places.values())
+        if self._size + len(places) * heads * width > LIMIT:
             return self._skip(at, Reason(Outcome.MAPS_FULL))
-        self._size += heads * width
-        token = token_at(self.place, layout)
-        if plan.cell_order is None:
-            geo, size = plan.geometry, plan.tile_rows
-            tile, rows = geo.table(("tile", token, size), lambda: _tile(geo.query_tokens[None], token, size))
-        else:
-            tile, rows = _tile(plan.query_tokens[0].long(), token, plan.tile_rows)
-        index = tile.expand(heads)[:, None, None].expand(heads, 1, width)
-        self.kept[at] = TileMap(
-            plan.bits[0].gather(1, index)[:, 0], rows, plan.requested[0] / (plan.queries * plan.keys),
-            replace(layout, key_valid=None), order, plan.tile_keys)
+        self._size += len(places) * heads * width
+        of_call = (plan.requested[0] / (plan.queries * plan.keys), replace(layout, key_valid=None), order,
+                   plan.tile_keys)
+        self.kept[at] = {
+            place: TileMap(*_bits_and_rows(plan, token_at(place, layout)), *of_call) for place in places}
 
     def skip(self, step: int, block: int | None, reason: Reason) -> None:
         """Note why a call has no map."""
@@ -104,16 +102,23 @@ class Maps:
 
     def to_host(self) -> None:
         """Bring all maps to the host; waits for the device."""
-        fields = {name: _to_host([getattr(one, name) for one in self.kept.values()])
+        every = [(maps, place) for maps in self.kept.values() for place in maps]
+        fields = {name: _to_host([getattr(maps[place], name) for maps, place in every])
                   for name in ("bits", "rows", "density")}
-        for i, (at, one) in enumerate(self.kept.items()):
-            self.kept[at] = replace(one, **{name: tensors[i] for name, tensors in fields.items()})
+        for i, (maps, place) in enumerate(every):
+            maps[place] = replace(maps[place], **{name: tensors[i] for name, tensors in fields.items()})
 
-    def find(self, step: int, block: int, head: int) -> tuple[int, TileMap | str]:
+    def place_for(self, key: str, wanted: Place) -> Place:
+        """The place of a key; for one that the run did not know the wanted place, if any key has it."""
+        known = self.places.values()
+        return self.places.get(key) or (wanted if wanted in known else next(iter(known)))
+
+    def find(self, step: int, block: int, head: int, place: Place | None = None) -> tuple[int, TileMap | str]:
         """A step, and its map of a block, or why it has none.
 
         Args:
             step: counted from 0; -1 is the last one with a map of this block.
+            place: one of those that are kept; None is the first of them.
 
         Raises:
             InvalidArgument: the run had no such block, step or head.
@@ -135,7 +140,7 @@ class Maps:
             reason = self.skipped[step, block].text
             others = listed(s + 1 for s in with_map)
             return step, f"{reason}; steps with a map of block {block}: {others}" if others else reason
-        found = self.kept[step, block]
+        found = self.kept[step, block][place or next(iter(self.places.values()))]
         if head >= found.heads:
             raise InvalidArgument("head", head, listed(range(found.heads)), "Heads are counted from 0.")
         return step, found
@@ -143,8 +148,13 @@ class Maps:
     def densities(self, step: int) -> dict[int, np.ndarray | Reason]:
         """Block -> requested density of each head, or why there is none, in a step."""
         blocks = sorted({b for s, b in (*self.kept, *self.skipped) if s == step})
-        return {b: self.kept[step, b].density.numpy() if (step, b) in self.kept else self.skipped[step, b]
+        return {b: self._density(self.kept[step, b]) if (step, b) in self.kept else self.skipped[step, b]
                 for b in blocks}
+
+    @staticmethod
+    def _density(maps: dict[Place, TileMap]) -> np.ndarray:
+        """Of the call, whichever tile is looked at."""
+        return next(iter(maps.values())).density.numpy()
 
     def _at(self, step: int, block: int | None) -> tuple[int, int]:
         if block is None:
@@ -173,6 +183,18 @@ def listed(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in runs)
+
+
+def _bits_and_rows(plan: SparsePlan, token: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bits [H, bytes] and tokens [H or 1, M] of the tile that holds a token, counted from the first query."""
+    heads, _, width = plan.bits.shape[1:]
+    if plan.cell_order is None:
+        geo, size = plan.geometry, plan.tile_rows
+        tile, rows = geo.table(("tile", token, size), lambda: _tile(geo.query_tokens[None], token, size))
+    else:
+        tile, rows = _tile(plan.query_tokens[0].long(), token, plan.tile_rows)
+    index = tile.expand(heads)[:, None, None].expand(heads, 1, width)
+    return plan.bits[0].gather(1, index)[:, 0], rows
 
 
 def _tile(tokens: torch.Tensor, token: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:

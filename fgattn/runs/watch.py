@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -22,16 +22,16 @@ class Watch:
 
     Args:
         stats: of the run.
-        place: of the tile that maps are of.
+        places: of the tiles that maps are of, see `Maps`.
         estimate_error: compare some calls with dense attention.
         passthrough: exceptions that must reach the caller.
     """
 
     def __init__(
-        self, stats: RunStats, place: Place, estimate_error: bool,
+        self, stats: RunStats, places: Mapping[str, Place], estimate_error: bool,
         passthrough: tuple[type[BaseException], ...],
     ):
-        self.maps = Maps(place)
+        self.maps = Maps(places)
         self._stats, self._passthrough = stats, passthrough
         self._estimate = Estimate() if estimate_error else None
         self._on = True

@@ -114,9 +114,10 @@ def test_minimax_h3(adapters):
     for options in ({}, {"minimax_h3_layout": layout}):
         found = adapters.call_layout(options, video, length + 200, length + 200)
         assert (found.grid, found.front, found.back) == ((7, 12, 21), 200, 0)
-    assert adapters.call_layout({}, video, 200, 200) == "self-attention of other tokens"
+    assert adapters.call_layout({}, video, 200, 200).text == "self-attention of other tokens"
     text = {"minimax_h3_layout": SimpleNamespace(seq_len=2 * length)}  # the refiner of a long one
-    assert adapters.call_layout(text, video, length + 50, length + 50) == "self-attention of other tokens"
+    other = adapters.call_layout(text, video, length + 50, length + 50)
+    assert other.text == "self-attention of other tokens"
 
 
 def test_wan_animate_2(adapters):
@@ -125,15 +126,15 @@ def test_wan_animate_2(adapters):
     video = adapters.video_of(model, (1, 36, 5, 16, 24))
     frame, options = 8 * 12, {"grid_sizes": (5, 8, 12)}
     assert adapters.call_layout(options, video, 5 * frame, 5 * frame).grid == (5, 8, 12)
-    assert adapters.call_layout(options, video, 4 * frame, 4 * frame) == "self-attention of other tokens"
-    assert adapters.call_layout(options, video, frame, 6 * frame) == "cross-attention"
+    assert adapters.call_layout(options, video, 4 * frame, 4 * frame).text == "self-attention of other tokens"
+    assert adapters.call_layout(options, video, frame, 6 * frame).text == "cross-attention"
 
 
 def test_causal_wan(adapters):
     """A class of its own with Wan's tokens; calls with cached keys run dense."""
     video = adapters.video_of(named("CausalWanModel", patch_size=(1, 2, 2)), (1, 16, 3, 16, 24))
     assert adapters.call_layout({}, video, 288, 288).grid == (3, 8, 12)
-    assert adapters.call_layout({}, video, 288, 576) == "cross-attention"
+    assert adapters.call_layout({}, video, 288, 576).text == "cross-attention"
 
 
 def quantised_operations():

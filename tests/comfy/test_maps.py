@@ -10,27 +10,27 @@ PLACE = {"frame": 2, "row": 3, "column": 4}
 
 
 @pytest.fixture
-def inspect(pack, tmp_path, monkeypatch):
-    """The node class as the graph has it, writing its previews to a folder of its own."""
+def map_node(pack, tmp_path, monkeypatch):
+    """The node class as the graph has it under an id, writing its previews to a folder of its own."""
     import folder_paths
     from comfy_api.latest import io
 
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
-    node = sys.modules["fgattn_pack.nodes"].FGAttnInspect
-    return node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "2"}})
+    node = sys.modules["fgattn_pack.nodes"].FGAttnMap
+    return lambda key="2": node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: key}})
 
 
 @pytest.fixture
-def drawn(inspect):
+def drawn(map_node):
     """Ask for the latent, sample, draw; the last call's text and both pictures."""
     def draw(model, sampling=None, block=1, head=1, step=0, **place):
-        chosen = {"model": model, "block": block, "head": head, "step": step, **place}
-        assert inspect.check_lazy_status(**chosen) == ["latent"]
+        node, chosen = map_node(), {"model": model, "block": block, "head": head, "step": step, **place}
+        assert node.check_lazy_status(**chosen) == ["latent"]
         if sampling:
             sampling(model)
         latent = {"samples": torch.zeros(1)}
-        assert inspect.check_lazy_status(latent=latent, **chosen) == []
-        result = inspect.execute(latent=latent, **chosen)
+        assert node.check_lazy_status(latent=latent, **chosen) == []
+        result = node.execute(latent=latent, **chosen)
         assert result.args[2] is latent and len(result.ui["images"]) == 1
         for picture in result.args[:2]:
             assert picture.ndim == 4 and picture.shape[3] == 3
@@ -70,13 +70,13 @@ def test_the_place_is_said_before_the_run(wan, sample, patched, drawn):
     model = patched(wan, warmup_steps=2)
     _, here, _ = drawn(model, sample, **PLACE)
     maps = patch_of(model).engine.last_maps
-    assert maps.place == (2, 3, 4)
+    assert maps.places == {"2": (2, 3, 4)}
     assert maps.find(-1, 0, 0)[1].queries(0).reshape(3, 8, 12)[1, 2, 3]
     _, same, _ = drawn(model, **PLACE | {"row": 8})
     assert patch_of(model).engine.last_maps is maps
     assert not torch.equal(same, here)  # it says which tile it shows
     drawn(model, sample, **PLACE | {"row": 8})
-    assert patch_of(model).engine.last_maps.place == (2, 8, 4)
+    assert patch_of(model).engine.last_maps.places == {"2": (2, 8, 4)}
 
 
 @pytest.mark.parametrize(("wrong", "says"), [
@@ -105,7 +105,7 @@ def test_estimate_is_of_the_run_and_changes_nothing(wan, sample, patched, report
 
 
 @pytest.fixture
-def queue(pack, inspect, wan, sample, monkeypatch):
+def queue(pack, map_node, wan, sample, monkeypatch):
     """Queue a graph in ComfyUI's executor, the sampler named first; returns the times that it sampled."""
     import execution
 
@@ -125,8 +125,9 @@ def queue(pack, inspect, wan, sample, monkeypatch):
         INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",), "seed": ("INT",)}})
 
         def sample(self, model, seed):
-            sampled.append(patch_of(model).engine.place)
-            return ({"samples": sample(model, seed=seed)},)
+            samples = sample(model, seed=seed)
+            sampled.append(patch_of(model).engine.last_maps.places)
+            return ({"samples": samples},)
 
     class Saver:
         RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "save", "test", True
@@ -137,12 +138,12 @@ def queue(pack, inspect, wan, sample, monkeypatch):
 
     ours = sys.modules["fgattn_pack.nodes"]
     for name, node in (("Loader", Loader), ("Sampler", Sampler), ("Saver", Saver),
-                       ("FGAttnPatch", ours.FGAttnPatch), ("FGAttnInspect", ours.FGAttnInspect)):
+                       ("FGAttnPatch", ours.FGAttnPatch), ("FGAttnInspect", ours.FGAttnMap)):
         monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, node)
     server = types.SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda *_: None)
     executor = execution.PromptExecutor(server, cache_args={"lru": 0, "ram": 0})
 
-    def run(seed=0, **chosen):
+    def run(seed=0, second=None, **chosen):
         prompt = {
             "1": ("Saver", {"latent": ["2", 0]}), "2": ("Sampler", {"model": ["4", 0], "seed": seed}),
             "3": ("Loader", {}),
@@ -150,8 +151,11 @@ def queue(pack, inspect, wan, sample, monkeypatch):
                                   "tile_keys": "16", "warmup_steps": 2}),
             "5": ("FGAttnInspect", {"model": ["4", 0], "latent": ["2", 0], "block": 0, "head": 0,
                                     "step": 0, **chosen})}
+        if second is not None:
+            kind, inputs = prompt["5"]
+            prompt["6"] = kind, {**inputs, **second}
         prompt = {k: {"class_type": kind, "inputs": inputs} for k, (kind, inputs) in prompt.items()}
-        executor.execute(prompt, "x", {}, ["1", "5"])
+        executor.execute(prompt, "x", {}, [key for key in prompt if key in "156"])
         assert executor.success, executor.status_messages
         return sampled, executor.history_result["outputs"]["5"]["text"][0]
 
@@ -160,10 +164,30 @@ def queue(pack, inspect, wan, sample, monkeypatch):
 
 def test_in_comfyuis_own_order(queue):
     """The place is known before the sampler starts; another head draws from the run that is cached."""
-    assert queue(**PLACE)[0] == [(2, 3, 4)]
+    assert queue(**PLACE)[0] == [{"5": (2, 3, 4)}]
     sampled, text = queue(**PLACE, head=1, step=5)
     assert len(sampled) == 1 and text.startswith("block 0, head 1, step 5 of 8: the tile computes")
     sampled, text = queue(seed=1, frame=1, block=2)
-    assert sampled == [(2, 3, 4), (1, 0, 0)] and text.startswith("block 2, head 0, step 8 of 8: the tile")
+    assert sampled == [{"5": (2, 3, 4)}, {"5": (1, 0, 0)}]
+    assert text.startswith("block 2, head 0, step 8 of 8: the tile")
     sampled, text = queue(seed=2, block=7)
     assert len(sampled) == 3 and text.startswith("block: got 7; allowed: 0 to 2.")
+
+
+def test_two_map_nodes_have_a_tile_each(queue, monkeypatch):
+    """On one model: one run keeps both, each node draws its own."""
+    drawn = []
+    chart = sys.modules["fgattn_pack.nodes.maps"].map_chart
+    draw = chart.draw_map
+
+    def record(found, head, title, note):
+        drawn.append((found.queries(head).reshape(3, 8, 12), note))
+        return draw(found, head, title, note)
+
+    monkeypatch.setattr(chart, "draw_map", record)
+    last = {"frame": 3, "row": 8, "column": 12}
+    assert queue(**PLACE, second=last)[0] == [{"5": (2, 3, 4), "6": (3, 8, 12)}]
+    assert {(bool(own[1, 2, 3]), bool(own[2, 7, 11])) for own, _ in drawn} == {(False, True), (True, False)}
+    assert not [note for _, note in drawn if "place was changed" in note]
+    sampled, _ = queue(seed=1, **PLACE, second=last)
+    assert sampled[1] == sampled[0]

@@ -37,7 +37,7 @@ def test_entrypoint_lists_the_nodes(pack):
 
 def test_every_input_and_output_has_a_tooltip(nodes):
     """Tooltips are the documentation on the graph."""
-    for node in (nodes.FGAttnPatch, nodes.FGAttnTiming, nodes.FGAttnInspect):
+    for node in (nodes.FGAttnPatch, nodes.FGAttnTiming, nodes.FGAttnMap):
         schema = node.GET_SCHEMA()
         assert all(i.tooltip for i in [*schema.inputs, *schema.outputs])
         assert (ROOT / "web" / "docs" / f"{schema.node_id}.md").is_file()
@@ -50,7 +50,7 @@ def test_input_order_is_permanent(nodes):
         "final_dense_steps", "tail", "order", "method", "method_parameter", "reuse_steps",
         "reuse_memory_mb", "estimate_error", "live"]
     assert [i.id for i in nodes.FGAttnTiming.GET_SCHEMA().inputs] == ["model", "latent", "model_2"]
-    assert [i.id for i in nodes.FGAttnInspect.GET_SCHEMA().inputs] == [
+    assert [i.id for i in nodes.FGAttnMap.GET_SCHEMA().inputs] == [
         "model", "latent", "block", "head", "step", "frame", "row", "column"]
 
 

@@ -18,7 +18,7 @@ def classes(pack):
 
     asyncio.run(nodes.init_builtin_extra_nodes())
     ours = sys.modules["fgattn_pack.nodes"]
-    for node in (ours.FGAttnPatch, ours.FGAttnTiming, ours.FGAttnInspect):
+    for node in (ours.FGAttnPatch, ours.FGAttnTiming, ours.FGAttnMap):
         nodes.NODE_CLASS_MAPPINGS[node.GET_SCHEMA().node_id] = node
     return nodes.NODE_CLASS_MAPPINGS
 

@@ -902,7 +902,7 @@ def test_maps_are_of_the_last_run():
     """At the place that was asked for before it began; dropped when the next one begins."""
     one = engine(Policy(warmup_steps=1, final_dense_steps=0, dense_blocks=frozenset({1})))
     assert one.last_maps is None
-    one.place = (2, 3, 4)
+    one.watch_tile("7", (2, 3, 4))
     for steps in (4, 8):
         one.begin_run(falling(steps), True, CPU)
         assert one.last_maps is None
@@ -912,10 +912,31 @@ def test_maps_are_of_the_last_run():
                 call(one, block=block)
         one.end_run()
         maps = one.last_maps
-        assert maps.place == (2, 3, 4)
+        assert maps.places == {"7": (2, 3, 4)}
         assert [*maps.kept] == [(step, 0) for step in range(1, steps)]
         assert maps.skipped[0, 0] == Reason(Outcome.WARM_UP)
         assert maps.skipped[steps - 1, 1] == Reason(Outcome.DENSE_BLOCK)
+
+
+def test_two_who_look_have_a_tile_each():
+    """Of one run, until other tiles are asked for; nobody: the middle."""
+    one = engine()
+
+    def run():
+        ran_sparse(one, falling(2))
+        one.end_run()
+        return one.last_maps
+
+    assert run().places == {"": (0, 0, 0)}
+    one.watch_tile("5", (9, 9, 9))
+    one.watch_tile("5", (1, 1, 1))
+    one.watch_tile("12:6", (4, 4, 8))
+    for maps in (run(), run()):
+        assert maps.places == {"5": (1, 1, 1), "12:6": (4, 4, 8)}
+        first, last = (maps.find(0, 0, 0, place)[1].queries(0) for place in maps.places.values())
+        assert first[0] and last[-1] and not (first & last).any()
+    one.watch_tile("12:6", (2, 2, 2))
+    assert maps.places["12:6"] == (4, 4, 8) and run().places == {"12:6": (2, 2, 2)}
 
 
 def test_calls_that_failed_or_were_taken_in_parts_have_no_map(monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from fgattn import TokenLayout
 from fgattn.outcomes import Outcome, Reason
-from fgattn.runs.maps import Maps, TileMap
+from fgattn.runs.maps import MIDDLE, Maps, TileMap
 from fgattn.show import map_chart, palette
 from PIL import ImageColor, ImageDraw
 
@@ -90,7 +90,7 @@ def maps_of(blocks, heads, dense=()):
         if block in dense:
             made.skip(6, block, Reason(Outcome.DENSE_BLOCK))
         else:
-            made.kept[6, block] = tile((2, 4, 8), heads=heads)
+            made.kept[6, block] = {MIDDLE: tile((2, 4, 8), heads=heads)}
     return made
 
 

@@ -21,7 +21,7 @@ def kept(settings=None, layout=None, place=MIDDLE, heads=2, batch=1):
     settings, layout = settings or Settings(threshold=2.0, tile_queries=64, tile_keys=16), layout or TokenLayout(GRID)
     q, k, _ = tensors(heads, layout.length, batch=batch)
     plan = build_plan(q, k, settings, layout)
-    one = Maps(place)
+    one = Maps({"7": place})
     one.keep(3, 5, plan, layout, settings.order)
     one.to_host()
     return one.find(3, 5, 0)[1], plan
@@ -50,7 +50,7 @@ def test_queries_that_start_inside_the_sequence():
     """The video's own part of a longer sequence."""
     layout = TokenLayout((4, 4, 8), 32, query_start=32)
     q, k, _ = tensors(1, 128, 160)
-    one = Maps((4, 4, 8))
+    one = Maps({"7": (4, 4, 8)})
     one.keep(0, 0, build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=16), layout), layout, "cells")
     one.to_host()
     found = one.find(0, 0, 0)[1]
@@ -80,7 +80,7 @@ def test_the_first_call_of_a_block_is_the_one():
     one.skip(0, 1, Reason(Outcome.FAILED))
     one.to_host()
     assert len(one.kept) == 1 and not one.skipped
-    assert torch.equal(one.kept[0, 1].bits, first[0].bits[0, :, 0])
+    assert torch.equal(one.kept[0, 1][MIDDLE].bits, first[0].bits[0, :, 0])
 
 
 def test_calls_without_a_block_number_are_counted():
@@ -101,6 +101,47 @@ def test_memory_is_bounded(monkeypatch):
         one.keep(0, block, *call)
     one.to_host()
     assert [*one.kept] == [(0, 0), (0, 1)] and one.find(0, 3, 0)[1].startswith(Outcome.MAPS_FULL.value)
+
+
+def test_every_place_has_its_tile():
+    """Two who look at one run, each at a place of its own: as if each were alone."""
+    layout, settings = TokenLayout(GRID), Settings(threshold=2.0, tile_queries=64, tile_keys=16)
+    q, k, _ = tensors(2, layout.length)
+    plan = build_plan(q, k, settings, layout)
+    places = {"5": (1, 1, 1), "12:6": (4, 6, 10)}
+    both = Maps(places)
+    both.keep(0, 0, plan, layout, settings.order)
+    both.to_host()
+    for key, place in places.items():
+        alone = Maps({key: place})
+        alone.keep(0, 0, plan, layout, settings.order)
+        alone.to_host()
+        assert both.place_for(key, MIDDLE) == place
+        found, wanted = both.find(0, 0, 1, place)[1], alone.find(0, 0, 1)[1]
+        assert found.queries(1)[token_at(place, layout)]
+        assert np.array_equal(found.queries(1), wanted.queries(1))
+        assert np.array_equal(found.keys(1), wanted.keys(1))
+    assert both.find(0, 0, 1)[1] is both.find(0, 0, 1, (1, 1, 1))[1]
+    assert np.array_equal(both.densities(0)[0], alone.densities(0)[0])
+
+
+def test_who_came_after_the_run_sees_a_tile_of_it():
+    """The one that it wants, if it is there, else the first."""
+    one = Maps({"5": (1, 1, 1), "6": (2, 2, 2)})
+    assert [one.place_for("7", place) for place in ((2, 2, 2), (3, 3, 3))] == [(2, 2, 2), (1, 1, 1)]
+    assert Maps().place_for("7", (3, 3, 3)) == MIDDLE
+
+
+def test_tiles_of_one_place_are_kept_once(monkeypatch):
+    """The bound is on all of them: two places need twice the room of one."""
+    call = one_plan()
+    monkeypatch.setattr(maps, "LIMIT", 2 * call[0].bits[0, :, 0].numel())
+    for places, steps in (({"5": MIDDLE, "6": MIDDLE}, [0, 1]), ({"5": MIDDLE, "6": (1, 1, 1)}, [0])):
+        one = Maps(places)
+        for step in range(3):
+            one.keep(step, 0, *call)
+        assert [step for step, _ in one.kept] == steps
+        assert {*one.skipped.values()} == {Reason(Outcome.MAPS_FULL)}
 
 
 def test_wan_at_720p_fits():
@@ -124,8 +165,8 @@ def run():
 
 def test_find(run):
     """A map, the last one, or why there is none and where there are some."""
-    assert run.find(1, 2, 1) == (1, run.kept[1, 2])
-    assert run.find(-1, 2, 1) == (2, run.kept[2, 2])
+    assert run.find(1, 2, 1) == (1, run.kept[1, 2][MIDDLE])
+    assert run.find(-1, 2, 1) == (2, run.kept[2, 2][MIDDLE])
     assert run.find(0, 2, 0) == (0, "warm-up step; steps with a map of block 2: 2 to 3")
     assert run.find(-1, 1, 0) == (2, "listed in dense_blocks")
     assert Maps().find(-1, 0, 0)[1] == "no attention call reached FG-Attn"
@@ -145,7 +186,7 @@ def test_what_the_run_did_not_have_is_refused(run, wanted, message):
 def test_densities(run):
     found = run.densities(1)
     assert [*found] == [0, 1, 2] and found[1] == DENSE_BLOCK
-    assert np.array_equal(found[0], run.kept[1, 0].density)
+    assert np.array_equal(found[0], run.kept[1, 0][MIDDLE].density)
     assert set(run.densities(0).values()) == {WARM_UP, DENSE_BLOCK}
     assert run.densities(9) == {}
 

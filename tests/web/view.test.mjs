@@ -117,6 +117,7 @@ test("what is spoken stays the same from step to step of a kind", () => {
   const spoken = [2, 3].map((n) => view.announcement(sample({ step: n, headline: `${n}` })));
   assert.equal(spoken[0], spoken[1]);
   assert.match(view.announcement(sample({ state: "interrupted" })), /^stopped, step 3 of 4: sparse/);
+  assert.match(view.announcement(sample({ state: "failed" })), /^failed, step 3 of 4: sparse/);
 });
 
 test("text has every step, block and outcome", () => {
