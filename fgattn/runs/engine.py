@@ -24,14 +24,14 @@ from ..call import Call
 from ..layout import TokenLayout, release
 from ..outcomes import Outcome, Reason
 from ..planning import parts_for
-from ..settings import Policy, Settings, ranges
+from ..settings import Policy, Settings
 from ..tensors import OutOfMemory, empty_like
 from .break_even import faster
 from .clock import Clock
 from .maps import NOBODY, Maps, Place
 from .plan_store import MADE, REUSED, PlanStore
 from .run import Run, step_of
-from .stats import UNKNOWN_BLOCK, CallPlace, RunReport, RunSettings, RunStats
+from .stats import UNKNOWN_BLOCK, CallPlace, RunReport, RunStats
 from .watch import Watch
 
 log = logging.getLogger("fgattn")
@@ -136,7 +136,7 @@ class Engine:
         """The books of the run that is going on, as far as they can be read without waiting."""
         if run := self.run:
             with self._scope():
-                return run.stats.so_far(self._chosen(run), run.implementation)
+                return run.stats.so_far(run.chosen, run.implementation)
         return None
 
     def end_run(self) -> RunReport | None:
@@ -144,8 +144,8 @@ class Engine:
         run = self._close()
         if run is None:
             return None
-        self._check_blocks(run)
-        self.last_report = run.stats.report(self._chosen(run), run.implementation)
+        run.check_blocks()
+        self.last_report = run.stats.report(run.chosen, run.implementation)
         self.last_maps = run.watch.end()
         return self.last_report
 
@@ -210,7 +210,7 @@ class Engine:
             stats.calls[answer] += 1
             run.watch.dense(at, answer)
             return dense()
-        if reason := self._dense_by_policy(run, at) or self._too_dense(run, call, answer, at):
+        if reason := run.dense_by_policy(at) or self._too_dense(run, call, answer, at):
             return self._dense(run, at, reason, dense)
         try:
             with self._scope():
@@ -306,16 +306,6 @@ class Engine:
             self.remark("fp32 tensors are computed in bf16")
         return answer
 
-    def _dense_by_policy(self, run: Run, at: CallPlace) -> Reason | None:
-        """Why a call that could run sparse shall not."""
-        if run.step < run.warmup(run.policy):
-            return Reason(Outcome.WARM_UP)
-        if run.step >= run.steps - run.final:
-            return Reason(Outcome.FINAL_STEP)
-        if at.block in run.policy.dense_blocks:
-            return Reason(Outcome.DENSE_BLOCK)
-        return None
-
     def _has_rule(self, device: torch.device) -> bool:
         """Whether the break-even rule decides; else `min_tokens` does."""
         return device.type == "cuda" and not self.policy.min_tokens
@@ -329,24 +319,6 @@ class Engine:
         density, costs = run.densities.get(_number(at.block)), self._costs(run, call, answer)
         gains = density is None or not costs or faster(costs, call, density)
         return None if gains else Reason(Outcome.TOO_DENSE)
-
-    def _check_blocks(self, run: Run) -> None:
-        """Say which of dense_blocks the run did not have, if it reached its last step."""
-        absent = run.policy.dense_blocks - run.blocks
-        if not absent or not run.blocks or run.step < run.steps - 1:
-            return
-        numbered = run.blocks != {None}
-        run.stats.remarks[f"dense_blocks: this model has no block {ranges(absent)}" if numbered else
-                          "dense_blocks has no effect: this model does not number its blocks"] = None
-
-    def _chosen(self, run: Run) -> RunSettings:
-        s, (_, threshold, warmup_steps) = self.settings, run.stats.sliders[-1]
-        return RunSettings(
-            method=s.method, strength=s.strength, tile_queries=s.tile_queries, tile_keys=s.tile_keys,
-            order=s.order, tail=s.tail, warmup_steps=run.warmup(self.policy), steps=run.steps,
-            reuse_steps=self.policy.reuse_steps, moved=len(run.stats.sliders) > 1,
-            moved_threshold=None if threshold == s.threshold else threshold,
-            moved_warmup_steps=None if warmup_steps == self.policy.warmup_steps else warmup_steps)
 
 
 def _number(block: int | None) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..backends.base import Eligible
-from ..outcomes import Reason
-from ..settings import Policy, Settings
+from ..outcomes import Outcome, Reason
+from ..settings import Policy, Settings, ranges
 from .plan_store import PlanStore
-from .stats import RunStats
+from .stats import CallPlace, RunSettings, RunStats
 from .watch import Watch
 
 
@@ -53,6 +53,38 @@ class Run:
     def warmup(self, policy: Policy) -> int:
         """Dense steps at the start."""
         return min(policy.warmup_steps, self.steps // 4) if self.full_noise else 0
+
+    def dense_by_policy(self, at: CallPlace) -> Reason | None:
+        """Why a call that could run sparse shall not."""
+        if self.step < self.warmup(self.policy):
+            return Reason(Outcome.WARM_UP)
+        if self.step >= self.steps - self.final:
+            return Reason(Outcome.FINAL_STEP)
+        if at.block in self.policy.dense_blocks:
+            return Reason(Outcome.DENSE_BLOCK)
+        return None
+
+    def check_blocks(self) -> None:
+        """Say which of dense_blocks the run did not have, if it reached its last step."""
+        absent = self.policy.dense_blocks - self.blocks
+        if not absent or not self.blocks or self.step < self.steps - 1:
+            return
+        numbered = self.blocks != {None}
+        self.stats.remarks[f"dense_blocks: this model has no block {ranges(absent)}" if numbered else
+                           "dense_blocks has no effect: this model does not number its blocks"] = None
+
+    @property
+    def chosen(self) -> RunSettings:
+        """The settings that the run began with, and where its sliders stand since they were moved."""
+        s, sliders = self.settings, self.stats.sliders
+        (_, threshold, warmup), (_, last_threshold, last_warmup) = sliders[0], sliders[-1]
+        first = replace(s, threshold=threshold)
+        return RunSettings(
+            method=s.method, strength=first.strength, tile_queries=s.tile_queries, tile_keys=s.tile_keys,
+            order=s.order, tail=s.tail, warmup_steps=self.warmup(replace(self.policy, warmup_steps=warmup)),
+            steps=self.steps, reuse_steps=self.policy.reuse_steps, moved=len(sliders) > 1,
+            moved_threshold=None if last_threshold == threshold else last_threshold,
+            moved_warmup_steps=None if last_warmup == warmup else last_warmup)
 
     def take_moved(self) -> None:
         """The sliders were moved: the step that begins has the new values, if they are new."""
