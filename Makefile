@@ -39,7 +39,7 @@ browser: $(READY)
 		$(RUN) -m pip install --disable-pip-version-check --quiet --no-deps \
 			--target $(VENV)/frontends/$$version comfyui-frontend-package==$$version || exit 1; \
 	done
-	$(RUN) tests/tiers.py browser
+	$(RUN) tests/tiers.py --must-run browser
 
 # Memory: without PyTorch's pool every tensor is an allocation, with padding none touches the next one.
 # Races: our kernels alone, whose names are not mangled; not the Hopper one, see benchmarks/NOTES.md.

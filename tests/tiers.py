@@ -147,14 +147,20 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("tiers", nargs="*", metavar="tier", help=f"of {', '.join(TIERS)}; all without one")
-    asked = parser.parse_args().tiers
+    parser.add_argument(
+        "--must-run", action="store_true", help="optional tiers, too, are red if they run nothing"
+    )
+    given = parser.parse_args()
+    asked = given.tiers
     if unknown := set(asked) - set(TIERS):
         parser.error(f"tier: got {', '.join(sorted(unknown))}; allowed: {', '.join(TIERS)}")
     results, seconds = {}, {}
     for name in asked or TIERS:
         print(f"\n--- {name} ---", flush=True)
         start = time.monotonic()
-        results[name] = run(name)
+        result = run(name)
+        idle = given.must_run and not result.passed and TIERS[name].tests
+        results[name] = result._replace(red=result.red or bool(idle))
         seconds[name] = time.monotonic() - start
     print()
     for name, result in results.items():

@@ -1,5 +1,6 @@
 """The runner of the tiers: what is red, and why."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,14 @@ def test_last_line_and_exit_code(tmp_path):
         [sys.executable, ROOT / "tests" / "tiers.py", "webb"], capture_output=True, text=True
     )
     assert unknown.returncode == 2 and "got webb; allowed: unit" in unknown.stderr
+
+
+def test_optional_tiers_that_are_asked_to_run():
+    """Whoever asks for the browser must not get a green nothing."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "tiers.py", "--must-run", "browser"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": "", "PYTHONNOUSERSITE": "1"},
+    )
+    assert done.returncode == 1 and "all" in done.stdout.splitlines()[-2]
