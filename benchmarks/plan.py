@@ -102,12 +102,12 @@ def make_lists(plan):
     As an attention call makes them: with the lists, of the last group of heads; where the attention kernel
     lists single keys itself, alone.
     """
-    shape = plan.bits.shape[:2]
+    batch, heads = plan.bits.shape[:2]
     if plan.gathers and not runtime.hopper_reason(plan.bits.device, True):
         from fgattn.backends.hopper.lister import Counts
 
-        return Counts(plan, *shape).listed, 0
-    lists = Lists(plan, *shape, None if plan.gathers else plan.geometry.boxes)
+        return Counts(plan, batch, heads).listed, 0
+    lists = Lists(plan, batch, heads, None if plan.gathers else plan.geometry.boxes)
     *_, (_, first, number) = lists.groups()
     return lists.listed[:number], first
 
