@@ -1,6 +1,8 @@
 # make demo   one video, dense and with FG-Attn, without ComfyUI; options: make demo ARGS="--threshold 0.7"
-# make test   all tests that can run here
-# make lint   ruff
+# make test   all tests that can run here, in the tiers of tests/tiers.py
+# make lint   ruff, as linter and as formatter
+# make types  mypy
+# make format   the formatter, on all files
 # make browser   the pack on ComfyUI's real page; needs Chromium, downloads 90 MB of Playwright and frontends
 # make sanitize   NVIDIA's compute-sanitizer on the kernels: memory of all, races of the portable ones
 # Everything runs in .venv, which is made on first use from PYTHON. A torch that PYTHON already has is used, not replaced.
@@ -10,21 +12,23 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo test lint browser sanitize clean
+.PHONY: demo test lint types format environment browser sanitize clean
 
 # Passive: on a busy CPU, threads that spin while they wait slow the demo down.
 demo: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m fgattn.demo $(ARGS)
 
-# The interpreter has to be chosen before a kernel is imported: a process of its own.
 test: $(READY)
-	@failed=0; \
-	$(RUN) -m pytest tests --ignore tests/interpret || failed=1; \
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpret || failed=1; \
-	exit $$failed
+	$(RUN) tests/tiers.py unit web compile interpret browser comfy gpu
 
-lint: $(READY)
-	$(RUN) -m ruff check .
+lint types: $(READY)
+	$(RUN) tests/tiers.py $@
+
+format: $(READY)
+	$(RUN) -m ruff check --select I --fix .
+	$(RUN) -m ruff format .
+
+environment: $(READY)
 
 # Both frontends have one package name, so that each has a folder of its own.
 FRONTENDS := 1.30.6 1.58.1
@@ -35,7 +39,7 @@ browser: $(READY)
 		$(RUN) -m pip install --disable-pip-version-check --quiet --no-deps \
 			--target $(VENV)/frontends/$$version comfyui-frontend-package==$$version || exit 1; \
 	done
-	$(RUN) -m pytest tests/web/test_browser.py
+	$(RUN) tests/tiers.py --must-run browser
 
 # Memory: without PyTorch's pool every tensor is an allocation, with padding none touches the next one.
 # Races: our kernels alone, whose names are not mangled; not the Hopper one, see benchmarks/NOTES.md.
@@ -47,7 +51,7 @@ sanitize: $(READY)
 		--kernel-name 'regex=^[a-z]+_kernel$$' $(RUN) -m tests.gpu.sanitize triton
 
 clean:
-	rm -rf $(VENV) demo_out .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo_out .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # The .pth file lets a PYTHON that lives in a virtual environment share its packages, too.
 # torch comes first and alone; its own Triton, where it has one, is the one that fits.

@@ -68,7 +68,8 @@ class Dense:
     """Self-attention by cuDNN; `check` makes it compare some blocks with float64."""
 
     def __init__(self):
-        self.check, self.errors = False, []
+        self.check = False
+        self.errors: list[float] = []
 
     def __call__(self, q, k, v, block: int) -> torch.Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -85,7 +86,8 @@ class Planned:
         self.layout = shape.layout
         self.settings: list[Settings] = []
         self.densities: list[torch.Tensor] = []
-        self.find, self.check, self.errors = True, False, []
+        self.find, self.check = True, False
+        self.errors: list[float] = []
 
     def __call__(self, q, k, v, block: int) -> torch.Tensor:
         if self.find:
@@ -157,8 +159,8 @@ def rotation(shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
                             indexing="ij")
     angles = [place.flatten()[:, None] * 10000.0 ** (-torch.arange(n, device="cuda") / n)
               for place, n in zip(places, parts, strict=True)]
-    angles = torch.cat(angles, 1)[:, None]
-    return angles.cos(), angles.sin()
+    angle = torch.cat(angles, 1)[:, None]
+    return angle.cos(), angle.sin()
 
 
 def rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:

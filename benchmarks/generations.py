@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from fgattn import Settings, TokenLayout
@@ -33,7 +34,7 @@ SOL_TAUS = (0.7, 1.0, 1.3, 1.7)
 HEADS = 3
 WRONG = 15.0  # dB; under this something is broken
 
-Timed = Callable[[Callable], object]  # runs a call between two events
+Timed = Callable[[Callable], Any]  # runs a call between two events
 Way = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]  # q, k, v, timed -> output and density
 
 

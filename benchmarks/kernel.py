@@ -110,8 +110,8 @@ def addressing(shape: Shape, dim: int, impl: str) -> list[Run]:
     q, k, v = random_qkv(shape, dim)
     mask = random_mask(shape, 128, 16, DENSITY)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    return [ours(*x, mask, 128, 16, impl, name=f"{impl}, {name}", layout=shape.layout, order=order)
-            for name, x, order in (
+    return [ours(q_, k_, v_, mask, 128, 16, impl, name=f"{impl}, {name}", layout=shape.layout, order=order)
+            for name, (q_, k_, v_), order in (
                 ("contiguous raster", (q, k, v), "raster"), ("BLHD", strided, "raster"),
                 ("cells", (q, k, v), "cells"), ("BLHD cells", strided, "cells"))]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 from fgattn import Settings, build_plan, sparse_attention
 
@@ -46,7 +47,8 @@ def runs(qkv, quick: bool) -> list[Run]:
 
 def run(q, k, v, dense, method: str, strength: float, m: int, n: int, order: str) -> Run:
     name = "threshold" if method == "threshold" else "method_parameter"
-    settings = Settings(tile_queries=m, tile_keys=n, order=order, method=method, **{name: strength})
+    given: dict[str, Any] = {name: strength}
+    settings = Settings(tile_queries=m, tile_keys=n, order=order, method=method, **given)
     plan = build_plan(q, k, settings, LAYOUT)
     return Run(method, functools.partial(sparse_attention, q, k, v, settings, LAYOUT),
                functools.partial(relative_error, expected=dense), WRONG,

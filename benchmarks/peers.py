@@ -136,10 +136,11 @@ def sol(q, k, v, tau: float, dense: torch.Tensor | None = None, tokens: torch.Te
 
         return relative_error(out[:, :, :1], reference(*(x[:, :, :1] for x in (q_, k_, v_)), tau=tau))
 
-    def by_dense(out) -> float:
+    def by_dense(dense: torch.Tensor, out) -> float:
         return relative_error(out, in_order(dense, tokens).transpose(1, 2))
 
-    return Run("sol_attn", lambda: sol_attn(q_, k_, v_, tau=tau), by_reference if dense is None else by_dense,
+    judged = by_reference if dense is None else functools.partial(by_dense, dense)
+    return Run("sol_attn", lambda: sol_attn(q_, k_, v_, tau=tau), judged,
                SOL_TOLERANCE if dense is None else 1.0,
                {"M": SOL_BLOCK, "N": SOL_BLOCK, "threshold": tau, "density": float(sol_density(q_, k_, tau))})
 

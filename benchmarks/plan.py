@@ -104,13 +104,13 @@ def make_lists(call: Call, plan):
     As an attention call makes them: with the lists, of the last launch's heads; where the attention kernel
     lists single keys itself, alone.
     """
-    shape = plan.bits.shape[:2]
+    batch, heads = plan.bits.shape[:2]
     boxes = boxes_for(call)
     if boxes is None and registry.on_device(plan.bits.device, Settings()).backend.name == "hopper":
         from fgattn.backends.hopper.lister import Counts
 
-        return Counts(plan, *shape).listed, 0
-    lists = Lists(plan, *shape, boxes)
+        return Counts(plan, batch, heads).listed, 0
+    lists = Lists(plan, batch, heads, boxes)
     *_, (_, first, number) = lists.launches()
     return lists.listed[:number], first
 

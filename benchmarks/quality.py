@@ -104,7 +104,8 @@ def recorded_calls(seed: int = 1) -> dict[tuple[int, int], tuple[torch.Tensor, .
     model = load_model().to("cuda", torch.bfloat16)
     noise = torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(seed)).cuda()
     context = conditioning(seed).cuda().to(torch.bfloat16)
-    sigmas, x, calls = schedule(20), noise, {}
+    sigmas, x = schedule(20), noise
+    calls: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
     for step, (sigma, following) in enumerate(pairwise(sigmas)):
         recorder = Recorder()
         time = torch.full((1,), 1000 * sigma, device="cuda")

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
-from fgattn import Settings, attend, build_plan
+from fgattn import Settings, SparsePlan, attend, build_plan
 from fgattn.demo.generate import generate, psnr
 from fgattn.demo.model import CHANNELS
 from fgattn.demo.quantise import load_model
@@ -54,11 +54,11 @@ class Aged(Engine):
 
     def __init__(self, settings: Settings):
         super().__init__(settings, Policy())
-        self.plans = defaultdict(list)  # block -> plan of each step
+        self.plans: dict[int | None, list[SparsePlan]] = defaultdict(list)  # by block, of each step
         self.errors: dict[int, list[torch.Tensor]] = defaultdict(list)  # by age
         self.densities: dict[int, list[torch.Tensor]] = defaultdict(list)
 
-    def attention(self, q, k, v, *, layout, dense, block):
+    def attention(self, q, k, v, *, layout, dense, block=None, branch=None, scale=None):
         out, made = dense(), self.plans[block]
         made.append(build_plan(q, k, self.settings, layout))
         if len(made) > WARMUP + max(AGES):

@@ -7,10 +7,12 @@ no time. Nothing that goes wrong in one case stops the others.
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from . import targets
 from .measure import machine, milliseconds, short, write
@@ -30,10 +32,10 @@ class Run:
     """
 
     name: str
-    call: Callable[[], object] | None = None
-    error: Callable[[object], float] | None = None
+    call: Callable[[], Any] = lambda: None
+    error: Callable[[Any], float] = lambda out: math.inf
     tolerance: float = 0.0
-    columns: dict[str, object] = field(default_factory=dict)
+    columns: dict[str, Any] = field(default_factory=dict)
     missing: str | None = None
 
 
@@ -47,20 +49,21 @@ class Case:
         figures: more columns from a timed row.
     """
 
-    columns: dict[str, object]
+    columns: dict[str, Any]
     make: Callable[[], list[Run]]
     repeats: int = 20
     warmup: int = 3
     figures: Callable[[dict], dict] = lambda row: {}
 
 
-def rows_of(case: Case, clock=milliseconds) -> list[dict[str, object]]:
+def rows_of(case: Case, clock=milliseconds) -> list[dict[str, Any]]:
     """One row per run: measured, or withheld with the reason."""
     try:
         runs = case.make()
     except Exception as failure:
         return [{**case.columns, "status": _withheld(failure)}]
-    rows, timed = [], []
+    rows: list[dict[str, Any]] = []
+    timed: list[tuple[Run, dict[str, Any]]] = []
     for run in runs:
         row = {**case.columns, "impl": run.name, **run.columns, **_judged(run)}
         rows.append(row)
@@ -92,7 +95,8 @@ def run(name: str, sources: Iterable[Callable], quick: bool, folder: Path, commi
 
     A source is a function of `quick` that yields cases, or rows that it has measured and checked itself.
     """
-    where, rows = machine(commit), []
+    where = machine(commit)
+    rows: list[dict[str, Any]] = []
     for item in (item for source in sources for item in _items(source, quick)):
         found = rows_of(item) if isinstance(item, Case) else [{"status": MEASURED, **item}]
         rows += found
@@ -113,7 +117,7 @@ def _items(source: Callable, quick: bool) -> Iterator:
         yield {"case": source.__module__.rpartition(".")[2], "status": _withheld(failure)}
 
 
-def _judged(run: Run) -> dict[str, object]:
+def _judged(run: Run) -> dict[str, Any]:
     if run.missing:
         return {"status": run.missing}
     try:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-Row = dict[str, object]
+Row = dict[str, Any]
 MEASURED = "measured"
 OURS = "hopper"  # the kernel that the targets speak of
 
@@ -148,8 +148,8 @@ def means(rows: Iterable[Row], by: str) -> dict[object, tuple[float, float]]:
     groups: dict[object, list[Row]] = {}
     for row in rows:
         groups.setdefault(row[by], []).append(row)
-    return {key: tuple(geometric_mean([row[column] for row in group]) for column in ("error", "ms"))
-            for key, group in groups.items()}
+    return {key: (geometric_mean([row["error"] for row in group]),
+                  geometric_mean([row["ms"] for row in group])) for key, group in groups.items()}
 
 
 def nearer_frames(rows: list[Row]) -> list[float]:

@@ -26,6 +26,7 @@ load("fgattn", ROOT / "fgattn")
 load("benchmarks", ROOT / "benchmarks")
 load("makers", ROOT / "tests" / "makers.py")
 load("calls", ROOT / "tests" / "calls.py")
+load("tiers", ROOT / "tests" / "tiers.py")
 pages = load("pages", ROOT / "tests" / "pages.py")
 torch.set_num_threads(1)  # the tensors are small; threads would only wait for each other
 

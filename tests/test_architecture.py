@@ -217,6 +217,13 @@ def test_requirements_are_one_list():
     assert re.findall(r'"(.+?)"', listed[1]) == (ROOT / "requirements.txt").read_text().splitlines()
 
 
+def test_one_version_of_ruff():
+    """What is formatted on commit must pass in continuous integration."""
+    hook = re.search(r"ruff-pre-commit\n +rev: v(\S+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    pinned = re.search(r"^ruff==(\S+)", (ROOT / "requirements-dev.txt").read_text(), re.M)
+    assert hook[1] == pinned[1]
+
+
 def tracked():
     """Text files of the repository."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]

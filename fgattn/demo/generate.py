@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 
-from ..runs.engine import Engine
 from ..runs.stats import RunReport
 from .model import VideoTransformer
 
 SHIFT = 8.0  # moves the schedule towards high noise
 GUIDANCE = 3.0
+
+
+class Sampled(Protocol):
+    """What a generation calls: an engine, or what benchmarks put in its place."""
+
+    def begin_run(self, sigmas: Sequence[float], full_noise: bool, device: torch.device) -> None: ...
+
+    def begin_evaluation(self, sigma: float) -> None: ...
+
+    def end_run(self) -> Any:  # an engine's RunReport
+        ...
 
 
 def schedule(steps: int) -> list[float]:
@@ -22,7 +33,7 @@ def schedule(steps: int) -> list[float]:
 
 @torch.no_grad()
 def generate(
-    model: VideoTransformer, noise: torch.Tensor, context: torch.Tensor, engine: Engine, steps: int,
+    model: VideoTransformer, noise: torch.Tensor, context: torch.Tensor, engine: Sampled, steps: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[torch.Tensor, RunReport]:
     """Turn noise into a latent video; the report tells what the engine did.

@@ -66,7 +66,8 @@ class Block(nn.Module):
         q, k, v = self.self_attn.project(y, y)
         y = self_attention(rotate(q, *rotation), rotate(k, *rotation), v)
         x = x + self.self_attn.merge(y) * gate1
-        y = functional.scaled_dot_product_attention(*self.cross_attn.project(self.norm3(x), text))
+        q, k, v = self.cross_attn.project(self.norm3(x), text)
+        y = functional.scaled_dot_product_attention(q, k, v)
         x = x + self.cross_attn.merge(y)
         return x + self.ffn(self.norm2(x) * (1 + scale2) + shift2) * gate2
 

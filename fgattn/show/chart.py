@@ -40,6 +40,8 @@ LEGEND = ((WARM_UP, "warm-up"), (DENSE, "dense"), (SPARSE, "sparse"), (REUSED, "
           (PLANNING, "planning"), (REST, "rest of the step"), (REQUESTED, "density requested"),
           (EXECUTED, "executed on top"))
 
+Box = tuple[float, float, float, float]  # left, right, top, bottom
+
 
 def draw(reports: Sequence[tuple[str, RunReport]]) -> Image.Image:
     """A chart of named runs, one below the other, with one time scale. RGB, 900 px wide."""
@@ -123,7 +125,7 @@ def _draw_run(pen, top: int, name: str, report: RunReport, limit: float) -> None
     _draw_blocks(pen, (right + GAP, WIDTH - MARGIN, top + PANEL_TOP, top + PANEL_BOTTOM), report)
 
 
-def _draw_steps(pen, box, steps: Sequence[StepReport], limit: float) -> None:
+def _draw_steps(pen, box: Box, steps: Sequence[StepReport], limit: float) -> None:
     if not steps:
         return _draw_nothing(pen, box, "no step was timed")
     unit, scale = ("s", 1e3) if limit >= 2e3 else ("ms", 1.0)
@@ -143,7 +145,7 @@ def _draw_steps(pen, box, steps: Sequence[StepReport], limit: float) -> None:
                 free = x + half + 6
 
 
-def _draw_blocks(pen, box, report: RunReport) -> None:
+def _draw_blocks(pen, box: Box, report: RunReport) -> None:
     if not report.blocks:
         return _draw_nothing(pen, box, "no sparse call")
     blocks = report.blocks

@@ -52,8 +52,9 @@ def draw_map(found: TileMap, head: int, title: str, note: str) -> Image.Image:
             pen.text((x + width * size, y + LABEL - 5), share, FAINT, font(12), anchor="rs")
         image.paste(_tokens(frames[:, i], size), (x, y + LABEL))
     others = layout.front + layout.back - len(layout.absent)
-    legend = [(OWN, f"the tile: {own.sum()} queries"), (COMPUTED, "keys that it computes"),
-              (SKIPPED, "keys that it skips")]
+    legend: list[tuple[str | None, str]] = [
+        (OWN, f"the tile: {own.sum()} queries"), (COMPUTED, "keys that it computes"),
+        (SKIPPED, "keys that it skips")]
     if others:
         share = (computed[: layout.front].sum() + computed[video.stop:].sum()) / others
         legend.append((None, f"{percent(share)} of {others} text or reference tokens computed"))
@@ -179,7 +180,8 @@ def _ramp(share: float) -> tuple[int, int, int]:
     at = min(max(share, 0.0), 1.0) * (len(RAMP) - 1)
     low = min(int(at), len(RAMP) - 2)
     pair = [np.array(ImageColor.getrgb(c)) for c in RAMP[low: low + 2]]
-    return tuple(int(n) for n in pair[0] + (pair[1] - pair[0]) * (at - low))
+    red, green, blue = (int(n) for n in pair[0] + (pair[1] - pair[0]) * (at - low))
+    return red, green, blue
 
 
 def _between(value: int, limits: tuple[int, int]) -> int:

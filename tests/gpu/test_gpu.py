@@ -11,15 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from calls import INFINITE_BOUND, plan_calls
-from fgattn import (
-    Settings,
-    TokenLayout,
-    attend,
-    build_plan,
-    plan_from_mask,
-    reference,
-    sparse_attention,
-)
+from fgattn import Settings, TokenLayout, attend, build_plan, plan_from_mask, reference, sparse_attention
 from fgattn.backends import hopper, registry
 from fgattn.backends.hopper.boxes import boxes_for
 from fgattn.call import Call

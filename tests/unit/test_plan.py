@@ -6,15 +6,7 @@ import itertools
 
 import pytest
 import torch
-from fgattn import (
-    InvalidArgument,
-    Settings,
-    TokenLayout,
-    Unsupported,
-    attend,
-    build_plan,
-    plan_from_mask,
-)
+from fgattn import InvalidArgument, Settings, TokenLayout, Unsupported, attend, build_plan, plan_from_mask
 from fgattn.settings import TILE_KEYS, TILE_QUERIES
 from makers import executed_mask, in_memory_order, random_mask, random_valid
 from makers import tensors as make
