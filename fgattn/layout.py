@@ -90,7 +90,7 @@ class Geometry:
     host_tokens: np.ndarray
     grid: tuple[int, int, int]
     rows: tuple[int, int]
-    _tables: dict[Hashable, object] = field(default_factory=dict)
+    _tables: dict[Hashable, object] = field(default_factory=dict, init=False)  # of this geometry alone
 
     def table(self, name: Hashable, build: Callable[[], T]) -> T:
         """Something that follows from this geometry alone, built once under this name.
