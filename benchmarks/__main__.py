@@ -13,8 +13,9 @@ from .registry import REGISTRY
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="+", choices=[*REGISTRY, "report"], metavar="name")
     parser.add_argument("--quick", action="store_true", help="fewer settings, seeds and peers")
     parser.add_argument("--out", type=Path, default=measure.RESULTS, help="folder of the CSV files")

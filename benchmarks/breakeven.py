@@ -23,7 +23,13 @@ from .runner import Case, Run
 from .shapes import Shape, for_density, random_qkv
 
 GRIDS = (  # 1 000 to 32 760 tokens
-    (5, 10, 20), (5, 20, 20), (5, 20, 40), (10, 20, 40), (20, 20, 40), (21, 30, 52))
+    (5, 10, 20),
+    (5, 20, 20),
+    (5, 20, 40),
+    (10, 20, 40),
+    (20, 20, 40),
+    (21, 30, 52),
+)
 HEADS = {128: (12, 24, 40), 64: (32,)}  # by head size
 DENSITIES = (0.1, 0.3, 0.6)
 SINGLE_KEYS_HEADS = 24
@@ -35,15 +41,26 @@ def cases(quick: bool) -> Iterator[Case]:
         for heads in counts[-1:] if quick else counts:
             for grid in GRIDS[1:4] if quick else GRIDS:
                 shape = Shape(f"{grid}, {heads} heads", grid, heads)
-                yield Case({"case": "break-even", "L": shape.length, "heads": heads, "D": dim},
-                           functools.partial(runs, shape, dim), repeats=7, warmup=1)
+                yield Case(
+                    {"case": "break-even", "L": shape.length, "heads": heads, "D": dim},
+                    functools.partial(runs, shape, dim),
+                    repeats=7,
+                    warmup=1,
+                )
 
 
 def runs(shape: Shape, dim: int) -> list[Run]:
     q, k, v = random_qkv(shape, dim)
     dense = peers.cudnn(q, k, v)
-    result = [Run(dense.name, dense.call, dense.error, dense.tolerance,
-                  {**dense.columns, "host_ms": host_milliseconds(dense.call)})]
+    result = [
+        Run(
+            dense.name,
+            dense.call,
+            dense.error,
+            dense.tolerance,
+            {**dense.columns, "host_ms": host_milliseconds(dense.call)},
+        )
+    ]
     for n in (16, 1) if dim == 128 and shape.heads == SINGLE_KEYS_HEADS else (16,):
         for density in DENSITIES:
             try:
@@ -66,14 +83,31 @@ def sparse(q, k, v, settings: Settings, shape: Shape) -> Run:
         return engine.attention(q, k, v, layout=shape.layout, dense=never, block=0)
 
     def error(out) -> float:
-        return sampled_error(q, k, v, out, plan.tile_rows,
-                             lambda head, tile: plan.kept_keys(0, slice(head, head + 1))[0, tile],
-                             plan.geometry, tail_of(q, k, v, plan))
+        return sampled_error(
+            q,
+            k,
+            v,
+            out,
+            plan.tile_rows,
+            lambda head, tile: plan.kept_keys(0, slice(head, head + 1))[0, tile],
+            plan.geometry,
+            tail_of(q, k, v, plan),
+        )
 
     density = float(plan.executed_density)
-    return Run("fgattn", call, error, peers.TOLERANCE,
-               {"M": settings.tile_queries, "N": settings.tile_keys, "threshold": settings.threshold,
-                "density": density, "host_ms": host_milliseconds(call)})
+    return Run(
+        "fgattn",
+        call,
+        error,
+        peers.TOLERANCE,
+        {
+            "M": settings.tile_queries,
+            "N": settings.tile_keys,
+            "threshold": settings.threshold,
+            "density": density,
+            "host_ms": host_milliseconds(call),
+        },
+    )
 
 
 def host_milliseconds(call: Callable[[], object]) -> float:

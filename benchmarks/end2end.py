@@ -54,9 +54,19 @@ def step_runs(shape: Shape) -> list[Run]:
         return Run(name, functools.partial(no_grad_step, model, attention), error, TOLERANCE, columns)
 
     span = [s.threshold for s in planned.settings]
-    return [run("cudnn", dense, density=1.0),
-            run("fgattn", planned, density=density, M=128, N=16, order="cells",
-                threshold_low=min(span), threshold_high=max(span))]
+    return [
+        run("cudnn", dense, density=1.0),
+        run(
+            "fgattn",
+            planned,
+            density=density,
+            M=128,
+            N=16,
+            order="cells",
+            threshold_low=min(span),
+            threshold_high=max(span),
+        ),
+    ]
 
 
 @torch.no_grad()
@@ -96,10 +106,18 @@ class Planned:
         if self.check:
             self.densities.append(plan.density)
         if self.check and block in CHECKED_BLOCKS:
-            self.errors.append(sampled_error(
-                q, k, v, out, plan.tile_rows,
-                lambda head, tile: plan.kept_keys(0, slice(head, head + 1))[0, tile],
-                plan.geometry, tail_of(q, k, v, plan)))
+            self.errors.append(
+                sampled_error(
+                    q,
+                    k,
+                    v,
+                    out,
+                    plan.tile_rows,
+                    lambda head, tile: plan.kept_keys(0, slice(head, head + 1))[0, tile],
+                    plan.geometry,
+                    tail_of(q, k, v, plan),
+                )
+            )
         return out
 
 
@@ -127,8 +145,9 @@ class Model:
         def random(*size: int, scale: float = 1.0) -> torch.Tensor:
             return scale * torch.randn(*size, generator=generator, device="cuda", dtype=torch.bfloat16)
 
-        self.itself, self.cross = (Attention(*(random(DIM, DIM, scale=DIM**-0.5) for _ in range(4)))
-                                   for _ in range(2))
+        self.itself, self.cross = (
+            Attention(*(random(DIM, DIM, scale=DIM**-0.5) for _ in range(4))) for _ in range(2)
+        )
         self.up, self.down = random(FFN, DIM, scale=DIM**-0.5), random(DIM, FFN, scale=FFN**-0.5)
         self.modulation = random(6, DIM, scale=0.1)
         self.x, self.text = random(1, shape.length, DIM), random(1, TEXT, DIM)
@@ -155,10 +174,13 @@ def rotation(shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines [L, 1, D/2] in fp32 of a rotary embedding over (t, h, w)."""
     half = DIM // HEADS // 2
     parts = half - 2 * (half // 3), half // 3, half // 3
-    places = torch.meshgrid(*(torch.arange(n, device="cuda", dtype=torch.float32) for n in shape.grid),
-                            indexing="ij")
-    angles = [place.flatten()[:, None] * 10000.0 ** (-torch.arange(n, device="cuda") / n)
-              for place, n in zip(places, parts, strict=True)]
+    places = torch.meshgrid(
+        *(torch.arange(n, device="cuda", dtype=torch.float32) for n in shape.grid), indexing="ij"
+    )
+    angles = [
+        place.flatten()[:, None] * 10000.0 ** (-torch.arange(n, device="cuda") / n)
+        for place, n in zip(places, parts, strict=True)
+    ]
     angle = torch.cat(angles, 1)[:, None]
     return angle.cos(), angle.sin()
 

@@ -126,13 +126,17 @@ def ways() -> Iterator[tuple[dict[str, object], Way]]:
     yield {"impl": "cudnn"}, dense
     for m, n, threshold in SETTINGS:
         settings = Settings(threshold=threshold, tile_queries=m, tile_keys=n)
-        yield ({"impl": "fgattn", "M": m, "N": n, "order": settings.order, "threshold": threshold},
-               functools.partial(ours, settings=settings))
+        yield (
+            {"impl": "fgattn", "M": m, "N": n, "order": settings.order, "threshold": threshold},
+            functools.partial(ours, settings=settings),
+        )
     cells = geometry(LAYOUT, "cells", LAYOUT.length, torch.device("cuda")).key_tokens
     for order, tokens in (("raster", None), ("cells", cells)):
         for tau in SOL_TAUS:
-            yield ({"impl": "sol_attn", "M": SOL_BLOCK, "N": SOL_BLOCK, "order": order, "threshold": tau},
-                   functools.partial(sol, tau=tau, tokens=tokens))
+            yield (
+                {"impl": "sol_attn", "M": SOL_BLOCK, "N": SOL_BLOCK, "order": order, "threshold": tau},
+                functools.partial(sol, tau=tau, tokens=tokens),
+            )
 
 
 def warm_up(way: Way) -> None:

@@ -35,8 +35,10 @@ def cases(quick: bool) -> Iterator[Case]:
         flop = 4 * shape.length**2 * dim * shape.heads
         return Case(
             {"case": name, "D": dim, "L": shape.length, "heads": shape.heads, **columns},
-            functools.partial(make, shape, dim, *args), repeats,
-            figures=lambda row: {"tflops": flop * row["density"] / row["ms"] / 1e9})
+            functools.partial(make, shape, dim, *args),
+            repeats,
+            figures=lambda row: {"tflops": flop * row["density"] / row["ms"] / 1e9},
+        )
 
     for m in (128, 64):
         for n in (1, 8, 16, 32, 64, 128) if quick else TILE_KEYS:
@@ -46,8 +48,9 @@ def cases(quick: bool) -> Iterator[Case]:
         yield case("random lists", random_lists, 128, n, DENSITY, impls, dim=64, M=128, N=n)
     for density in (0.1, 0.05):
         yield case("random lists", random_lists, 128, 16, density, ours, M=128, N=16)
-    yield case("random lists", random_lists, 128, 16, DENSITY, ours[:1], shape=LARGE_720P, repeats=5,
-               M=128, N=16)
+    yield case(
+        "random lists", random_lists, 128, 16, DENSITY, ours[:1], shape=LARGE_720P, repeats=5, M=128, N=16
+    )
     yield case("all keys", all_keys, ours, () if quick else (peers.flash, peers.fa4))
     yield case("skewed lists", skewed_lists, ours[0])
     yield case("given tail", given_tail, ours[0])
@@ -67,10 +70,14 @@ def random_lists(shape: Shape, dim: int, m: int, n: int, density: float, impls: 
 
 def all_keys(shape: Shape, dim: int, impls: list[str], others) -> list[Run]:
     q, k, v = random_qkv(shape, dim)
-    mask = torch.ones(shape.heads, -(-shape.length // 128), -(-shape.length // 16), dtype=torch.bool,
-                      device="cuda")
-    return [peers.cudnn(q, k, v), *(ours(q, k, v, mask, 128, 16, impl) for impl in impls),
-            *(other(q, k, v) for other in others)]
+    mask = torch.ones(
+        shape.heads, -(-shape.length // 128), -(-shape.length // 16), dtype=torch.bool, device="cuda"
+    )
+    return [
+        peers.cudnn(q, k, v),
+        *(ours(q, k, v, mask, 128, 16, impl) for impl in impls),
+        *(other(q, k, v) for other in others),
+    ]
 
 
 def skewed_lists(shape: Shape, dim: int, impl: str) -> list[Run]:
@@ -85,8 +92,10 @@ def skewed_lists(shape: Shape, dim: int, impl: str) -> list[Run]:
     counts = (counts * (even.sum() / counts.sum())).round().long().view(heads, tiles)
     order = torch.rand(heads, tiles, slices, device="cuda").argsort(-1).argsort(-1)
     skewed = order < counts[..., None]
-    return [ours(q, k, v, even, 128, 16, impl, name=f"{impl}, even"),
-            ours(q, k, v, skewed, 128, 16, impl, name=f"{impl}, {SPREAD}:1")]
+    return [
+        ours(q, k, v, even, 128, 16, impl, name=f"{impl}, even"),
+        ours(q, k, v, skewed, 128, 16, impl, name=f"{impl}, {SPREAD}:1"),
+    ]
 
 
 def given_tail(shape: Shape, dim: int, impl: str) -> list[Run]:
@@ -101,8 +110,10 @@ def given_tail(shape: Shape, dim: int, impl: str) -> list[Run]:
         backend.attend(Call.under(plan, q, k, v), plan, tail, out)
         return out
 
-    return [ours(q, k, v, mask, 128, 16, impl, name=f"{impl}, no tail", call=lambda: call(None)),
-            ours(q, k, v, mask, 128, 16, impl, name=f"{impl}, tail", call=lambda: call(tail), tail=tail)]
+    return [
+        ours(q, k, v, mask, 128, 16, impl, name=f"{impl}, no tail", call=lambda: call(None)),
+        ours(q, k, v, mask, 128, 16, impl, name=f"{impl}, tail", call=lambda: call(tail), tail=tail),
+    ]
 
 
 def addressing(shape: Shape, dim: int, impl: str) -> list[Run]:
@@ -110,10 +121,15 @@ def addressing(shape: Shape, dim: int, impl: str) -> list[Run]:
     q, k, v = random_qkv(shape, dim)
     mask = random_mask(shape, 128, 16, DENSITY)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    return [ours(q_, k_, v_, mask, 128, 16, impl, name=f"{impl}, {name}", layout=shape.layout, order=order)
-            for name, (q_, k_, v_), order in (
-                ("contiguous raster", (q, k, v), "raster"), ("BLHD", strided, "raster"),
-                ("cells", (q, k, v), "cells"), ("BLHD cells", strided, "cells"))]
+    return [
+        ours(q_, k_, v_, mask, 128, 16, impl, name=f"{impl}, {name}", layout=shape.layout, order=order)
+        for name, (q_, k_, v_), order in (
+            ("contiguous raster", (q, k, v), "raster"),
+            ("BLHD", strided, "raster"),
+            ("cells", (q, k, v), "cells"),
+            ("BLHD cells", strided, "cells"),
+        )
+    ]
 
 
 def block_sparse(shape: Shape, dim: int, m: int, n: int, impl: str) -> list[Run]:
@@ -131,28 +147,56 @@ def block_sparse(shape: Shape, dim: int, m: int, n: int, impl: str) -> list[Run]
 def sol(shape: Shape, dim: int, tau: float, density: float, impl: str) -> list[Run]:
     """`sol_attn` at the threshold that gives a density on random tensors, ours at the same block size."""
     q, k, v = random_qkv(shape, dim)
-    return [peers.cudnn(q, k, v), ours(q, k, v, random_mask(shape, 64, 64, density), 64, 64, impl),
-            peers.sol(q, k, v, tau)]
+    return [
+        peers.cudnn(q, k, v),
+        ours(q, k, v, random_mask(shape, 64, 64, density), 64, 64, impl),
+        peers.sol(q, k, v, tau),
+    ]
 
 
-def ours(q, k, v, mask, m: int, n: int, impl: str, name: str = "", call=None, tail=None,
-         layout: TokenLayout | None = None, order: str = "raster") -> Run:
+def ours(
+    q,
+    k,
+    v,
+    mask,
+    m: int,
+    n: int,
+    impl: str,
+    name: str = "",
+    call=None,
+    tail=None,
+    layout: TokenLayout | None = None,
+    order: str = "raster",
+) -> Run:
     """One of our kernels on a mask [H, tiles, slices], checked against that mask."""
     length = k.shape[2]
     plan = plan_from_mask(mask, m, n, query_length=length, key_length=length, layout=layout, order=order)
 
     def error(out) -> float:
         return sampled_error(
-            q, k, v, out, m, lambda head, tile: mask[head, tile].repeat_interleave(n)[:length],
-            plan.geometry, tail)
+            q,
+            k,
+            v,
+            out,
+            m,
+            lambda head, tile: mask[head, tile].repeat_interleave(n)[:length],
+            plan.geometry,
+            tail,
+        )
 
-    return Run(name or impl, call or functools.partial(attend, q, k, v, plan, impl=impl), error,
-               peers.TOLERANCE, {"M": m, "N": n, "density": float(plan.density)})
+    return Run(
+        name or impl,
+        call or functools.partial(attend, q, k, v, plan, impl=impl),
+        error,
+        peers.TOLERANCE,
+        {"M": m, "N": n, "density": float(plan.density)},
+    )
 
 
 def random_mask(shape: Shape, m: int, n: int, density: float) -> torch.Tensor:
     """Exactly the same number of random slices in every tile, [H, tiles, slices]."""
     generator = torch.Generator("cuda").manual_seed(1)
-    scores = torch.rand(shape.heads, -(-shape.length // m), -(-shape.length // n), generator=generator,
-                        device="cuda")
+    scores = torch.rand(
+        shape.heads, -(-shape.length // m), -(-shape.length // n), generator=generator, device="cuda"
+    )
     return scores <= scores.kthvalue(max(1, round(density * scores.shape[2])), dim=2, keepdim=True).values

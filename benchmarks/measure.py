@@ -51,8 +51,11 @@ def milliseconds(*runs: Callable[[], object], repeats: int = 20, warmup: int = 3
 
 def quantiles(times: list[float]) -> dict[str, float]:
     """Columns of a list of times in ms."""
-    low, median, high = torch.tensor(times, dtype=torch.float64).quantile(
-        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    low, median, high = (
+        torch.tensor(times, dtype=torch.float64)
+        .quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+        .tolist()
+    )
     return {"ms": median, "ms_p20": low, "ms_p80": high}
 
 
@@ -85,7 +88,7 @@ def sampled_error(q, k, v, out, rows: int, kept=None, geometry=None, tail=None) 
             pooled, total = (x[0, head, position // CELL].double() for x in tail)
             scores = torch.cat((scores, total[:, None]), 1)
         weights = scores.softmax(1)
-        expected = weights[:, :len(keys)] @ v[0, head, keys].double()
+        expected = weights[:, : len(keys)] @ v[0, head, keys].double()
         if tail is not None:
             expected += weights[:, -1:] * pooled
         errors.append(relative_error(out[0, head, query_tokens[position]], expected))
@@ -95,8 +98,11 @@ def sampled_error(q, k, v, out, rows: int, kept=None, geometry=None, tail=None) 
 def machine(commit: str) -> dict[str, str]:
     """What a figure needs beside it to mean something."""
     return {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "python": platform.python_version(), "date": datetime.date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
         "commit": commit,
     }
 
@@ -104,8 +110,9 @@ def machine(commit: str) -> dict[str, str]:
 def checked_out() -> str:
     """Commit of this checkout, "unknown" outside git."""
     try:
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent,
-                               capture_output=True, text=True)
+        found = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True
+        )
     except OSError:
         return "unknown"
     return found.stdout.strip() or "unknown"

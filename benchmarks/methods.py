@@ -19,18 +19,31 @@ from .runner import Case, Run
 
 SEED = 2
 FINE = (128, 16, "cells")
-PUBLISHED = {"top_k": (64, 64, "raster"), "sol": (64, 64, "raster"), "hierarchical": (128, 128, "hilbert"),
-             "radial": (128, 128, "raster")}
-STRENGTHS = {"threshold": (0.7, 1.0, 1.5, 2.0), "top_k": (0.1, 0.2, 0.3, 0.4), "sol": (0.7, 1.0, 1.3, 1.7),
-             "hierarchical": (0.1, 0.2, 0.3, 0.4), "radial": (0.1, 0.2, 0.5, 1.0)}
+PUBLISHED = {
+    "top_k": (64, 64, "raster"),
+    "sol": (64, 64, "raster"),
+    "hierarchical": (128, 128, "hilbert"),
+    "radial": (128, 128, "raster"),
+}
+STRENGTHS = {
+    "threshold": (0.7, 1.0, 1.5, 2.0),
+    "top_k": (0.1, 0.2, 0.3, 0.4),
+    "sol": (0.7, 1.0, 1.3, 1.7),
+    "hierarchical": (0.1, 0.2, 0.3, 0.4),
+    "radial": (0.1, 0.2, 0.5, 1.0),
+}
 
 
 def cases(quick: bool) -> Iterator[Case]:
     """One case per (step, block)."""
     for number, ((step, block), qkv) in enumerate(recorded_calls(SEED).items()):
         if not quick or number == 4:
-            yield Case({"case": "methods", "seed": SEED, "step": step, "block": block, "L": LAYOUT.length},
-                       functools.partial(runs, qkv, quick), repeats=3, warmup=1)
+            yield Case(
+                {"case": "methods", "seed": SEED, "step": step, "block": block, "L": LAYOUT.length},
+                functools.partial(runs, qkv, quick),
+                repeats=3,
+                warmup=1,
+            )
 
 
 def runs(qkv, quick: bool) -> list[Run]:
@@ -50,7 +63,17 @@ def run(q, k, v, dense, method: str, strength: float, m: int, n: int, order: str
     given: dict[str, Any] = {name: strength}
     settings = Settings(tile_queries=m, tile_keys=n, order=order, method=method, **given)
     plan = build_plan(q, k, settings, LAYOUT)
-    return Run(method, functools.partial(sparse_attention, q, k, v, settings, LAYOUT),
-               functools.partial(relative_error, expected=dense), WRONG,
-               {"M": m, "N": n, "order": order, "strength": strength, "density": float(plan.density),
-                "executed_density": float(plan.executed_density)})
+    return Run(
+        method,
+        functools.partial(sparse_attention, q, k, v, settings, LAYOUT),
+        functools.partial(relative_error, expected=dense),
+        WRONG,
+        {
+            "M": m,
+            "N": n,
+            "order": order,
+            "strength": strength,
+            "density": float(plan.density),
+            "executed_density": float(plan.executed_density),
+        },
+    )

@@ -24,6 +24,7 @@ WORKSPACE_BYTES = 512 << 20
 
 def peer(name: str):
     """A peer that is not installed, or does not run here, becomes a row that says so."""
+
     def decorate(build: Callable[..., Run]):
         @functools.wraps(build)
         def guarded(*args, **kwargs) -> Run:
@@ -32,14 +33,21 @@ def peer(name: str):
             except ImportError as error:
                 return Run(name, missing=f"not installed: {error}")
             except Exception as error:
-                return Run(name, missing=" ".join(
-                    f"withheld: does not run here: {type(error).__name__}: {error}".split())[:160])
+                return Run(
+                    name,
+                    missing=" ".join(f"withheld: does not run here: {type(error).__name__}: {error}".split())[
+                        :160
+                    ],
+                )
+
         return guarded
+
     return decorate
 
 
 def sdpa(q, k, v, backend: SDPBackend, name: str) -> Run:
     """PyTorch's dense attention."""
+
     def call():
         with sdpa_kernel(backend):
             return scaled_dot_product_attention(q, k, v)
@@ -63,12 +71,17 @@ def flex(q, k, v, mask: torch.Tensor, block: int) -> Run:
 
     counts, columns = _listed(mask[None])
     blocks = BlockMask.from_kv_blocks(
-        torch.zeros_like(counts), torch.zeros_like(columns), counts, columns, BLOCK_SIZE=(block, block),
-        seq_lengths=(q.shape[2], k.shape[2]))
+        torch.zeros_like(counts),
+        torch.zeros_like(columns),
+        counts,
+        columns,
+        BLOCK_SIZE=(block, block),
+        seq_lengths=(q.shape[2], k.shape[2]),
+    )
     compiled = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
     return _block_sparse(
-        "flexattention", q, k, v, mask, block, block,
-        lambda: compiled(q, k, v, block_mask=blocks))
+        "flexattention", q, k, v, mask, block, block, lambda: compiled(q, k, v, block_mask=blocks)
+    )
 
 
 @peer("flashattention-4")
@@ -81,8 +94,9 @@ def fa4(q, k, v) -> Run:
     def call():
         return _only_output(flash_attn_func(q_, k_, v_)).transpose(1, 2)
 
-    return Run("flashattention-4", call, lambda out: sampled_error(q, k, v, out, 128), TOLERANCE,
-               {"density": 1.0})
+    return Run(
+        "flashattention-4", call, lambda out: sampled_error(q, k, v, out, 128), TOLERANCE, {"density": 1.0}
+    )
 
 
 @peer("flashattention-4")
@@ -92,12 +106,20 @@ def fa4_sparse(q, k, v, mask: torch.Tensor, rows: int, keys: int) -> Run:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
     counts, columns = _listed(mask[None])
-    blocks = BlockSparseTensorsTorch(torch.zeros_like(counts), torch.zeros_like(columns), counts, columns,
-                                     block_size=(rows, keys))
+    blocks = BlockSparseTensorsTorch(
+        torch.zeros_like(counts), torch.zeros_like(columns), counts, columns, block_size=(rows, keys)
+    )
     q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
     return _block_sparse(
-        "flashattention-4", q, k, v, mask, rows, keys,
-        lambda: _only_output(flash_attn_func(q_, k_, v_, block_sparse_tensors=blocks)).transpose(1, 2))
+        "flashattention-4",
+        q,
+        k,
+        v,
+        mask,
+        rows,
+        keys,
+        lambda: _only_output(flash_attn_func(q_, k_, v_, block_sparse_tensors=blocks)).transpose(1, 2),
+    )
 
 
 @peer("flashinfer")
@@ -107,7 +129,8 @@ def flashinfer(q, k, v, mask: torch.Tensor, rows: int, keys: int) -> Run:
 
     heads, length, dim = q.shape[1:]
     wrapper = VariableBlockSparseAttentionWrapper(
-        torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=q.device))
+        torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)
+    )
 
     def sizes(width: int) -> torch.Tensor:
         full = torch.full((heads, -(-length // width)), width, dtype=torch.int32, device=q.device)
@@ -140,9 +163,13 @@ def sol(q, k, v, tau: float, dense: torch.Tensor | None = None, tokens: torch.Te
         return relative_error(out, in_order(dense, tokens).transpose(1, 2))
 
     judged = by_reference if dense is None else functools.partial(by_dense, dense)
-    return Run("sol_attn", lambda: sol_attn(q_, k_, v_, tau=tau), judged,
-               SOL_TOLERANCE if dense is None else 1.0,
-               {"M": SOL_BLOCK, "N": SOL_BLOCK, "threshold": tau, "density": float(sol_density(q_, k_, tau))})
+    return Run(
+        "sol_attn",
+        lambda: sol_attn(q_, k_, v_, tau=tau),
+        judged,
+        SOL_TOLERANCE if dense is None else 1.0,
+        {"M": SOL_BLOCK, "N": SOL_BLOCK, "threshold": tau, "density": float(sol_density(q_, k_, tau))},
+    )
 
 
 def sol_density(q, k, tau: float) -> torch.Tensor:
@@ -177,8 +204,13 @@ def _block_sparse(name: str, q, k, v, mask, rows: int, keys: int, call) -> Run:
     heights[-1] -= -q.shape[2] % rows
     scores = torch.einsum("htk,t,k->", mask.double(), heights.double(), widths.double()).item()
     density = scores / (mask.shape[0] * q.shape[2] * length)
-    return Run(name, call, lambda out: sampled_error(q, k, v, out, rows, kept), TOLERANCE,
-               {"M": rows, "N": keys, "density": density})
+    return Run(
+        name,
+        call,
+        lambda out: sampled_error(q, k, v, out, rows, kept),
+        TOLERANCE,
+        {"M": rows, "N": keys, "density": density},
+    )
 
 
 def _listed(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

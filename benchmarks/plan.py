@@ -38,8 +38,12 @@ LAYERS, BRANCHES = 40, 2  # of Wan 14B with both conditioning branches
 def cases(quick: bool) -> Iterator[Case]:
     for shape in (SMALL_480P, LARGE_720P):
         columns = {"shape": shape.name, "L": shape.length, "heads": shape.heads, "D": 128}
-        yield Case({"case": "stages", **columns}, functools.partial(stages, shape), 5 if quick else 10,
-                   figures=lambda row: {"share": row["ms"] / row["yardstick_ms"]})
+        yield Case(
+            {"case": "stages", **columns},
+            functools.partial(stages, shape),
+            5 if quick else 10,
+            figures=lambda row: {"share": row["ms"] / row["yardstick_ms"]},
+        )
     for n in (16, 1):
         yield Case({"case": "memory", **columns}, functools.partial(memory, LARGE_720P, n), 3, warmup=1)
 
@@ -52,7 +56,8 @@ def stages(shape: Shape) -> list[Run]:
     error = functools.partial(summary_error, q, k, v, geo)
     runs = [peers.cudnn(q, k, v)] + [
         Run(name, functools.partial(summarise, q, k, x, *rows, second=True), error, ROUNDING)
-        for name, x in (("summarise q, k", None), ("summarise q, k, v", v))]
+        for name, x in (("summarise q, k", None), ("summarise q, k, v", v))
+    ]
     summaries = summarise(q, k, v, *rows)
     backend = registry.on_device(q.device, Settings()).backend
     for n in (16, 1):
@@ -60,13 +65,31 @@ def stages(shape: Shape) -> list[Run]:
         plan = build_plan(q, k, settings, layout)
         columns = {"M": 128, "N": n, "threshold": settings.threshold, "density": float(plan.density)}
         runs += [
-            Run("plan", functools.partial(build_plan, q, k, settings, layout),
-                functools.partial(bits_error, q, k, settings, layout), BITS_TOLERANCE, columns),
-            Run("lists", functools.partial(make_lists, Call.under(plan, q, k, v), plan), functools.partial(lists_error, plan), EXACT,
-                columns),
-            *(Run(name, functools.partial(backend.tail, Call.under(plan, q, k, v), Planned(plan, given)),
-                  functools.partial(tail_error, q, k, v, settings, layout), ROUNDING, columns)
-              for name, given in (("tail", summaries), ("means and tail", None)))]
+            Run(
+                "plan",
+                functools.partial(build_plan, q, k, settings, layout),
+                functools.partial(bits_error, q, k, settings, layout),
+                BITS_TOLERANCE,
+                columns,
+            ),
+            Run(
+                "lists",
+                functools.partial(make_lists, Call.under(plan, q, k, v), plan),
+                functools.partial(lists_error, plan),
+                EXACT,
+                columns,
+            ),
+            *(
+                Run(
+                    name,
+                    functools.partial(backend.tail, Call.under(plan, q, k, v), Planned(plan, given)),
+                    functools.partial(tail_error, q, k, v, settings, layout),
+                    ROUNDING,
+                    columns,
+                )
+                for name, given in (("tail", summaries), ("means and tail", None))
+            ),
+        ]
     return runs
 
 
@@ -88,14 +111,34 @@ def memory(shape: Shape, n: int) -> list[Run]:
     del out
 
     def error(out) -> float:
-        return sampled_error(q, k, v, out, plan.tile_rows,
-                             lambda head, tile: plan.kept_keys(0, slice(head, head + 1))[0, tile],
-                             plan.geometry, tail_of(q, k, v, plan))
+        return sampled_error(
+            q,
+            k,
+            v,
+            out,
+            plan.tile_rows,
+            lambda head, tile: plan.kept_keys(0, slice(head, head + 1))[0, tile],
+            plan.geometry,
+            tail_of(q, k, v, plan),
+        )
 
     call = functools.partial(sparse_attention, q, k, v, settings, shape.layout)
-    return [Run("plan and attend", call, error, peers.TOLERANCE,
-                {"M": 128, "N": n, "threshold": settings.threshold, "density": float(plan.density),
-                 "extra_mb": extra / 1e6, "kept_plans_gb": kept_plans / 1e9})]
+    return [
+        Run(
+            "plan and attend",
+            call,
+            error,
+            peers.TOLERANCE,
+            {
+                "M": 128,
+                "N": n,
+                "threshold": settings.threshold,
+                "density": float(plan.density),
+                "extra_mb": extra / 1e6,
+                "kept_plans_gb": kept_plans / 1e9,
+            },
+        )
+    ]
 
 
 def make_lists(call: Call, plan):

@@ -41,15 +41,24 @@ def draw(curves: Sequence[Curve], title: str, across: str, up: str, x: Axis, y: 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
         f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12" fill="{INK}">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>', _text(LEFT, 24, title, size=14)]
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        _text(LEFT, 24, title, size=14),
+    ]
     for tick in x.ticks:
-        parts += [_line(at_x(tick), TOP, at_x(tick), BOTTOM, RULE),
-                  _text(at_x(tick), BOTTOM + 16, f"{tick:g}", "middle")]
+        parts += [
+            _line(at_x(tick), TOP, at_x(tick), BOTTOM, RULE),
+            _text(at_x(tick), BOTTOM + 16, f"{tick:g}", "middle"),
+        ]
     for tick in y.ticks:
-        parts += [_line(LEFT, at_y(tick), RIGHT, at_y(tick), RULE),
-                  _text(LEFT - 6, at_y(tick) + 4, f"{tick:g}", "end")]
-    parts += [_text((LEFT + RIGHT) / 2, BOTTOM + 36, across, "middle"), _text(LEFT - 44, TOP - 8, up),
-              _text(LEFT, HEIGHT - 8, note, size=10)]
+        parts += [
+            _line(LEFT, at_y(tick), RIGHT, at_y(tick), RULE),
+            _text(LEFT - 6, at_y(tick) + 4, f"{tick:g}", "end"),
+        ]
+    parts += [
+        _text((LEFT + RIGHT) / 2, BOTTOM + 36, across, "middle"),
+        _text(LEFT - 44, TOP - 8, up),
+        _text(LEFT, HEIGHT - 8, note, size=10),
+    ]
     for number, curve in enumerate(curves):
         places = [(at_x(a), at_y(b)) for a, b in curve.points]
         if curve.line:
@@ -58,8 +67,10 @@ def draw(curves: Sequence[Curve], title: str, across: str, up: str, x: Axis, y: 
         parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{curve.colour}"/>' for a, b in places]
         parts += _labels(curve, places, below=bool(number % 2))  # those of neighbours keep apart
         row = TOP + 12 + 22 * number
-        parts += [f'<circle cx="{RIGHT + 22}" cy="{row - 4}" r="4" fill="{curve.colour}"/>',
-                  _text(RIGHT + 34, row, curve.name)]
+        parts += [
+            f'<circle cx="{RIGHT + 22}" cy="{row - 4}" r="4" fill="{curve.colour}"/>',
+            _text(RIGHT + 34, row, curve.name),
+        ]
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -70,8 +81,11 @@ def _labels(curve: Curve, places: Sequence[tuple[float, float]], below: bool) ->
         (a, b), (a0, b0), (a1, b1) = places[i], places[max(i - 1, 0)], places[min(i + 1, len(places) - 1)]
         rises = (a1 - a0) * (b1 - b0) < 0
         left = (rises and not below) or a > RIGHT - 50
-        where = (a, b - 8, "middle") if not curve.line else (
-            a - 6 if left else a + 6, b + 16 if below else b - 6, "end" if left else "start")
+        where = (
+            (a, b - 8, "middle")
+            if not curve.line
+            else (a - 6 if left else a + 6, b + 16 if below else b - 6, "end" if left else "start")
+        )
         drawn.append(_text(*where[:2], label, where[2], 10, curve.colour))
     return drawn
 
@@ -92,5 +106,7 @@ def _line(x0: float, y0: float, x1: float, y1: float, colour: str) -> str:
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", size: int = 12, colour: str = INK) -> str:
-    return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{colour}">'
-            f"{escape(text)}</text>")
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{colour}">'
+        f"{escape(text)}</text>"
+    )

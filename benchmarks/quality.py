@@ -33,7 +33,9 @@ REPEAT_HEADS = 4  # 3 heads to 12, as in a model of 1.3 B parameters
 SETTINGS = [Settings(threshold=threshold) for threshold in (0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)]
 SETTINGS += [Settings(threshold=threshold, tail=False) for threshold in (1.0, 2.0)]
 SETTINGS += [Settings(threshold=2.0, tile_keys=1), Settings(threshold=2.0, tile_queries=64)]
-SETTINGS += [Settings(tile_queries=m, tile_keys=n) for m in TILE_QUERIES for n in TILE_KEYS if (m, n) != (128, 16)]
+SETTINGS += [
+    Settings(tile_queries=m, tile_keys=n) for m in TILE_QUERIES for n in TILE_KEYS if (m, n) != (128, 16)
+]
 SOL_TAUS = (0.7, 1.0, 1.3, 1.7, 2.2)
 WRONG = 0.5  # above this error something is broken
 COMPILERS = 12  # processes
@@ -44,8 +46,12 @@ def cases(quick: bool) -> Iterator[Case]:
     compile_ahead()
     for seed in SEEDS[:1] if quick else SEEDS:
         for (step, block), qkv in recorded_calls(seed).items():
-            yield Case({"case": "demo model", "seed": seed, "step": step, "block": block, "L": LAYOUT.length},
-                       functools.partial(runs, qkv), repeats=3, warmup=1)
+            yield Case(
+                {"case": "demo model", "seed": seed, "step": step, "block": block, "L": LAYOUT.length},
+                functools.partial(runs, qkv),
+                repeats=3,
+                warmup=1,
+            )
             if quick:
                 return
 
@@ -58,12 +64,23 @@ def runs(qkv) -> list[Run]:
     result = [yardstick]
     for s in SETTINGS:
         plan = build_plan(q, k, s, LAYOUT)
-        result.append(Run(
-            "fgattn" if s.tail else "fgattn, no tail",
-            functools.partial(sparse_attention, q, k, v, s, LAYOUT),
-            functools.partial(relative_error, expected=dense), WRONG,
-            {**heads, "M": s.tile_queries, "N": s.tile_keys, "order": s.order, "threshold": s.threshold,
-             "density": float(plan.density), "executed_density": float(plan.executed_density)}))
+        result.append(
+            Run(
+                "fgattn" if s.tail else "fgattn, no tail",
+                functools.partial(sparse_attention, q, k, v, s, LAYOUT),
+                functools.partial(relative_error, expected=dense),
+                WRONG,
+                {
+                    **heads,
+                    "M": s.tile_queries,
+                    "N": s.tile_keys,
+                    "order": s.order,
+                    "threshold": s.threshold,
+                    "density": float(plan.density),
+                    "executed_density": float(plan.executed_density),
+                },
+            )
+        )
     cells = geometry(LAYOUT, "cells", LAYOUT.length, q.device).key_tokens
     for order, tokens in (("raster", None), ("cells", cells)):
         for tau in SOL_TAUS:

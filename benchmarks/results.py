@@ -9,10 +9,17 @@ from .targets import MEASURED, geometric_mean
 
 PROVENANCE = ("gpu", "torch", "triton", "date", "commit")
 MACHINE = ("gpu", "torch", "triton", "python", "date", "commit")  # text, even where it looks like a number
-NAMES = {"hopper": "FG-Attn, Hopper kernel", "triton": "FG-Attn, portable kernel", "fgattn": "FG-Attn",
-         "fgattn, no tail": "FG-Attn without tail",
-         "cudnn": "cuDNN (SDPA)", "sdpa flash": "flash (SDPA)", "flexattention": "FlexAttention",
-         "flashattention-4": "FlashAttention-4", "flashinfer": "FlashInfer, variable blocks"}
+NAMES = {
+    "hopper": "FG-Attn, Hopper kernel",
+    "triton": "FG-Attn, portable kernel",
+    "fgattn": "FG-Attn",
+    "fgattn, no tail": "FG-Attn without tail",
+    "cudnn": "cuDNN (SDPA)",
+    "sdpa flash": "flash (SDPA)",
+    "flexattention": "FlexAttention",
+    "flashattention-4": "FlashAttention-4",
+    "flashinfer": "FlashInfer, variable blocks",
+}
 
 
 class Results:
@@ -27,13 +34,18 @@ class Results:
         if not path.exists():
             return []
         with open(path, newline="") as file:
-            return [{k: v if k in MACHINE else _number(v) for k, v in row.items() if v != ""}
-                    for row in csv.DictReader(file)]
+            return [
+                {k: v if k in MACHINE else _number(v) for k, v in row.items() if v != ""}
+                for row in csv.DictReader(file)
+            ]
 
     def measured(self, name: str, **columns) -> list[dict]:
         """Rows that hold a measurement and have these columns."""
-        return [row for row in self.rows(name) if row.get("status") == MEASURED
-                and all(row.get(k) == v for k, v in columns.items())]
+        return [
+            row
+            for row in self.rows(name)
+            if row.get("status") == MEASURED and all(row.get(k) == v for k, v in columns.items())
+        ]
 
     def grouped(self, name: str, *by: str, **columns) -> dict[tuple, list[dict]]:
         """Measured rows that have all of some columns, by their values."""
@@ -59,8 +71,10 @@ def plain(head: list[str], lines: list[list]) -> str:
 def provenance(rows: list[dict]) -> str:
     """Where rows come from, one line."""
     places = dict.fromkeys(tuple(row[c] for c in PROVENANCE) for row in rows)
-    return "; ".join(f"{gpu}, torch {torch}, Triton {triton}, {date}, commit {commit}"
-                     for gpu, torch, triton, date, commit in places)
+    return "; ".join(
+        f"{gpu}, torch {torch}, Triton {triton}, {date}, commit {commit}"
+        for gpu, torch, triton, date, commit in places
+    )
 
 
 def mean(rows: list[dict], column: str) -> float:

@@ -78,14 +78,25 @@ def rows(quick: bool) -> Iterator[dict[str, object]]:
     for seed in SEEDS[:1] if quick else SEEDS:
         noise = torch.randn(1, CHANNELS, *size, generator=torch.Generator().manual_seed(seed)).to(device)
         context = conditioning(seed).to(device)
-        shared = {"L": size[0] * size[1] * size[2] // 4, "M": settings.tile_queries, "N": settings.tile_keys,
-                  "threshold": settings.threshold, "steps": STEPS, "seed": seed}
+        shared = {
+            "L": size[0] * size[1] * size[2] // 4,
+            "M": settings.tile_queries,
+            "N": settings.tile_keys,
+            "threshold": settings.threshold,
+            "steps": STEPS,
+            "seed": seed,
+        }
         aged = Aged(settings)
         latent = generate(model, noise, context, aged, STEPS)[0][0].float()
         frames = to_rgb(latent)
         for age, errors in aged.errors.items():
-            yield {"case": "plan age", **shared, "plan_age": age, **summary(errors),
-                   "executed_density": torch.stack(aged.densities[age]).mean().item()}
+            yield {
+                "case": "plan age",
+                **shared,
+                "plan_age": age,
+                **summary(errors),
+                "executed_density": torch.stack(aged.densities[age]).mean().item(),
+            }
         for k in REUSE_STEPS[::3] if quick else REUSE_STEPS:
             engine = Watched(settings, Policy(min_tokens=1, reuse_steps=k))
             got, report = generate(model, noise, context, engine, STEPS)
@@ -93,12 +104,19 @@ def rows(quick: bool) -> Iterator[dict[str, object]]:
                 raise RuntimeError(f"not every call ran as wanted: {report.calls}, {report.failure}")
             got = got[0].float()
             yield {
-                "case": "reuse", **shared, "reuse_steps": k, **summary(engine.errors),
-                "latent_error": relative_error(got, latent), "psnr_db": psnr(to_rgb(got), frames),
-                "executed_density": report.executed_density, "plans_made": report.plans["made"],
+                "case": "reuse",
+                **shared,
+                "reuse_steps": k,
+                **summary(engine.errors),
+                "latent_error": relative_error(got, latent),
+                "psnr_db": psnr(to_rgb(got), frames),
+                "executed_density": report.executed_density,
+                "plans_made": report.plans["made"],
                 "plans_reused": report.plans.get("reused", 0),
                 "plans_not_kept": report.plans.get("not kept", 0),
-                "planning_ms": report.planning, "planning_saved_ms": report.planning_saved}
+                "planning_ms": report.planning,
+                "planning_saved_ms": report.planning_saved,
+            }
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

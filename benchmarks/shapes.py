@@ -31,8 +31,9 @@ LARGE_720P = Shape("Wan 14B 720p 81f", (21, 45, 80), 40)
 def random_qkv(shape: Shape, dim: int = 128):
     """q, k, v [1, H, L, D] in bf16, contiguous, the same every time."""
     generator = torch.Generator("cuda").manual_seed(0)
-    return torch.randn(3, 1, shape.heads, shape.length, dim, generator=generator, device="cuda",
-                       dtype=torch.bfloat16).unbind()
+    return torch.randn(
+        3, 1, shape.heads, shape.length, dim, generator=generator, device="cuda", dtype=torch.bfloat16
+    ).unbind()
 
 
 def for_density(q, k, settings: Settings, layout: TokenLayout, density: float) -> Settings:

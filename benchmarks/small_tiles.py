@@ -24,8 +24,11 @@ def cases(quick: bool) -> Iterator[Case]:
     """One case per (step, block)."""
     for number, ((step, block), qkv) in enumerate(recorded_calls().items()):
         if not quick or number % 4 == 0:
-            yield Case({"case": "small tiles", "step": step, "block": block, "D": 128, "L": LAYOUT.length},
-                       functools.partial(runs, qkv), repeats=10)
+            yield Case(
+                {"case": "small tiles", "step": step, "block": block, "D": 128, "L": LAYOUT.length},
+                functools.partial(runs, qkv),
+                repeats=10,
+            )
 
 
 def runs(qkv) -> list[Run]:
@@ -34,11 +37,22 @@ def runs(qkv) -> list[Run]:
     for m in (32, 16):
         threshold, plan = plan_of_density(q, k, m, LAYOUT)
         density = float(plan.density)
-        result.append(Run(
-            "hopper", functools.partial(attend, q, k, v, plan, impl="hopper"),
-            functools.partial(sampled_error, q, k, v, plan), peers.TOLERANCE,
-            {"heads": q.shape[1], "M": m, "N": 16, "threshold": threshold, "density": density,
-             "executed_density": float(plan.executed_density)}))
+        result.append(
+            Run(
+                "hopper",
+                functools.partial(attend, q, k, v, plan, impl="hopper"),
+                functools.partial(sampled_error, q, k, v, plan),
+                peers.TOLERANCE,
+                {
+                    "heads": q.shape[1],
+                    "M": m,
+                    "N": 16,
+                    "threshold": threshold,
+                    "density": density,
+                    "executed_density": float(plan.executed_density),
+                },
+            )
+        )
     return result
 
 
@@ -47,7 +61,9 @@ def plan_of_density(q, k, m: int, layout: TokenLayout):
     low, high = 0.01, 100.0
     for _ in range(30):
         threshold = (low * high) ** 0.5
-        plan = build_plan(q, k, Settings(threshold=threshold, tile_queries=m, tile_keys=16, tail=False), layout)
+        plan = build_plan(
+            q, k, Settings(threshold=threshold, tile_queries=m, tile_keys=16, tail=False), layout
+        )
         off = float(plan.density) - DENSITY
         if abs(off) < ALLOWED:
             return threshold, plan

@@ -35,16 +35,26 @@ def table(name: str, rows: Iterable[Row]) -> list[Row]:
     rows, result = list(rows), []
     for t in TARGETS.get(name, ()):
         line: Row = {
-            "figure": t.figure, "value": None, "unit": t.unit,
-            "sense": "at most" if t.at_most else "at least", "target": t.target, "stretch": t.stretch}
+            "figure": t.figure,
+            "value": None,
+            "unit": t.unit,
+            "sense": "at most" if t.at_most else "at least",
+            "target": t.target,
+            "stretch": t.stretch,
+        }
         try:
             value = t.value(rows)
         except Missing as reason:
             line["met"] = str(reason)
         else:
             line["value"] = value
-            line["met"] = ("no" if _beyond(t.target, value, t.at_most) else
-                           "yes" if t.stretch is None or _beyond(t.stretch, value, t.at_most) else "stretch")
+            line["met"] = (
+                "no"
+                if _beyond(t.target, value, t.at_most)
+                else "yes"
+                if t.stretch is None or _beyond(t.stretch, value, t.at_most)
+                else "stretch"
+            )
         result.append(line)
     return result
 
@@ -59,9 +69,14 @@ def pick(rows: Iterable[Row], near: float | None = None, **columns) -> list[Row]
     Raises:
         Missing: one is not there, or withheld.
     """
-    found = [row for row in rows if all(
-        row.get(key) in value if isinstance(value, tuple) else row.get(key) == value
-        for key, value in columns.items())]
+    found = [
+        row
+        for row in rows
+        if all(
+            row.get(key) in value if isinstance(value, tuple) else row.get(key) == value
+            for key, value in columns.items()
+        )
+    ]
     if near is not None:
         found = [row for row in found if abs(row.get("density", 0.0) - near) < 0.01]
     if not found:
@@ -82,20 +97,24 @@ def lowest(column: str, **columns) -> Callable[[list[Row]], float]:
 
 def small_tiles(m: int) -> Callable[[list[Row]], float]:
     """Geometric mean of the rates over the real masks."""
-    return lambda rows: geometric_mean([
-        row["ratio"] for row in pick(rows, case="small tiles", impl=OURS, M=m)])
+    return lambda rows: geometric_mean(
+        [row["ratio"] for row in pick(rows, case="small tiles", impl=OURS, M=m)]
+    )
 
 
 def slower(percent_of: tuple[str, ...], **columns) -> Callable[[list[Row]], float]:
     """Percent of time more than the yardstick takes for the same work, the worst of some runs."""
-    return lambda rows: max(100 * (1 / row["ratio"] - 1) for row in pick(
-        rows, impl=tuple(f"{OURS}, {name}" for name in percent_of), **columns))
+    return lambda rows: max(
+        100 * (1 / row["ratio"] - 1)
+        for row in pick(rows, impl=tuple(f"{OURS}, {name}" for name in percent_of), **columns)
+    )
 
 
 def _ratio(near: float = 0.3, **columns) -> Callable[[list[Row]], float]:
     """The lowest rate against dense among rows of the kernel."""
-    return lowest("ratio", near=near, **{
-        "case": "random lists", "impl": OURS, "D": 128, "L": 32760, **columns})
+    return lowest(
+        "ratio", near=near, **{"case": "random lists", "impl": OURS, "D": 128, "L": 32760, **columns}
+    )
 
 
 def _stage(rows: list[Row], shape: str, n: int) -> dict[str, float]:
@@ -148,8 +167,10 @@ def means(rows: Iterable[Row], by: str) -> dict[object, tuple[float, float]]:
     groups: dict[object, list[Row]] = {}
     for row in rows:
         groups.setdefault(row[by], []).append(row)
-    return {key: (geometric_mean([row["error"] for row in group]),
-                  geometric_mean([row["ms"] for row in group])) for key, group in groups.items()}
+    return {
+        key: (geometric_mean([row["error"] for row in group]), geometric_mean([row["ms"] for row in group]))
+        for key, group in groups.items()
+    }
 
 
 def nearer_frames(rows: list[Row]) -> list[float]:
@@ -162,8 +183,9 @@ def nearer_frames(rows: list[Row]) -> list[float]:
     curve = sorted(decibels(pick(rows, impl="fgattn", M=128, N=16), "threshold").values())
     gains = []
     for tau in TAUS:
-        ms, psnr = max(decibels(pick(rows, impl="sol_attn", threshold=tau), "order").values(),
-                       key=lambda point: point[1])
+        ms, psnr = max(
+            decibels(pick(rows, impl="sol_attn", threshold=tau), "order").values(), key=lambda point: point[1]
+        )
         if ms < curve[0][0]:
             raise Missing(f"no threshold that was measured is as fast as sol_attn's {ms:.2f} ms")
         gains.append((curve[-1][1] if ms > curve[-1][0] else _between(ms, curve)) - psnr)
@@ -175,8 +197,10 @@ def decibels(rows: Iterable[Row], by: str) -> dict[object, tuple[float, float]]:
     groups: dict[object, list[Row]] = {}
     for row in rows:
         groups.setdefault(row[by], []).append(row)
-    return {key: (geometric_mean([row["ms"] for row in group]),
-                  sum(row["psnr_db"] for row in group) / len(group)) for key, group in groups.items()}
+    return {
+        key: (geometric_mean([row["ms"] for row in group]), sum(row["psnr_db"] for row in group) / len(group))
+        for key, group in groups.items()
+    }
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -210,41 +234,85 @@ TARGETS: dict[str, tuple[Target, ...]] = {
         Target("M=16, N=16, real masks, density 0.15", small_tiles(16), 0.45, 0.54),
         Target("density 0.1, M=128, N=16", _ratio(near=0.1, M=128, N=16), 0.90, 0.95),
         Target("density 0.05, M=128, N=16", _ratio(near=0.05, M=128, N=16), 0.80, 0.90),
-        Target("skewed lists (20:1), against even ones",
-               lowest("ratio", case="skewed lists", impl=f"{OURS}, 20:1"), 0.90, 0.95),
+        Target(
+            "skewed lists (20:1), against even ones",
+            lowest("ratio", case="skewed lists", impl=f"{OURS}, 20:1"),
+            0.90,
+            0.95,
+        ),
         Target("L=75 600, 40 heads, N=16", _ratio(L=75600, M=128, N=16), 1.00, 1.05),
         Target("merging a given tail, more time", slower(("tail",), case="given tail"), 1.0, 0.5, True, "%"),
         Target("D=64, M=128, N=16", _ratio(D=64, M=128, N=16), 0.85, 0.95),
         Target("all keys kept", _ratio(near=1.0, case="all keys"), 0.95, 1.05),
-        Target("[B,L,H,D] and cells order, more time than contiguous raster",
-               slower(("BLHD", "cells", "BLHD cells"), case="addressing"), 3.0, 1.0, True, "%"),
+        Target(
+            "[B,L,H,D] and cells order, more time than contiguous raster",
+            slower(("BLHD", "cells", "BLHD cells"), case="addressing"),
+            3.0,
+            1.0,
+            True,
+            "%",
+        ),
     ),
     "plan": (
-        *(Target(f"score, select and lists, N=16, {shape}", _share(select, shape), target, stretch, True, "%")
-          for shape, target, stretch in ((P480, 2.0, 1.5), (P720, 1.5, 1.0))),
-        *(Target(f"summarise and tail, N=16, {shape}", _share(pooled, shape), target, stretch, True, "%")
-          for shape, target, stretch in ((P480, 1.5, 1.0), (P720, 1.0, 0.7))),
-        *(Target(f"score, select and lists, N=1, {shape}", _share(select, shape, 1), 7.0, 5.0, True, "%")
-          for shape in (P480, P720)),
-        *(Target(f"all of it, plans kept for 4 steps, N=16, {shape}", _share(reused, shape), 2.0, 1.5, True,
-                 "%") for shape in (P480, P720)),
-        Target(f"memory of one call, MB, N=1, {P720}",
-               lowest("extra_mb", case="memory", N=1), 256, None, True),
-        Target(f"kept plans of 40 layers, 2 branches, GB, N=16, {P720}",
-               lowest("kept_plans_gb", case="memory", N=16), 1.2, None, True),
+        *(
+            Target(
+                f"score, select and lists, N=16, {shape}", _share(select, shape), target, stretch, True, "%"
+            )
+            for shape, target, stretch in ((P480, 2.0, 1.5), (P720, 1.5, 1.0))
+        ),
+        *(
+            Target(f"summarise and tail, N=16, {shape}", _share(pooled, shape), target, stretch, True, "%")
+            for shape, target, stretch in ((P480, 1.5, 1.0), (P720, 1.0, 0.7))
+        ),
+        *(
+            Target(f"score, select and lists, N=1, {shape}", _share(select, shape, 1), 7.0, 5.0, True, "%")
+            for shape in (P480, P720)
+        ),
+        *(
+            Target(
+                f"all of it, plans kept for 4 steps, N=16, {shape}",
+                _share(reused, shape),
+                2.0,
+                1.5,
+                True,
+                "%",
+            )
+            for shape in (P480, P720)
+        ),
+        Target(
+            f"memory of one call, MB, N=1, {P720}", lowest("extra_mb", case="memory", N=1), 256, None, True
+        ),
+        Target(
+            f"kept plans of 40 layers, 2 branches, GB, N=16, {P720}",
+            lowest("kept_plans_gb", case="memory", N=16),
+            1.2,
+            None,
+            True,
+        ),
     ),
-    "quality": (
-        Target("time at equal output error, share of sol_attn's", equal_error, 0.5, 0.4, True),
-    ),
+    "quality": (Target("time at equal output error, share of sol_attn's", equal_error, 0.5, 0.4, True),),
     "generations": (
-        Target("PSNR over sol_attn's in its time of attention, mean over tau",
-               lambda rows: sum(nearer_frames(rows)) / len(TAUS), 8.0, 10.0, unit="dB"),
+        Target(
+            "PSNR over sol_attn's in its time of attention, mean over tau",
+            lambda rows: sum(nearer_frames(rows)) / len(TAUS),
+            8.0,
+            10.0,
+            unit="dB",
+        ),
         Target("the same, at the worst tau", lambda rows: min(nearer_frames(rows)), 8.0, 10.0, unit="dB"),
     ),
     "end2end": (
-        Target("Wan 14B step, 480p, density 0.3, times as fast as dense",
-               lowest("speedup", impl="fgattn", shape="Wan 14B 480p 81f"), 1.43, 1.45),
-        Target("Wan 14B step, 720p, density 0.3, times as fast as dense",
-               lowest("speedup", impl="fgattn", shape="Wan 14B 720p 81f"), 1.80, 1.85),
+        Target(
+            "Wan 14B step, 480p, density 0.3, times as fast as dense",
+            lowest("speedup", impl="fgattn", shape="Wan 14B 480p 81f"),
+            1.43,
+            1.45,
+        ),
+        Target(
+            "Wan 14B step, 720p, density 0.3, times as fast as dense",
+            lowest("speedup", impl="fgattn", shape="Wan 14B 720p 81f"),
+            1.80,
+            1.85,
+        ),
     ),
 }

@@ -8,7 +8,14 @@ from .planning import build_plan, plan_from_mask
 from .settings import Settings
 
 __all__ = [
-    "InvalidArgument", "Settings", "SparsePlan", "TokenLayout", "Unsupported", "attend", "build_plan",
-    "plan_from_mask", "sparse_attention",
+    "InvalidArgument",
+    "Settings",
+    "SparsePlan",
+    "TokenLayout",
+    "Unsupported",
+    "attend",
+    "build_plan",
+    "plan_from_mask",
+    "sparse_attention",
 ]
 __version__ = "0.1.0"

@@ -34,8 +34,11 @@ def doctor() -> str:
     for device in devices:
         properties = torch.cuda.get_device_properties(device)
         lines += [
-            (str(device), f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
-                          f"{properties.total_memory / 2**30:.1f} GiB"),
+            (
+                str(device),
+                f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+                f"{properties.total_memory / 2**30:.1f} GiB",
+            ),
             ("  runs", verdict(device)),
         ]
     lines += [("cpu", f"{torch.get_num_threads()} threads"), ("  runs", verdict(torch.device("cpu")))]

@@ -17,7 +17,12 @@ from .tensors import empty_like
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SparsePlan, *, impl: str | None = None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: SparsePlan,
+    *,
+    impl: str | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(scale * q k^T) v over the keys of the plan, plus its tail.
@@ -42,14 +47,24 @@ def attend(
     backend = required(call, impl)
     out = empty_like(q) if out is None else out
     if (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
-        raise InvalidArgument("out", (tuple(out.shape), out.dtype, out.device),
-                              (tuple(q.shape), q.dtype, q.device), "None makes one.")
+        raise InvalidArgument(
+            "out",
+            (tuple(out.shape), out.dtype, out.device),
+            (tuple(q.shape), q.dtype, q.device),
+            "None makes one.",
+        )
     return execute.attend(call, backend, Planned(plan), out)
 
 
 def sparse_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings, layout: TokenLayout,
-    *, scale: float | None = None, impl: str | None = None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    settings: Settings,
+    layout: TokenLayout,
+    *,
+    scale: float | None = None,
+    impl: str | None = None,
 ) -> torch.Tensor:
     """build_plan and attend, for a part of the heads at a time; arguments, result and errors as there."""
     call = Call.to_plan(q, k, v, settings, layout, scale)

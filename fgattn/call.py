@@ -41,8 +41,13 @@ class Call:
 
     @classmethod
     def to_plan(
-        cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, settings: Settings,
-        layout: TokenLayout, scale: float | None = None,
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor | None,
+        settings: Settings,
+        layout: TokenLayout,
+        scale: float | None = None,
     ) -> Call:
         """A call that is planned by these settings.
 
@@ -69,10 +74,12 @@ class Call:
         fits = all(n in (1, m) for n, m in zip(plan.bits.shape[:2], q.shape[:2], strict=True))
         if not fits or plan.geometry.rows != (q.shape[2], k.shape[2]):
             raise InvalidArgument(
-                "[B, H, L_q, L_k]", (*q.shape[:3], k.shape[2]),
+                "[B, H, L_q, L_k]",
+                (*q.shape[:3], k.shape[2]),
                 f"{(*plan.bits.shape[:2], *plan.geometry.rows)} of the plan (B and H may be 1 there)",
                 "Build a plan for these tensors; a mask needs query_length and key_length if its last "
-                "tiles are short.")
+                "tiles are short.",
+            )
         settings = Settings(tile_queries=plan.tile_rows, tile_keys=plan.tile_keys, tail=plan.tail)
         return cls(q, k, v, settings, plan.geometry, plan.key_valid, None, plan.softmax_scale(q.shape[3]))
 
@@ -83,12 +90,12 @@ class Call:
     @property
     def queries(self) -> int:
         """Queries that are not absent."""
-        return len(self.geometry.query_tokens)
+        return self.geometry.query_tokens.shape[0]
 
     @property
     def keys(self) -> int:
         """Keys that are not absent."""
-        return len(self.geometry.key_tokens)
+        return self.geometry.key_tokens.shape[0]
 
     @property
     def is_empty(self) -> bool:
@@ -119,7 +126,7 @@ class Call:
 
 
 def ordered_valid(
-    layout: TokenLayout, batch: int, keys: int, order: str, device: torch.device,
+    layout: TokenLayout, batch: int, keys: int, order: str, device: torch.device
 ) -> torch.Tensor | None:
     """`layout.key_valid` in the order, bool [B, L_k].
 
@@ -127,13 +134,18 @@ def ordered_valid(
         InvalidArgument: a layout that is not one of `keys` keys and `batch` rows.
     """
     if layout.length != keys:
-        raise InvalidArgument("layout.length", layout.length, f"L_k = {keys}",
-                              "Count every token: front + T*H*W + back.")
+        raise InvalidArgument(
+            "layout.length", layout.length, f"L_k = {keys}", "Count every token: front + T*H*W + back."
+        )
     valid = layout.key_valid
     if valid is None:
         return None
     if valid.dtype != torch.bool or tuple(valid.shape) != (batch, keys):
-        raise InvalidArgument("layout.key_valid", (valid.dtype, tuple(valid.shape)),
-                              f"bool {(batch, keys)}", "Give one row per batch row.")
+        raise InvalidArgument(
+            "layout.key_valid",
+            (valid.dtype, tuple(valid.shape)),
+            f"bool {(batch, keys)}",
+            "Give one row per batch row.",
+        )
     tokens = geometry(replace(layout, query_start=None), order, 0, device).key_tokens
     return valid.to(device)[:, tokens]

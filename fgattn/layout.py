@@ -46,14 +46,20 @@ class TokenLayout:
         numbers = (*grid, self.front, self.back, self.query_start or 0)
         if len(grid) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
             raise InvalidArgument(
-                "layout", (self.grid, self.front, self.back, self.query_start),
+                "layout",
+                (self.grid, self.front, self.back, self.query_start),
                 "whole numbers of at least 0: grid (T, H, W), front, back, query_start",
-                "Give the grid after patching.")
+                "Give the grid after patching.",
+            )
         object.__setattr__(self, "grid", grid)
         end = self.length - self.back
         if wrong := [t for t in self.absent if not (0 <= t < self.front or end <= t < self.length)]:
-            raise InvalidArgument("layout.absent", wrong, "numbers of sink tokens",
-                                  "Use key_valid for padding inside the video.")
+            raise InvalidArgument(
+                "layout.absent",
+                wrong,
+                "numbers of sink tokens",
+                "Use key_valid for padding inside the video.",
+            )
 
     @classmethod
     def flat(cls, length: int, query_start: int | None = 0) -> TokenLayout:
@@ -135,8 +141,11 @@ def geometry(layout: TokenLayout, order: str, queries: int, device: torch.device
     start = layout.query_start
     if start is not None and start + queries > layout.length:
         raise InvalidArgument(
-            "layout.query_start", start, f"at most L_k - L_q = {layout.length - queries}",
-            "Use None for queries that are not tokens of the key sequence.")
+            "layout.query_start",
+            start,
+            f"at most L_k - L_q = {layout.length - queries}",
+            "Use None for queries that are not tokens of the key sequence.",
+        )
     key = layout.grid, layout.front, layout.back, layout.absent, start, order, queries, str(device)
     return GEOMETRIES.get(key, lambda: _build(layout, order, queries, device))
 

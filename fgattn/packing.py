@@ -72,11 +72,19 @@ class Packing:
 
     def plan(self, parts: Sequence[Packed], batch: int) -> SparsePlan:
         """The plan of all parts, which are in order of batch row and head."""
-        made = (None if part[0] is None else torch.cat(part).unflatten(0, (batch, -1))
-                for part in zip(*parts, strict=True))
-        return SparsePlan(*made, geometry=self.geometry, key_valid=self.key_valid,
-                          tile_rows=max(self.tile_queries, KERNEL_ROWS), tile_keys=self.tile_keys,
-                          tail=self.tail, scale=self.scale)
+        made = (
+            None if part[0] is None else torch.cat(part).unflatten(0, (batch, -1))
+            for part in zip(*parts, strict=True)
+        )
+        return SparsePlan(
+            *made,
+            geometry=self.geometry,
+            key_valid=self.key_valid,
+            tile_rows=max(self.tile_queries, KERNEL_ROWS),
+            tile_keys=self.tile_keys,
+            tail=self.tail,
+            scale=self.scale,
+        )
 
 
 def packing_of(call: Call) -> Packing:
@@ -96,8 +104,10 @@ def plan_selected(call: Call, select: Select) -> SparsePlan:
     parts = []
     for b, part in head_chunks(batch, heads, elements):
         if queries and keys:
-            q, k = (ordered(call.q, b, part, call.geometry.query_tokens),
-                    ordered(call.k, b, part, call.geometry.key_tokens))
+            q, k = (
+                ordered(call.q, b, part, call.geometry.query_tokens),
+                ordered(call.k, b, part, call.geometry.key_tokens),
+            )
             kept, alike = select(q, k, packing.row_valid(b))
         else:
             kept = alike = torch.zeros(part.stop - part.start, tiles, slices, dtype=torch.bool, device=device)

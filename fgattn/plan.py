@@ -45,11 +45,11 @@ class SparsePlan:
 
     @property
     def queries(self) -> int:
-        return len(self.geometry.query_tokens)
+        return self.geometry.query_tokens.shape[0]
 
     @property
     def keys(self) -> int:
-        return len(self.geometry.key_tokens)
+        return self.geometry.key_tokens.shape[0]
 
     @property
     def density(self) -> torch.Tensor:
@@ -68,9 +68,10 @@ class SparsePlan:
     def query_tokens(self) -> torch.Tensor:
         """Token of each query in the order of execution, int32 [B, H, L_q]."""
         geo = self.geometry
-        tokens = geo.table("query tokens, int32", lambda: geo.query_tokens.to(torch.int32))
+        in_order = geo.table("query tokens, int32", lambda: geo.query_tokens.to(torch.int32)[None, None])
         if self.cell_order is None:
-            return tokens[None, None]
+            return in_order
+        tokens = in_order[0, 0]
         places = torch.arange(CELL, dtype=torch.int32, device=tokens.device)
         return tokens[(self.cell_order[..., None] * CELL + places).flatten(2)[..., : self.queries]]
 
@@ -99,8 +100,11 @@ class SparsePlan:
         if self.tile_keys <= CELL:
             counts = kept * valid_counts(self.keys, self.tile_keys, valid, kept.device)
             per_cell = CELL // self.tile_keys
-            return pad(counts, (0, -counts.shape[2] % per_cell)).unflatten(2, (-1, per_cell)).sum(
-                3, dtype=torch.uint8)
+            return (
+                pad(counts, (0, -counts.shape[2] % per_cell))
+                .unflatten(2, (-1, per_cell))
+                .sum(3, dtype=torch.uint8)
+            )
         counts = valid_counts(self.keys, CELL, valid, kept.device)
         return kept.repeat_interleave(self.tile_keys // CELL, 2)[..., : len(counts)] * counts
 

@@ -18,8 +18,13 @@ CALL_BYTES = 250 * 10**6  # that a call with single keys shall need beside its t
 
 
 def build_plan(
-    q: torch.Tensor, k: torch.Tensor, settings: Settings, layout: TokenLayout,
-    *, scale: float | None = None, impl: str | None = None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    settings: Settings,
+    layout: TokenLayout,
+    *,
+    scale: float | None = None,
+    impl: str | None = None,
 ) -> SparsePlan:
     """Select what to compute of softmax(scale * q k^T) v.
 
@@ -72,9 +77,15 @@ def call_bytes(call: Call) -> int:
 
 
 def plan_from_mask(
-    mask: torch.Tensor, tile_queries: int, tile_keys: int, *,
-    query_length: int | None = None, key_length: int | None = None,
-    layout: TokenLayout | None = None, order: str = "raster", tail: bool = False,
+    mask: torch.Tensor,
+    tile_queries: int,
+    tile_keys: int,
+    *,
+    query_length: int | None = None,
+    key_length: int | None = None,
+    layout: TokenLayout | None = None,
+    order: str = "raster",
+    tail: bool = False,
     scale: float | None = None,
 ) -> SparsePlan:
     """A plan from any tile mask of any method.
@@ -93,9 +104,12 @@ def plan_from_mask(
     """
     settings = Settings(tile_queries=tile_queries, tile_keys=tile_keys, tail=tail, order=order)
     if mask.dtype != torch.bool or not 2 <= mask.ndim <= 4:
-        raise InvalidArgument("mask", (mask.dtype, tuple(mask.shape)),
-                              "bool [tiles, slices], with [H] or [B, H] in front",
-                              "Threshold scores first.")
+        raise InvalidArgument(
+            "mask",
+            (mask.dtype, tuple(mask.shape)),
+            "bool [tiles, slices], with [H] or [B, H] in front",
+            "Threshold scores first.",
+        )
     mask = mask[(None,) * (4 - mask.ndim)]
     batch, heads, tiles, slices = mask.shape
     if layout is None:
@@ -104,9 +118,11 @@ def plan_from_mask(
     queries = tiles * tile_queries if query_length is None else query_length
     if -(-queries // tile_queries) != tiles or -(-keys // tile_keys) != slices:
         raise InvalidArgument(
-            "mask tiles and slices", (tiles, slices),
+            "mask tiles and slices",
+            (tiles, slices),
             f"({-(-queries // tile_queries)}, {-(-keys // tile_keys)}) for L_q={queries}, L_k={keys}",
-            "Pass query_length and key_length, and one row and column for short last tiles.")
+            "Pass query_length and key_length, and one row and column for short last tiles.",
+        )
     valid = ordered_valid(layout, batch, keys, settings.order, mask.device)
     geo = geometry(layout, settings.order, queries, mask.device)
     packing = Packing(tile_queries, tile_keys, geo, valid, tail, scale)

@@ -17,8 +17,7 @@ from .tensors import compute_type
 
 
 def select(
-    q: torch.Tensor, k: torch.Tensor, settings: Settings, layout: TokenLayout,
-    scale: float | None = None,
+    q: torch.Tensor, k: torch.Tensor, settings: Settings, layout: TokenLayout, scale: float | None = None
 ) -> torch.Tensor:
     """How far each slice is above its tile's threshold (the default method), float64 [B, H, tiles, slices].
 

@@ -43,8 +43,11 @@ class Settings:
         number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
         if not number or not 0 <= self.threshold < math.inf:
             raise InvalidArgument(
-                "threshold", self.threshold, "a finite number of at least 0",
-                "1.0 is a good start; 0 keeps everything.")
+                "threshold",
+                self.threshold,
+                "a finite number of at least 0",
+                "1.0 is a good start; 0 keeps everything.",
+            )
         _one_of("tile_queries", self.tile_queries, TILE_QUERIES, "128 is the fastest.")
         _one_of("tile_keys", self.tile_keys, TILE_KEYS, "16 is a good start.")
         _one_of("order", self.order, ORDERS, "Use cells for video.")
@@ -92,13 +95,18 @@ class Policy:
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise InvalidArgument(name, value, "a whole number of at least 0", "Use 0 for none.")
         if type(self.reuse_steps) is not int or self.reuse_steps < 1:
-            raise InvalidArgument("reuse_steps", self.reuse_steps, "a whole number of at least 1",
-                                  "Use 1 for a fresh plan in every call.")
+            raise InvalidArgument(
+                "reuse_steps",
+                self.reuse_steps,
+                "a whole number of at least 1",
+                "Use 1 for a fresh plan in every call.",
+            )
         _boolean("estimate_error", self.estimate_error)
         blocks = self.dense_blocks
         if not isinstance(blocks, frozenset) or any(type(b) is not int for b in blocks):
-            raise InvalidArgument("dense_blocks", blocks, "a frozenset of whole numbers",
-                                  "Use parse_blocks for text.")
+            raise InvalidArgument(
+                "dense_blocks", blocks, "a frozenset of whole numbers", "Use parse_blocks for text."
+            )
 
 
 def parse_blocks(text: str) -> frozenset[int]:
@@ -113,8 +121,11 @@ def parse_blocks(text: str) -> frozenset[int]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise InvalidArgument(
-                "dense_blocks", part.strip(), 'block numbers and rising ranges such as "0, 1, 38-39"',
-                "Separate them with commas, or leave the field empty.")
+                "dense_blocks",
+                part.strip(),
+                'block numbers and rising ranges such as "0, 1, 38-39"',
+                "Separate them with commas, or leave the field empty.",
+            )
         blocks.update(range(first, last + 1))
     return frozenset(blocks)
 

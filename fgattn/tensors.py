@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.functional import pad
 from .errors import InvalidArgument
 
 CHUNK_ELEMENTS = 16 << 20  # size of the largest temporary while a chunk of heads is processed
+UNALIGNED = "rows that are not 16-byte aligned"
 OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -19,26 +21,45 @@ def declined(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     if q.shape[1] != k.shape[1]:
         return f"grouped heads ({q.shape[1]} query heads, {k.shape[1]} key heads)"
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.numel() and x.stride(3) != 1:
-            return f"{name} has stride {x.stride(3)} in its last dimension, not 1"
-        strides = [s for s, n in zip(x.stride()[:3], x.shape, strict=False) if n > 1]
-        if (x.numel() and any(b * x.element_size() % 16 for b in strides)) or x.data_ptr() % 16:
-            return f"{name} has rows that are not 16-byte aligned"
+        reason = _misplaced(x.shape, x.stride(), x.element_size())
+        if reason is None and x.data_ptr() % 16:
+            reason = UNALIGNED
+        if reason:
+            return f"{name} has {reason}"
     return None
+
+
+@functools.lru_cache(maxsize=64)
+def _misplaced(shape: tuple[int, ...], strides: tuple[int, ...], element_size: int) -> str | None:
+    """What is wrong with how a tensor [B, H, L, D] is stored, or None."""
+    if 0 in shape:
+        return None
+    if strides[3] != 1:
+        return f"stride {strides[3]} in its last dimension, not 1"
+    between = (stride for stride, n in zip(strides[:3], shape, strict=False) if n > 1)
+    return UNALIGNED if any(stride * element_size % 16 for stride in between) else None
 
 
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Raise InvalidArgument unless q, k, v are attention inputs [B, H, L, D]; `declined` asks for more."""
-    shapes = tuple(tuple(x.shape) for x in (q, k, v))
-    if any(len(s) != 4 for s in shapes) or not (
-        q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3] and k.shape == v.shape
+    queries, keys = q.shape, k.shape
+    if not (
+        len(queries) == len(keys) == 4 and queries[0] == keys[0] and queries[3] == keys[3] and keys == v.shape
     ):
-        raise InvalidArgument("shapes of q, k, v", shapes, "[B, H, L_q, D] and twice [B, H, L_k, D]",
-                              "Split fused heads first.")
-    kinds = {(x.dtype, x.device) for x in (q, k, v)}
-    if len(kinds) > 1 or q.dtype not in DTYPES:
-        raise InvalidArgument("dtype and device of q, k, v", sorted(map(str, kinds)),
-                              "one of fp16, bf16, fp32, float64 on one device", "Convert them first.")
+        raise InvalidArgument(
+            "shapes of q, k, v",
+            tuple(tuple(x.shape) for x in (q, k, v)),
+            "[B, H, L_q, D] and twice [B, H, L_k, D]",
+            "Split fused heads first.",
+        )
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device and q.dtype in DTYPES):
+        kinds = {(x.dtype, x.device) for x in (q, k, v)}
+        raise InvalidArgument(
+            "dtype and device of q, k, v",
+            sorted(map(str, kinds)),
+            "one of fp16, bf16, fp32, float64 on one device",
+            "Convert them first.",
+        )
 
 
 def compute_type(x: torch.Tensor) -> torch.dtype:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from ..fgattn.runs.stats import RunReport
+from ..fgattn.runs.reports import RunReport
 from ..fgattn.show.snapshot import snapshot
 from .recent import RECENT
 from .status import prompt_server, tell
@@ -62,8 +62,9 @@ class Live:
                 RECENT.note(client, message)
                 server.send_sync(EVENT, message, client)
                 if message["step"] and state == "running":
-                    tell(self._node_id,
-                         f"{message['headline']}, step {message['step']} of {message['steps']}")
+                    tell(
+                        self._node_id, f"{message['headline']}, step {message['step']} of {message['steps']}"
+                    )
         except Exception:
             self._broken = True
             log.exception("FG-Attn could not send live statistics; the run goes on without them")

@@ -27,32 +27,76 @@ class FGAttnMap(io.ComfyNode):
             search_aliases=["fgattn", "attention map", "sparsity map", "selected keys"],
             inputs=[
                 io.Model.Input("model", tooltip="The output of FG-Attn Sparse Attention that is sampled."),
-                io.Latent.Input("latent", lazy=True,
-                                tooltip="The sampler's output, so that the map is drawn after it."),
-                io.Int.Input("block", default=0, min=0, max=999,
-                             tooltip="Transformer block, from 0; Wan 1.3B has 30, 14B has 40. In a model "
-                             "that does not number its blocks: the call within a step."),
-                io.Int.Input("head", default=0, min=0, max=999,
-                             tooltip="Attention head, from 0; Wan 1.3B has 12, 14B has 40."),
-                io.Int.Input("step", default=0, min=0, max=10_000,
-                             tooltip="Step of the run, from 1; 0 is the last sparse one. Warm-up steps are "
-                             "dense and have no map."),
-                io.Int.Input("frame", default=0, min=0, max=4096, optional=True, advanced=True,
-                             tooltip="Where the tile is, among the video's tokens: frame, from 1; 0 is the "
-                             "middle. In Wan models one is 4 frames of the video, the first is 1. A change "
-                             "takes effect when the sampler runs again."),
-                io.Int.Input("row", default=0, min=0, max=4096, optional=True, advanced=True,
-                             tooltip="Where the tile is: row of tokens, from 1; 0 is the middle. In Wan 2.1 "
-                             "a row is 16 pixels high."),
-                io.Int.Input("column", default=0, min=0, max=4096, optional=True, advanced=True,
-                             tooltip="Where the tile is: column of tokens, from 1; 0 is the middle. In Wan "
-                             "2.1 a column is 16 pixels wide."),
+                io.Latent.Input(
+                    "latent", lazy=True, tooltip="The sampler's output, so that the map is drawn after it."
+                ),
+                io.Int.Input(
+                    "block",
+                    default=0,
+                    min=0,
+                    max=999,
+                    tooltip="Transformer block, from 0; Wan 1.3B has 30, 14B has 40. In a model "
+                    "that does not number its blocks: the call within a step.",
+                ),
+                io.Int.Input(
+                    "head",
+                    default=0,
+                    min=0,
+                    max=999,
+                    tooltip="Attention head, from 0; Wan 1.3B has 12, 14B has 40.",
+                ),
+                io.Int.Input(
+                    "step",
+                    default=0,
+                    min=0,
+                    max=10_000,
+                    tooltip="Step of the run, from 1; 0 is the last sparse one. Warm-up steps are "
+                    "dense and have no map.",
+                ),
+                io.Int.Input(
+                    "frame",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Where the tile is, among the video's tokens: frame, from 1; 0 is the "
+                    "middle. In Wan models one is 4 frames of the video, the first is 1. A change "
+                    "takes effect when the sampler runs again.",
+                ),
+                io.Int.Input(
+                    "row",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Where the tile is: row of tokens, from 1; 0 is the middle. In Wan 2.1 "
+                    "a row is 16 pixels high.",
+                ),
+                io.Int.Input(
+                    "column",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Where the tile is: column of tokens, from 1; 0 is the middle. In Wan "
+                    "2.1 a column is 16 pixels wide.",
+                ),
             ],
             outputs=[
-                io.Image.Output("map", display_name="map", tooltip="The video's frames: the tile, the keys "
-                                "that it computed, and those that it skipped."),
-                io.Image.Output("density", display_name="density", tooltip="Share of scores that each block "
-                                "and head asked for in this step."),
+                io.Image.Output(
+                    "map",
+                    display_name="map",
+                    tooltip="The video's frames: the tile, the keys "
+                    "that it computed, and those that it skipped.",
+                ),
+                io.Image.Output(
+                    "density",
+                    display_name="density",
+                    tooltip="Share of scores that each block and head asked for in this step.",
+                ),
                 io.Latent.Output("latent_out", display_name="LATENT", tooltip="The latent, unchanged."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -69,11 +113,13 @@ class FGAttnMap(io.ComfyNode):
         return ["latent"]
 
     @classmethod
-    def execute(cls, model, latent, block: int, head: int, step: int, frame: int = 0, row: int = 0,
-                column: int = 0) -> io.NodeOutput:
+    def execute(
+        cls, model, latent, block: int, head: int, step: int, frame: int = 0, row: int = 0, column: int = 0
+    ) -> io.NodeOutput:
         patch = patch_of(model)
-        text, *images = _draw(patch and patch.engine, cls.hidden.unique_id, block, head, step - 1,
-                              (frame, row, column))
+        text, *images = _draw(
+            patch and patch.engine, cls.hidden.unique_id, block, head, step - 1, (frame, row, column)
+        )
         show(cls.hidden.unique_id, text)
         shown = ui.PreviewImage(_tensor(_stacked(*images)), cls=cls).as_dict()
         shown |= ui.PreviewText(text).as_dict()
@@ -84,8 +130,13 @@ def _draw(engine, key: str, block: int, head: int, step: int, place):
     """A line of text, the map at the key's place and the densities; words instead of what cannot be drawn."""
     last, maps = (engine.last_report, engine.last_maps) if engine else (None, None)
     if not last or not maps:
-        text = ("this model does not come through FG-Attn" if not engine else "this model has no run yet"
-                if not last else "the last run left no maps, see the log")
+        text = (
+            "this model does not come through FG-Attn"
+            if not engine
+            else "this model has no run yet"
+            if not last
+            else "the last run left no maps, see the log"
+        )
         return text, *[map_chart.draw_message("no map", text)] * 2
     drawn = maps.place_for(key, place)
     try:
@@ -104,8 +155,10 @@ def _draw(engine, key: str, block: int, head: int, step: int, place):
     if place != drawn:
         note = f"tile of the run before the place was changed; {note}"
     title = f"Block {block}, head {head}, {at}: keys that one tile of queries computes"
-    text = (f"block {block}, head {head}, {at}: the tile computes {percent(found.keys(head).mean())} of the "
-            f"keys, the head asks for {percent(found.density[head])} of its scores")
+    text = (
+        f"block {block}, head {head}, {at}: the tile computes {percent(found.keys(head).mean())} of the "
+        f"keys, the head asks for {percent(found.density[head])} of its scores"
+    )
     return text, map_chart.draw_map(found, head, title, note), density
 
 

@@ -13,10 +13,20 @@ from ..fgattn.outcomes import Outcome, Reason
 # Where tokens that are not of the video (text, reference, audio, pose, guides) stand in self-attention, by
 # class of the diffusion model or its nearest known ancestor.
 SIDES = {
-    "WanModel": "front", "CausalWanModel": "front", "WanModel_S2V": "back", "HumoWanModel": "back",
-    "SCAILWanModel": "back", "HunyuanVideo": "front", "Kandinsky5": "front", "LTXBaseModel": "back",
-    "GeneralDIT": "back", "MiniTrainDIT": "back", "AsymmDiTJoint": "back", "Flux": "front",
-    "QwenImageTransformer2DModel": "front", "MiniMaxH3Model": "front",
+    "WanModel": "front",
+    "CausalWanModel": "front",
+    "WanModel_S2V": "back",
+    "HumoWanModel": "back",
+    "SCAILWanModel": "back",
+    "HunyuanVideo": "front",
+    "Kandinsky5": "front",
+    "LTXBaseModel": "back",
+    "GeneralDIT": "back",
+    "MiniTrainDIT": "back",
+    "AsymmDiTJoint": "back",
+    "Flux": "front",
+    "QwenImageTransformer2DModel": "front",
+    "MiniMaxH3Model": "front",
 }
 MASKED = -1e4  # a bias below this removes a key
 NO_GRID = "this model's token grid is not known: sparse in raster order, without sinks"
@@ -42,7 +52,7 @@ def video_of(diffusion_model, latent_shape) -> Video | None:
 
 
 def call_layout(
-    options: dict, video: Video | None, query_length: int, key_length: int,
+    options: dict, video: Video | None, query_length: int, key_length: int
 ) -> TokenLayout | Reason:
     """Layout of a self-attention call over the video tokens, or the reason why it is none.
 
@@ -63,8 +73,9 @@ def call_layout(
     if others < 0:
         return Reason(Outcome.OTHER_TOKENS)
     if others > math.prod(grid):
-        return Reason(Outcome.LITTLE_VIDEO,
-                      f"{query_length} tokens, of which the video has {math.prod(grid)}")
+        return Reason(
+            Outcome.LITTLE_VIDEO, f"{query_length} tokens, of which the video has {math.prod(grid)}"
+        )
     return TokenLayout(grid, **{video.side: others})
 
 
@@ -113,7 +124,7 @@ def without_padding(layout: TokenLayout, valid: torch.Tensor) -> TokenLayout | N
         valid: bool [B, L], keys that a mask leaves.
     """
     row, end = valid[0], layout.length - layout.back
-    if (valid != row).any() or not row[layout.front:end].all():
+    if (valid != row).any() or not row[layout.front : end].all():
         return None
     return dataclasses.replace(layout, absent=tuple((~row).nonzero().flatten().tolist()))
 

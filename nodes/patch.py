@@ -6,30 +6,29 @@ dense fallback; evaluations get a fresh copy of the options, so nothing piles up
 """
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import threading
 
 import comfy.model_management
-import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
-from einops import rearrange
 
-from ..fgattn.outcomes import Reason
 from ..fgattn.runs.engine import Engine
 from ..fgattn.settings import Policy, Settings
 from ..fgattn.show.text import headline
 from .live import Live
-from .models import NO_GRID, call_block, call_branch, call_layout, valid_keys, video_of, without_padding
+from .models import video_of
+from .override import Override
 from .sliders import SLIDERS
 from .status import show
 
 KEY = "fgattn"
 SLOT = "optimized_attention_override"
 CORE_SPARSE = "block_sparse_attention"  # key of ComfyUI's node Model Sparse Attention
-BOTH_SPARSE = ("Model Sparse Attention is on this model too: it gets the calls that FG-Attn leaves dense, "
-               "and with MiniMax-H3 all of them")
+BOTH_SPARSE = (
+    "Model Sparse Attention is on this model too: it gets the calls that FG-Attn leaves dense, "
+    "and with MiniMax-H3 all of them"
+)
 FULL_NOISE_PERCENT = 0.02  # a run that starts within this part of the schedule starts at full noise
 log = logging.getLogger("fgattn")
 
@@ -42,13 +41,16 @@ class Patch:
     """
 
     def __init__(
-        self, settings: Settings, policy: Policy, node_id: str | None = None, live_sliders: bool = False,
+        self, settings: Settings, policy: Policy, node_id: str | None = None, live_sliders: bool = False
     ):
         self.node_id, self.live_sliders = node_id, live_sliders
         self.engine = Engine(
-            settings, policy, scope=_allocation_scope(),
+            settings,
+            policy,
+            scope=_allocation_scope(),
             passthrough=(comfy.model_management.InterruptProcessingException,),
-            notify=functools.partial(show, node_id))
+            notify=functools.partial(show, node_id),
+        )
         self.live = Live(node_id, self.engine.so_far)
         self.thread = threading.local()  # of this thread's evaluation, see Override; sampling may use several
         self._sigma = None  # the tensor that was read last
@@ -66,7 +68,10 @@ class Patch:
         previous = options.get(SLOT)
         while isinstance(previous, Override):
             previous = previous.previous
-        model.model_options["transformer_options"] = {**options, SLOT: Override(self, previous)}
+        model.model_options["transformer_options"] = {
+            **options,
+            SLOT: Override(self.engine, self.thread, previous),
+        }
         return model
 
     def outer_sample(self, executor, *args, **kwargs):
@@ -107,8 +112,8 @@ class Patch:
             self.engine.begin_evaluation(float(sigma.max()))
             self.live.update()
         current = options.get(SLOT)
-        if not (isinstance(current, Override) and current.patch is self):
-            options[SLOT] = Override(self, current)
+        if not (isinstance(current, Override) and current.engine is self.engine):
+            options[SLOT] = Override(self.engine, self.thread, current)
         shape = (kwargs.get("latent_shapes") or [args[0].shape])[0]  # video first, where there is audio too
         self.thread.video = video_of(executor.class_obj.diffusion_model, shape)
         self.thread.mask = None
@@ -124,63 +129,6 @@ class Patch:
     def _lost(self, what: str) -> None:
         log.exception("FG-Attn %s; this run is dense or unreported", what)
         show(self.node_id, f"FG-Attn {what}, see the log")
-
-
-class Override:
-    """The attention override of one patch, chained to the one it found."""
-
-    def __init__(self, patch: Patch, previous):
-        self.patch, self.previous = patch, previous
-
-    @torch.compiler.disable
-    def __call__(
-        self, func, q, k, v, heads, mask=None, attn_precision=None,
-        skip_reshape=False, skip_output_reshape=False, **kwargs,
-    ):
-        """ComfyUI's contract: q, k, v [B, L, H*D], or [B, H, L, D] with skip_reshape."""
-        options = kwargs.get("transformer_options") or {}
-
-        def fallback():
-            call = functools.partial(self.previous, func) if self.previous else func
-            return call(q, k, v, heads, mask=mask, attn_precision=attn_precision, skip_reshape=skip_reshape,
-                        skip_output_reshape=skip_output_reshape, **kwargs)
-
-        thread = self.patch.thread
-        if getattr(thread, "inside", False):  # reached through a foreign override
-            return fallback()
-        thread.inside = True
-        try:
-            length = 2 if skip_reshape else 1
-            video = getattr(thread, "video", None)
-            layout = call_layout(options, video, q.shape[length], k.shape[length])
-            if not isinstance(layout, Reason) and mask is not None:
-                layout = self._masked(mask, layout, q.shape[0])
-            if isinstance(layout, Reason):
-                self.patch.engine.decline(layout)
-                return fallback()
-            if video is None:
-                self.patch.engine.remark(NO_GRID)
-            split = functools.partial(rearrange, pattern="b l (h d) -> b h l d", h=heads)
-            out = self.patch.engine.attention(
-                *((q, k, v) if skip_reshape else map(split, (q, k, v))), layout=layout,
-                dense=(fallback if skip_output_reshape else lambda: split(fallback())),
-                block=call_block(options, video), branch=call_branch(options),
-                scale=kwargs.get("scale"))
-            return out if skip_output_reshape else rearrange(out, "b h l d -> b l (h d)")
-        finally:
-            thread.inside = False
-
-    def _masked(self, mask, layout, batch):
-        """The layout under a mask, or why there is none. Read once an evaluation: that waits."""
-        thread, place = self.patch.thread, (layout.grid, layout.front, layout.back, batch)
-        known = getattr(thread, "mask", None)
-        if known is None or known[0] is not mask or known[1] != place:
-            valid = valid_keys(mask, batch, layout.length)
-            found = valid if isinstance(valid, Reason) else dataclasses.replace(layout, key_valid=valid)
-            if isinstance(valid, torch.Tensor):
-                found = without_padding(layout, valid) or found
-            known = thread.mask = mask, place, found
-        return known[2]
 
 
 def patch_of(model) -> Patch | None:

@@ -9,7 +9,11 @@ from ..fgattn.methods import METHOD_NAMES, check
 from ..fgattn.settings import ORDERS, TILE_KEYS, TILE_QUERIES, Policy, Settings, parse_blocks
 from .patch import Patch
 
-READ = {"tile_queries": int, "tile_keys": int, "dense_blocks": parse_blocks}  # from what the page has to a field
+READ = {
+    "tile_queries": int,
+    "tile_keys": int,
+    "dense_blocks": parse_blocks,
+}  # from what the page has to a field
 
 
 class FGAttnPatch(io.ComfyNode):
@@ -26,80 +30,156 @@ class FGAttnPatch(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A video diffusion model, such as Wan 2.1 or 2.2."),
                 io.Float.Input(
-                    "threshold", default=Settings.threshold, min=0.0, max=8.0, step=0.05,
+                    "threshold",
+                    default=Settings.threshold,
+                    min=0.0,
+                    max=8.0,
+                    step=0.05,
                     display_mode=io.NumberDisplay.slider,
                     tooltip="Keeps what is expected to get at least this many times the average attention. "
-                    "0 keeps everything (dense); 0.7 is careful, 1 balanced, 2 fast."),
+                    "0 keeps everything (dense); 0.7 is careful, 1 balanced, 2 fast.",
+                ),
                 io.Combo.Input(
-                    "tile_queries", options=[str(m) for m in TILE_QUERIES],
+                    "tile_queries",
+                    options=[str(m) for m in TILE_QUERIES],
                     default=str(Settings.tile_queries),
                     tooltip="M: neighbouring video tokens that share one selection. 128 is the fastest; "
-                    "smaller tiles select more precisely and run slower."),
+                    "smaller tiles select more precisely and run slower.",
+                ),
                 io.Combo.Input(
-                    "tile_keys", options=[str(n) for n in TILE_KEYS],
+                    "tile_keys",
+                    options=[str(n) for n in TILE_KEYS],
                     default=str(Settings.tile_keys),
                     tooltip="N: neighbouring keys that are kept or skipped together. 16 is a good start; "
-                    "below 16 each key is judged on its own, which costs planning time."),
+                    "below 16 each key is judged on its own, which costs planning time.",
+                ),
                 io.Int.Input(
-                    "warmup_steps", default=Policy.warmup_steps, min=0, max=50, display_mode=io.NumberDisplay.slider,
+                    "warmup_steps",
+                    default=Policy.warmup_steps,
+                    min=0,
+                    max=50,
+                    display_mode=io.NumberDisplay.slider,
                     tooltip="Dense steps at the start, where the picture is laid out; at most a quarter of "
-                    "the run's steps. Only in runs that begin at full noise, so not in a second sampler."),
+                    "the run's steps. Only in runs that begin at full noise, so not in a second sampler.",
+                ),
                 io.Int.Input(
-                    "min_tokens", default=Policy.min_tokens, min=0, max=1_000_000, optional=True, advanced=True,
+                    "min_tokens",
+                    default=Policy.min_tokens,
+                    min=0,
+                    max=1_000_000,
+                    optional=True,
+                    advanced=True,
                     tooltip="Shortest sequence that runs sparse. 0 is automatic: on CUDA, calls that would "
-                    "not be faster, too short or keeping too much, run dense; none on CPU."),
+                    "not be faster, too short or keeping too much, run dense; none on CPU.",
+                ),
                 io.String.Input(
-                    "dense_blocks", default="", optional=True, advanced=True,
-                    tooltip='Transformer blocks that stay dense, such as "0, 1, 38-39". Empty: none.'),
+                    "dense_blocks",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip='Transformer blocks that stay dense, such as "0, 1, 38-39". Empty: none.',
+                ),
                 io.Int.Input(
-                    "final_dense_steps", default=Policy.final_dense_steps, min=0, max=50, optional=True, advanced=True,
-                    tooltip="Dense steps at the end of a run that ends without noise; 0 for none."),
+                    "final_dense_steps",
+                    default=Policy.final_dense_steps,
+                    min=0,
+                    max=50,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Dense steps at the end of a run that ends without noise; 0 for none.",
+                ),
                 io.Boolean.Input(
-                    "tail", default=Settings.tail, optional=True, advanced=True,
-                    tooltip="Adds a pooled estimate of what is skipped: two to three times less error."),
+                    "tail",
+                    default=Settings.tail,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Adds a pooled estimate of what is skipped: two to three times less error.",
+                ),
                 io.Combo.Input(
-                    "order", options=list(ORDERS), default=Settings.order, optional=True, advanced=True,
+                    "order",
+                    options=list(ORDERS),
+                    default=Settings.order,
+                    optional=True,
+                    advanced=True,
                     tooltip="Token order for tiles and slices: cells are 16 tokens, compact in time, height "
-                    "and width; raster is the model's own order; hilbert follows a 3-D Hilbert curve."),
+                    "and width; raster is the model's own order; hilbert follows a 3-D Hilbert curve.",
+                ),
                 io.Combo.Input(
-                    "method", options=list(METHOD_NAMES), default=Settings.method, optional=True, advanced=True,
+                    "method",
+                    options=list(METHOD_NAMES),
+                    default=Settings.method,
+                    optional=True,
+                    advanced=True,
                     tooltip="How keys are selected. The other ones are published methods to compare with: "
-                    "they plan more slowly, take their strength from method_parameter, ignore threshold."),
+                    "they plan more slowly, take their strength from method_parameter, ignore threshold.",
+                ),
                 io.Float.Input(
-                    "method_parameter", default=Settings.method_parameter, min=0.0, max=8.0, step=0.05, optional=True,
+                    "method_parameter",
+                    default=Settings.method_parameter,
+                    min=0.0,
+                    max=8.0,
+                    step=0.05,
+                    optional=True,
                     advanced=True,
                     tooltip="Strength of a method other than threshold; 0 is its own default. top_k and "
                     "hierarchical: share of the keys, up to 1 (0.3); sol: tau, higher is faster (1.3); "
-                    "radial: decay factor (0.2)."),
+                    "radial: decay factor (0.2).",
+                ),
                 io.Int.Input(
-                    "reuse_steps", default=Policy.reuse_steps, min=1, max=50, optional=True, advanced=True,
+                    "reuse_steps",
+                    default=Policy.reuse_steps,
+                    min=1,
+                    max=50,
+                    optional=True,
+                    advanced=True,
                     tooltip="Steps that one choice of scores is reused for; 1 chooses anew in every "
                     "call. More saves planning time, most with tile_keys below 16, but costs memory, "
-                    "and accuracy as the video changes from step to step."),
+                    "and accuracy as the video changes from step to step.",
+                ),
                 io.Int.Input(
-                    "reuse_memory_mb", default=Policy.reuse_memory_mb, min=0, max=1_000_000, optional=True, advanced=True,
+                    "reuse_memory_mb",
+                    default=Policy.reuse_memory_mb,
+                    min=0,
+                    max=1_000_000,
+                    optional=True,
+                    advanced=True,
                     tooltip="Most GPU memory for what reuse_steps keeps, in MB. When it is full, the other "
                     "calls choose anew. Wan 14B at 720p, 81 frames, needs 1118 with tile_keys 16, "
-                    "16 times as much with 1."),
+                    "16 times as much with 1.",
+                ),
                 io.Boolean.Input(
-                    "estimate_error", default=Policy.estimate_error, optional=True, advanced=True,
+                    "estimate_error",
+                    default=Policy.estimate_error,
+                    optional=True,
+                    advanced=True,
                     tooltip="Computes 64 random query rows of one block in four densely and compares: the "
                     "estimated error on the node. Costs at most 0.5 % of dense attention; the picture is "
-                    "the same with and without."),
+                    "the same with and without.",
+                ),
                 io.Boolean.Input(
-                    "live", default=False, optional=True,
+                    "live",
+                    default=False,
+                    optional=True,
                     tooltip="While the model samples, moving threshold or warmup_steps acts from the next "
                     "step on, in the run that samples only: queued ones keep their values. The report "
-                    "lists the values step by step."),
+                    "lists the values step by step.",
+                ),
             ],
-            outputs=[io.Model.Output("patched", display_name="MODEL",
-                                     tooltip="The model with sparse attention; the input stays as it was.")],
+            outputs=[
+                io.Model.Output(
+                    "patched",
+                    display_name="MODEL",
+                    tooltip="The model with sparse attention; the input stays as it was.",
+                )
+            ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def validate_inputs(
-        cls, dense_blocks: str | None = "", method: str | None = "threshold",
+        cls,
+        dense_blocks: str | None = "",
+        method: str | None = "threshold",
         method_parameter: float | None = 0.0,
     ) -> bool | str:
         """Refuse what is wrong when the graph is queued; None comes through a link and is checked later.
@@ -130,5 +210,7 @@ def chosen(inputs: dict[str, object]) -> tuple[Settings, Policy]:
     """
     values = {name: READ[name](value) if name in READ else value for name, value in inputs.items()}
     own = {field.name for field in dataclasses.fields(Settings)}
-    return (Settings(**{name: value for name, value in values.items() if name in own}),
-            Policy(**{name: value for name, value in values.items() if name not in own}))
+    return (
+        Settings(**{name: value for name, value in values.items() if name in own}),
+        Policy(**{name: value for name, value in values.items() if name not in own}),
+    )

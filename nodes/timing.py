@@ -23,8 +23,11 @@ class FGAttnTiming(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The output of FG-Attn Sparse Attention that was sampled."),
                 io.Latent.Input("latent", tooltip="The sampler's output; passed on unchanged."),
-                io.Model.Input("model_2", optional=True,
-                               tooltip="A second patched model, for two-stage workflows such as Wan 2.2."),
+                io.Model.Input(
+                    "model_2",
+                    optional=True,
+                    tooltip="A second patched model, for two-stage workflows such as Wan 2.2.",
+                ),
             ],
             outputs=[
                 io.Latent.Output("latent_out", display_name="LATENT", tooltip="The latent, unchanged."),

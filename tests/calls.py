@@ -11,8 +11,18 @@ from makers import assert_lists_agree, poisoned
 from makers import tensors as make
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ODD = ("equal keys", "zero queries", "huge key", "huge query", "NaN key", "NaN query", "inf key", "-inf key",
-       "inf query", "huge everywhere")
+ODD = (
+    "equal keys",
+    "zero queries",
+    "huge key",
+    "huge query",
+    "NaN key",
+    "NaN query",
+    "inf key",
+    "-inf key",
+    "inf query",
+    "huge everywhere",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +64,9 @@ class PlanCall:
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """q, k [B, H, L, 64]; keys that do not exist are NaN."""
-        q, k, _ = make(self.heads, self.queries, self.keys, batch=self.batch, dtype=DTYPES[self.dtype],
-                       seed=self.seed)
+        q, k, _ = make(
+            self.heads, self.queries, self.keys, batch=self.batch, dtype=DTYPES[self.dtype], seed=self.seed
+        )
         if q.numel() and k.numel():
             self._spoil(q, k)
         return q, k if self.missing == "none" else poisoned(k, self.valid)
@@ -89,7 +100,20 @@ class PlanCall:
 
 # c^2 is infinite in fp16, and so are the log-sum-exp and the bound: by definition no key reaches it.
 INFINITE_BOUND = PlanCall(
-    Settings(threshold=0.5, tile_queries=16, tile_keys=1), (2, 1, 6), 0, 0, None, 2, "none", 2, 1, "fp16", None, "huge query", 0)
+    Settings(threshold=0.5, tile_queries=16, tile_keys=1),
+    (2, 1, 6),
+    0,
+    0,
+    None,
+    2,
+    "none",
+    2,
+    1,
+    "fp16",
+    None,
+    "huge query",
+    0,
+)
 
 
 @st.composite
@@ -105,11 +129,23 @@ def plan_calls(draw, largest=(4, 7, 13), most_sinks=20, dtypes=tuple(DTYPES)) ->
         start = draw(st.integers(0, keys - 1))
         queries = draw(st.integers(1, keys - start))
     settings = Settings(
-        threshold=draw(st.sampled_from((0.0, 0.5, 0.9, 1.3, 2.0, 4.0, 1.0, 1e6))), tile_queries=draw(st.sampled_from(TILE_QUERIES)),
-        tile_keys=draw(st.sampled_from(TILE_KEYS)), order=draw(st.sampled_from(("cells", "raster", "hilbert"))))
+        threshold=draw(st.sampled_from((0.0, 0.5, 0.9, 1.3, 2.0, 4.0, 1.0, 1e6))),
+        tile_queries=draw(st.sampled_from(TILE_QUERIES)),
+        tile_keys=draw(st.sampled_from(TILE_KEYS)),
+        order=draw(st.sampled_from(("cells", "raster", "hilbert"))),
+    )
     return PlanCall(
-        settings, grid, front, back, start, queries,
+        settings,
+        grid,
+        front,
+        back,
+        start,
+        queries,
         missing=draw(st.sampled_from(("none", "none", "none", "some", "some", "most", "all"))),
-        batch=draw(st.integers(1, 2)), heads=draw(st.integers(1, 2)), dtype=draw(st.sampled_from(dtypes)),
+        batch=draw(st.integers(1, 2)),
+        heads=draw(st.integers(1, 2)),
+        dtype=draw(st.sampled_from(dtypes)),
         scale=draw(st.sampled_from((None, None, 0.05, -0.1))),
-        odd=draw(st.sampled_from((None, None, None, *ODD))), seed=draw(st.integers(0, 2**16)))
+        odd=draw(st.sampled_from((None, None, None, *ODD))),
+        seed=draw(st.integers(0, 2**16)),
+    )

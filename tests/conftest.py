@@ -15,8 +15,11 @@ def load(name: str, path: Path):
     """Import a file, or a package by its folder, under a name of our choice."""
     if name not in sys.modules:
         init = path / "__init__.py"
-        spec = (importlib.util.spec_from_file_location(name, init, submodule_search_locations=[str(path)])
-                if path.is_dir() else importlib.util.spec_from_file_location(name, path))
+        spec = (
+            importlib.util.spec_from_file_location(name, init, submodule_search_locations=[str(path)])
+            if path.is_dir()
+            else importlib.util.spec_from_file_location(name, path)
+        )
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return sys.modules[name]
@@ -56,8 +59,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """Uninitialised tensors of our package hold NaN or huge integers, so that a missed write shows."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"),
-                        (torch.Tensor, "new_empty")):
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 
 
@@ -67,8 +74,13 @@ def _poisoned(make):
         result = make(*args, **kwargs)
         if sys._getframe(1).f_globals.get("__name__", "").startswith("fgattn"):
             kind = result.dtype
-            result.fill_(float("nan") if kind.is_floating_point else
-                         True if kind == torch.bool else torch.iinfo(kind).max)
+            result.fill_(
+                float("nan")
+                if kind.is_floating_point
+                else True
+                if kind == torch.bool
+                else torch.iinfo(kind).max
+            )
         return result
 
     return wrapper

@@ -13,7 +13,7 @@ from fgattn.call import Call
 from fgattn.layout import CELL
 from fgattn.outcomes import Outcome, Reason
 from fgattn.plan import of_heads
-from fgattn.runs.stats import RunReport, RunSettings
+from fgattn.runs.reports import RunReport, RunSettings
 
 # Of a usual run, for tests that are about something else.
 CHOSEN = RunSettings("threshold", 1.0, 128, 16, "cells", True, 2, 8)
@@ -58,7 +58,7 @@ def random_valid(batch, keys, seed=0):
     generator = torch.Generator().manual_seed(seed)
     valid = torch.rand(batch, keys, generator=generator) > 0.1
     for row in range(batch):
-        valid[row, keys - keys * (row + 1) // 5:] = False
+        valid[row, keys - keys * (row + 1) // 5 :] = False
     return valid
 
 
@@ -90,8 +90,12 @@ def place(t, h, w):
 def restated_order(grid, front, back, order):
     """Token at each position: plain sorting of (place, token) pairs."""
     t_size, h_size, w_size = grid
-    video = [(place(t, h, w), front + (t * h_size + h) * w_size + w)
-             for t in range(t_size) for h in range(h_size) for w in range(w_size)]
+    video = [
+        (place(t, h, w), front + (t * h_size + h) * w_size + w)
+        for t in range(t_size)
+        for h in range(h_size)
+        for w in range(w_size)
+    ]
     if order == "cells":
         video.sort(key=lambda pair: pair[0])
     last = front + len(video)
@@ -135,8 +139,9 @@ def assert_lists_agree(plan: SparsePlan, values, m: int, most_undecided=None):
     wrong = (got != (union >= 0)) & (union.abs() >= SHORT_OF_BOUND)
     assert not wrong.any(), f"[batch, head, tile, slice] {wrong.nonzero()[:5].tolist()} of {tuple(got.shape)}"
     for count, rows, kept, open_ in (
-            (plan.requested, m, values >= 0, undecided),
-            (plan.executed, plan.tile_rows, union >= 0, union.abs() < SHORT_OF_BOUND)):
+        (plan.requested, m, values >= 0, undecided),
+        (plan.executed, plan.tile_rows, union >= 0, union.abs() < SHORT_OF_BOUND),
+    ):
         low, high = _scores(plan, rows, kept & ~open_), _scores(plan, rows, kept | open_)
         assert (low <= count).all() and (count <= high).all()
 
@@ -160,17 +165,24 @@ def low_precision(q, k, v, plan: SparsePlan):
         for h in range(q.shape[1]):
             tokens = query_tokens(plan, b, h)
             rows = q[b, h, tokens]
-            keys, values = (x[b, h, plan.geometry.key_tokens].masked_fill(~valid.to(x.device)[:, None], 0)
-                            for x in (k, v))
+            keys, values = (
+                x[b, h, plan.geometry.key_tokens].masked_fill(~valid.to(x.device)[:, None], 0) for x in (k, v)
+            )
             mask = executed_mask(plan, b, h)
             scores = (rows @ keys.T * scale).masked_fill(~mask, -math.inf)
             if plan.tail:
                 query_runs = [r.mean(0) for r in rows.split(CELL)]
                 cells = list(zip(*(x.split(CELL) for x in (keys, values, valid)), strict=True))
                 key_means, value_means = (
-                    torch.stack([c[i].sum(0) / max(1, int(c[2].sum())) for c in cells]) for i in (0, 1))
-                left = torch.stack([c.sum() - m.sum(1).cpu()
-                                    for c, m in zip(valid.split(CELL), mask.split(CELL, 1), strict=True)], 1)
+                    torch.stack([c[i].sum(0) / max(1, int(c[2].sum())) for c in cells]) for i in (0, 1)
+                )
+                left = torch.stack(
+                    [
+                        c.sum() - m.sum(1).cpu()
+                        for c, m in zip(valid.split(CELL), mask.split(CELL, 1), strict=True)
+                    ],
+                    1,
+                )
                 pooled = (torch.stack(query_runs) @ key_means.T * scale).repeat_interleave(CELL, 0)
                 pooled = pooled[: len(rows)] + left.to(rows).log()
                 scores, values = torch.cat((scores, pooled), 1), torch.cat((values, value_means))
@@ -219,26 +231,30 @@ class Case:
         return TokenLayout(self.grid, self.front, self.back, self.start, valid)
 
     def tensors(self, dim=64, dtype=torch.float32, seed=0):
-        q, k, v = tensors(self.heads, self.query_count, self.keys, dim, batch=self.batch, dtype=dtype,
-                          seed=seed)
+        q, k, v = tensors(
+            self.heads, self.query_count, self.keys, dim, batch=self.batch, dtype=dtype, seed=seed
+        )
         if self.padded:
             k, v = (poisoned(x, random_valid(self.batch, self.keys)) for x in (k, v))
         return q, k, v
 
 
-CASES = {c.why: c for c in (
-    Case("bricks divide the grid", (4, 8, 8)),
-    Case("ragged grid", (3, 9, 13), batch=2),
-    Case("sinks on both sides", (3, 6, 9), front=5, back=20),
-    Case("short sinks share a cell with video", (2, 5, 13), back=3),
-    Case("keys are missing", (3, 7, 10), front=3, back=9, padded=True, batch=2),
-    Case("queries are the end of the keys", (4, 6, 8), front=7, start=100),
-    Case("queries are the middle of the keys", (4, 6, 8), back=10, start=37, queries=90),
-    Case("cross-attention", (3, 6, 8), back=5, start=None, queries=75, padded=True),
-    Case("one token", (1, 1, 1)),
-    Case("fewer tokens than a cell", (1, 3, 4), front=1),
-    Case("sinks only", (0, 0, 0), back=40),
-)}
+CASES = {
+    c.why: c
+    for c in (
+        Case("bricks divide the grid", (4, 8, 8)),
+        Case("ragged grid", (3, 9, 13), batch=2),
+        Case("sinks on both sides", (3, 6, 9), front=5, back=20),
+        Case("short sinks share a cell with video", (2, 5, 13), back=3),
+        Case("keys are missing", (3, 7, 10), front=3, back=9, padded=True, batch=2),
+        Case("queries are the end of the keys", (4, 6, 8), front=7, start=100),
+        Case("queries are the middle of the keys", (4, 6, 8), back=10, start=37, queries=90),
+        Case("cross-attention", (3, 6, 8), back=5, start=None, queries=75, padded=True),
+        Case("one token", (1, 1, 1)),
+        Case("fewer tokens than a cell", (1, 3, 4), front=1),
+        Case("sinks only", (0, 0, 0), back=40),
+    )
+}
 
 
 def tail_of(q, k, v, plan, impl="torch", made=None):

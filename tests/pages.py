@@ -5,17 +5,32 @@ import importlib.util
 import shutil
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update")
-MISSING = [name for name, have in (
-    ("Chromium", CHROMIUM), ("playwright", importlib.util.find_spec("playwright"))) if not have]
+QUIET = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+)
+MISSING = [
+    name
+    for name, have in (("Chromium", CHROMIUM), ("playwright", importlib.util.find_spec("playwright")))
+    if not have
+]
 
 
 def settings(vue):
     """Of the page: no tours and no warnings; the Vue renderer or the canvas."""
-    return {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False,
-            "Comfy.Validation.Workflows": True, "Comfy.UseNewMenu": "Top", "Comfy.Minimap.Visible": False,
-            "Comfy.VueNodes.Enabled": vue}
+    return {
+        "Comfy.TutorialCompleted": True,
+        "Comfy.Workflow.ShowMissingModelsWarning": False,
+        "Comfy.Validation.Workflows": True,
+        "Comfy.UseNewMenu": "Top",
+        "Comfy.Minimap.Visible": False,
+        "Comfy.VueNodes.Enabled": vue,
+    }
 
 
 @contextlib.contextmanager
@@ -64,8 +79,11 @@ def load(page, graph):
 
 
 def value(page, name):
-    return page.evaluate("""name => app.graph._nodes.find(n => n.comfyClass === 'FGAttnPatch')
-                            .widgets.find(w => w.name === name).value""", name)
+    return page.evaluate(
+        """name => app.graph._nodes.find(n => n.comfyClass === 'FGAttnPatch')
+                            .widgets.find(w => w.name === name).value""",
+        name,
+    )
 
 
 def slider(page, name, share):
@@ -74,12 +92,15 @@ def slider(page, name, share):
         thumbs = page.locator(f"[data-node-id='{patch_id(page)}'] [role=slider]")
         box = thumbs.nth(["threshold", "warmup_steps"].index(name)).locator("xpath=..").bounding_box()
     else:
-        box = page.evaluate("""name => {
+        box = page.evaluate(
+            """name => {
             const node = app.graph._nodes.find(n => n.comfyClass === 'FGAttnPatch');
             const widget = node.widgets.find(w => w.name === name);
             const [x, y] = app.canvasPosToClientPos([node.pos[0] + 15, node.pos[1] + widget.last_y]);
             const scale = app.canvas.ds.scale;
-            return {x, y, width: scale * (node.size[0] - 30), height: scale * 20}; }""", name)
+            return {x, y, width: scale * (node.size[0] - 30), height: scale * 20}; }""",
+            name,
+        )
     y = box["y"] + box["height"] / 2
     page.mouse.move(box["x"] + box["width"] * 0.3, y)
     page.mouse.down()

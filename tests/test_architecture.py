@@ -11,32 +11,77 @@ import fgattn
 import pytest
 import torch
 from fgattn.outcomes import Outcome
-from fgattn.runs.stats import Kind
+from fgattn.runs.reports import Kind
 
 ROOT = Path(__file__).parents[1]
 COMFYUI = {
-    "comfy", "comfy_api", "comfy_api_nodes", "comfy_execution", "comfy_extras", "execution", "folder_paths",
-    "latent_preview", "nodes", "server"}
+    "comfy",
+    "comfy_api",
+    "comfy_api_nodes",
+    "comfy_execution",
+    "comfy_extras",
+    "execution",
+    "folder_paths",
+    "latent_preview",
+    "nodes",
+    "server",
+}
 HOT = (
-    "backends/hopper/attend", "backends/hopper/lister", "backends/hopper/tail", "backends/pytorch/attend",
-    "backends/pytorch/scoring", "backends/pytorch/select", "backends/pytorch/tail", "backends/shared/join",
-    "backends/shared/key_tables", "backends/shared/launch", "backends/shared/lists",
-    "backends/shared/refine", "backends/shared/select", "backends/shared/summarise",
-    "backends/triton/attend", "backends/triton/tail", "joining", "methods/__init__", "methods/common",
-    "methods/hierarchical", "methods/radial", "methods/sol", "methods/top_k", "plan", "runs/estimate",
+    "backends/hopper/attend",
+    "backends/hopper/lister",
+    "backends/hopper/tail",
+    "backends/pytorch/attend",
+    "backends/pytorch/scoring",
+    "backends/pytorch/select",
+    "backends/pytorch/tail",
+    "backends/shared/join",
+    "backends/shared/key_tables",
+    "backends/shared/launch",
+    "backends/shared/lists",
+    "backends/shared/refine",
+    "backends/shared/select",
+    "backends/shared/summarise",
+    "backends/triton/attend",
+    "backends/triton/tail",
+    "joining",
+    "methods/__init__",
+    "methods/common",
+    "methods/hierarchical",
+    "methods/radial",
+    "methods/sol",
+    "methods/top_k",
+    "plan",
+    "runs/estimate",
     "tensors",
 )
 BANNED_CALLS = {
-    "eval": "runs text as code", "exec": "runs text as code", "compile": "runs text as code",
-    "__import__": "hides what is loaded", "os.system": "starts programs", "os.popen": "starts programs",
-    "os.getenv": "settings come from nodes, not from the environment", "torch.load": "unpickles",
-    "torch.cuda.synchronize": "stops the pipeline", "torch.cuda.empty_cache": "belongs to ComfyUI",
-    "torch.manual_seed": "changes the sampler's random numbers", "tl.make_block_ptr": "deprecated",
-    "tl.advance": "deprecated", "logging.basicConfig": "belongs to ComfyUI",
+    "eval": "runs text as code",
+    "exec": "runs text as code",
+    "compile": "runs text as code",
+    "__import__": "hides what is loaded",
+    "os.system": "starts programs",
+    "os.popen": "starts programs",
+    "os.getenv": "settings come from nodes, not from the environment",
+    "torch.load": "unpickles",
+    "torch.cuda.synchronize": "stops the pipeline",
+    "torch.cuda.empty_cache": "belongs to ComfyUI",
+    "torch.manual_seed": "changes the sampler's random numbers",
+    "tl.make_block_ptr": "deprecated",
+    "tl.advance": "deprecated",
+    "logging.basicConfig": "belongs to ComfyUI",
     "torch.cuda.set_device": "belongs to ComfyUI",
 }
 BANNED_IMPORTS = {
-    "ctypes", "http", "marshal", "pickle", "requests", "shelve", "socket", "subprocess", "urllib"}
+    "ctypes",
+    "http",
+    "marshal",
+    "pickle",
+    "requests",
+    "shelve",
+    "socket",
+    "subprocess",
+    "urllib",
+}
 SYNCHRONISES = {"item", "tolist", "cpu", "numpy", "nonzero"}
 
 
@@ -99,8 +144,11 @@ def test_library_does_not_import_nodes(path):
 
 def texts_of(source):
     """String literals of a piece of code."""
-    return {n.value for n in ast.walk(ast.parse(source))
-            if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    return {
+        n.value
+        for n in ast.walk(ast.parse(source))
+        if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    }
 
 
 @every_file
@@ -115,7 +163,8 @@ def test_texts_of_outcomes_stand_in_one_place(path):
 def test_the_map_node_has_one_name(path):
     """Saved workflows know it by the id of its first days; nothing else has that name."""
     assert re.findall(r"\w*inspect\w*", path.read_text(encoding="utf-8"), re.I) == (
-        ["FGAttnInspect"] if name_of(path) == "nodes/maps.py" else [])
+        ["FGAttnInspect"] if name_of(path) == "nodes/maps.py" else []
+    )
 
 
 def test_outcomes_import_nothing_of_the_package():
@@ -123,12 +172,13 @@ def test_outcomes_import_nothing_of_the_package():
     assert not [module for level, module in imports(ROOT / "fgattn" / "outcomes.py") if level]
 
 
-@pytest.mark.parametrize("path", [ROOT / "web" / "js" / name for name in ("view.js", "panel.js", "store.js")],
-                         ids=name_of)
+@pytest.mark.parametrize(
+    "path", [ROOT / "web" / "js" / name for name in ("view.js", "panel.js", "store.js")], ids=name_of
+)
 def test_the_page_shows_texts_and_asks_for_fields(path):
     """No sentence is taken apart, and no outcome is known by its words."""
     source = path.read_text(encoding="utf-8")
-    assert ".split(\", \")" not in source
+    assert '.split(", ")' not in source
     assert not [o for o in Outcome if f'"{o.value}"' in source and o is not Outcome.SPARSE]
 
 
@@ -164,11 +214,24 @@ def test_banned_calls(path):
     assert is_program(path) or not prints(path.read_text()), "log instead of printing"
 
 
-@pytest.mark.parametrize("source", [
-    "eval('1')", "import subprocess", "from subprocess import run", "import urllib.request",
-    "os.environ['X']", "os.getenv('X')", "from os import environ", "torch.load('x')",
-    "torch.cuda.synchronize()",
-    "def f():\n    import pickle", "try:\n    pass\nexcept:\n    pass", "assert x", "tl.make_block_ptr(x)"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "eval('1')",
+        "import subprocess",
+        "from subprocess import run",
+        "import urllib.request",
+        "os.environ['X']",
+        "os.getenv('X')",
+        "from os import environ",
+        "torch.load('x')",
+        "torch.cuda.synchronize()",
+        "def f():\n    import pickle",
+        "try:\n    pass\nexcept:\n    pass",
+        "assert x",
+        "tl.make_block_ptr(x)",
+    ],
+)
 def test_banned_calls_are_seen(source):
     """The rule above can fail."""
     assert list(violations(source))
@@ -179,8 +242,11 @@ def test_hot_path_does_not_wait_for_the_gpu(name):
     """One read of a device value stalls every attention call; the fallback gathers by lists of any length."""
     allowed = {("backends/pytorch/attend", "nonzero")}
     tree = ast.parse((ROOT / "fgattn" / f"{name}.py").read_text())
-    found = {(name, n.func.attr) for n in ast.walk(tree)
-             if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in SYNCHRONISES}
+    found = {
+        (name, n.func.attr)
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in SYNCHRONISES
+    }
     assert found <= allowed
 
 
@@ -245,8 +311,16 @@ def test_no_paths_of_a_machine():
 def test_public_names():
     """Names that users import; each one has a docstring."""
     assert sorted(fgattn.__all__) == [
-        "InvalidArgument", "Settings", "SparsePlan", "TokenLayout", "Unsupported", "attend", "build_plan",
-        "plan_from_mask", "sparse_attention"]
+        "InvalidArgument",
+        "Settings",
+        "SparsePlan",
+        "TokenLayout",
+        "Unsupported",
+        "attend",
+        "build_plan",
+        "plan_from_mask",
+        "sparse_attention",
+    ]
     assert all(getattr(fgattn, name).__doc__ for name in fgattn.__all__)
 
 
@@ -267,7 +341,10 @@ def test_pack_root_imports_nothing(pack_root):
 def test_unwritten_memory_is_poisoned():
     """The fixture behind every test: what our code leaves unwritten must show."""
     scope = {"torch": torch, "__name__": "fgattn.backends.x"}
-    exec("floats = torch.empty(3), torch.empty_like(torch.ones(3)), torch.ones(3).new_empty(3)\n"
-         "ints = torch.empty(3, dtype=torch.int32)", scope)
+    exec(
+        "floats = torch.empty(3), torch.empty_like(torch.ones(3)), torch.ones(3).new_empty(3)\n"
+        "ints = torch.empty(3, dtype=torch.int32)",
+        scope,
+    )
     assert all(x.isnan().all() for x in scope["floats"])
     assert (scope["ints"] == 2**31 - 1).all()

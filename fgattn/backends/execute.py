@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from .. import methods
@@ -15,7 +17,8 @@ def plan_of(call: Call, backend: Backend) -> Planned:
     """What of the call is computed. Methods other than "threshold" are torch code, whatever the backend."""
     if call.settings.method != "threshold" or call.is_empty:
         return Planned(plan_selected(call, lambda q, k, valid: _by_method(call, q, k, valid)))
-    return backend.plan(call)
+    with _current(call.device):
+        return backend.plan(call)
 
 
 def attend(call: Call, backend: Backend, planned: Planned, out: torch.Tensor) -> torch.Tensor:
@@ -25,14 +28,30 @@ def attend(call: Call, backend: Backend, planned: Planned, out: torch.Tensor) ->
         out.zero_()  # absent tokens
     if call.is_empty:
         return out.zero_()
-    tail = backend.tail(call, planned) if plan.tail and backend.tail else None
-    backend.attend(call, plan, tail, out)
+    with _current(call.device):
+        tail = backend.tail(call, planned) if plan.tail and backend.tail else None
+        backend.attend(call, plan, tail, out)
     return out
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Kernels run on the current GPU: where another one is, the context changes it for a while."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _by_method(call: Call, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None):
     s = call.settings
-    heads = Heads(q=q, k=k, valid=valid, geometry=call.geometry, layout=call.layout,
-                  tile_queries=s.tile_queries, tile_keys=s.tile_keys,
-                  parameter=methods.strength(s.method, s.method_parameter), scale=call.scale)
+    heads = Heads(
+        q=q,
+        k=k,
+        valid=valid,
+        geometry=call.geometry,
+        layout=call.layout,
+        tile_queries=s.tile_queries,
+        tile_keys=s.tile_keys,
+        parameter=methods.strength(s.method, s.method_parameter),
+        scale=call.scale,
+    )
     return methods.select(s.method, heads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from ..call import Call
@@ -23,10 +25,8 @@ def choose(call: Call, *, gain: bool = False) -> Eligible | Reason:
     """
     if call.declined:
         return Reason(Outcome.DECLINED, call.declined)
-    gaining = [backend for backend in BACKENDS if backend.gains_on(call.device)]
-    others = [] if gain else [backend for backend in BACKENDS if backend not in gaining]
     passed_over: list[tuple[str, str]] = []
-    for backend in gaining + others:
+    for backend in _candidates(call.device, gain):
         reason = backend.reason(call)
         if reason is None and backend.probe:
             reason = selftest.failure(backend, call.device, backend.probe(call))
@@ -38,6 +38,15 @@ def choose(call: Call, *, gain: bool = False) -> Eligible | Reason:
     last = passed_over[-1][1]
     detail = last + without(tuple(other for other in passed_over if other[1] != last))
     return Reason(Outcome.NO_KERNEL, detail)
+
+
+def _candidates(device: torch.device, gain: bool) -> Iterator[Backend]:
+    for backend in BACKENDS:
+        if backend.gains_on(device):
+            yield backend
+    for backend in BACKENDS:
+        if not gain and not backend.gains_on(device):
+            yield backend
 
 
 def named(call: Call, name: str) -> Eligible | Reason:
@@ -61,8 +70,9 @@ def by_name(name: str) -> Backend:
     for backend in BACKENDS:
         if backend.name == name:
             return backend
-    raise InvalidArgument("impl", name, ", ".join(backend.name for backend in BACKENDS),
-                          "None chooses the fastest.")
+    raise InvalidArgument(
+        "impl", name, ", ".join(backend.name for backend in BACKENDS), "None chooses the fastest."
+    )
 
 
 def required(call: Call, impl: str | None) -> Backend:
@@ -76,10 +86,15 @@ def required(call: Call, impl: str | None) -> Backend:
     if isinstance(answer, Eligible):
         return answer.backend
     if call.declined:
-        raise Unsupported("q, k, v", call.declined, "equal head counts, rows contiguous and 16-byte aligned",
-                          "Run this call dense.")
-    raise Unsupported("impl", impl, "torch or reference here",
-                      f"The {impl} kernels cannot run: {answer.text}.")
+        raise Unsupported(
+            "q, k, v",
+            call.declined,
+            "equal head counts, rows contiguous and 16-byte aligned",
+            "Run this call dense.",
+        )
+    raise Unsupported(
+        "impl", impl, "torch or reference here", f"The {impl} kernels cannot run: {answer.text}."
+    )
 
 
 def on_device(device: torch.device, settings: Settings) -> Eligible | Reason:
@@ -88,5 +103,6 @@ def on_device(device: torch.device, settings: Settings) -> Eligible | Reason:
         q = torch.zeros(1, 1, 16, 128, dtype=torch.bfloat16, device=device)
         return choose(Call.to_plan(q, q, q, settings, TokenLayout.flat(16)), gain=True)
     except (RuntimeError, NotImplementedError) as error:
-        return Reason(Outcome.NO_KERNEL,
-                      f"no sparse kernel for device type {device.type}: {selftest.one_line(error)}")
+        return Reason(
+            Outcome.NO_KERNEL, f"no sparse kernel for device type {device.type}: {selftest.one_line(error)}"
+        )

@@ -43,12 +43,15 @@ def run(settings: Settings, steps: int, seed: int, out: Path) -> int:
     model = load_model().to(device, torch.bfloat16 if cuda else torch.float32)
     noise = torch.randn(1, CHANNELS, *size, generator=torch.Generator().manual_seed(seed)).to(device)
     context = conditioning(seed).to(device)
-    policies = {"dense": Policy(dense_blocks=frozenset(range(LAYERS)), min_tokens=1),
-                "FG-Attn": Policy(min_tokens=1)}
+    policies = {
+        "dense": Policy(dense_blocks=frozenset(range(LAYERS)), min_tokens=1),
+        "FG-Attn": Policy(min_tokens=1),
+    }
     latents, reports = [], []
     for name, policy in policies.items():
         latent, report = generate(
-            model, noise, context, Engine(settings, policy), steps, Progress(name, steps))
+            model, noise, context, Engine(settings, policy), steps, Progress(name, steps)
+        )
         latents.append(latent[0].float())
         reports.append(report)
     dense, sparse = reports
@@ -71,24 +74,39 @@ def run(settings: Settings, steps: int, seed: int, out: Path) -> int:
 def _parser() -> argparse.ArgumentParser:
     defaults = Settings()
     parser = argparse.ArgumentParser(prog="python -m fgattn.demo", description=__doc__)
-    parser.add_argument("--threshold", type=float, default=defaults.threshold,
-                        help="multiple of the uniform probability that is kept (default: %(default)s)")
-    parser.add_argument("--tile-queries", type=int, default=defaults.tile_queries,
-                        help="queries that share one selection (default: %(default)s)")
-    parser.add_argument("--tile-keys", type=int, default=defaults.tile_keys,
-                        help="keys that are kept or skipped together (default: %(default)s)")
-    parser.add_argument("--steps", type=int,
-                        help=f"sampling steps (default: {CPU_STEPS}, on a GPU {CUDA_STEPS})")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=defaults.threshold,
+        help="multiple of the uniform probability that is kept (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tile-queries",
+        type=int,
+        default=defaults.tile_queries,
+        help="queries that share one selection (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tile-keys",
+        type=int,
+        default=defaults.tile_keys,
+        help="keys that are kept or skipped together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps", type=int, help=f"sampling steps (default: {CPU_STEPS}, on a GPU {CUDA_STEPS})"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of scene and noise (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("demo_out"),
-                        help="folder for the pictures (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo_out"), help="folder for the pictures (default: %(default)s)"
+    )
     return parser
 
 
 def _checked(options: argparse.Namespace) -> tuple[Settings, int]:
     """Settings and steps; the folder exists afterwards."""
     settings = Settings(
-        threshold=options.threshold, tile_queries=options.tile_queries, tile_keys=options.tile_keys)
+        threshold=options.threshold, tile_queries=options.tile_queries, tile_keys=options.tile_keys
+    )
     steps = options.steps
     if steps is None:
         steps = CUDA_STEPS if torch.cuda.is_available() else CPU_STEPS
@@ -100,8 +118,11 @@ def _checked(options: argparse.Namespace) -> tuple[Settings, int]:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidArgument(
-            "out", options.out.as_posix(), f"a folder that can be written ({error.strerror})",
-            "Name another one.") from None
+            "out",
+            options.out.as_posix(),
+            f"a folder that can be written ({error.strerror})",
+            "Name another one.",
+        ) from None
     return settings, steps
 
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..runs.stats import RunReport
+from ..runs.reports import RunReport
 from .model import VideoTransformer
 
 SHIFT = 8.0  # moves the schedule towards high noise
@@ -33,7 +33,11 @@ def schedule(steps: int) -> list[float]:
 
 @torch.no_grad()
 def generate(
-    model: VideoTransformer, noise: torch.Tensor, context: torch.Tensor, engine: Sampled, steps: int,
+    model: VideoTransformer,
+    noise: torch.Tensor,
+    context: torch.Tensor,
+    engine: Sampled,
+    steps: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[torch.Tensor, RunReport]:
     """Turn noise into a latent video; the report tells what the engine did.

@@ -97,7 +97,7 @@ class VideoTransformer(nn.Module):
         self.head = Head(dim, CHANNELS * 4)
 
     def forward(
-        self, x: torch.Tensor, time: torch.Tensor, context: torch.Tensor, engine: Engine,
+        self, x: torch.Tensor, time: torch.Tensor, context: torch.Tensor, engine: Engine
     ) -> torch.Tensor:
         """The velocity, shaped like x.
 
@@ -115,10 +115,17 @@ class VideoTransformer(nn.Module):
         per_block = self.time_projection(time).unflatten(1, (6, -1))
         text = self.text_embedding(context)
         for i, block in enumerate(self.blocks):
+
             def self_attention(q, k, v, i=i):
                 return engine.attention(
-                    q, k, v, layout=layout, block=i,
-                    dense=lambda: functional.scaled_dot_product_attention(q, k, v))
+                    q,
+                    k,
+                    v,
+                    layout=layout,
+                    block=i,
+                    dense=lambda: functional.scaled_dot_product_attention(q, k, v),
+                )
+
             tokens = block(tokens, per_block, text, rotation, self_attention)
         patches = self.head(tokens, time).unflatten(1, grid).unflatten(-1, (2, 2, CHANNELS))
         return patches.permute(0, 6, 1, 2, 4, 3, 5).reshape(x.shape)
@@ -136,9 +143,13 @@ def rotary(grid: tuple[int, int, int], device: torch.device) -> tuple[torch.Tens
     third = HEAD_DIM // 6
     pairs = (HEAD_DIM // 2 - 2 * third, third, third)
     places = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
-    angle = torch.cat([
-        place.reshape(-1, 1) * 10000.0 ** -(torch.arange(n, dtype=torch.float64) / n)
-        for place, n in zip(places, pairs, strict=True)], 1)
+    angle = torch.cat(
+        [
+            place.reshape(-1, 1) * 10000.0 ** -(torch.arange(n, dtype=torch.float64) / n)
+            for place, n in zip(places, pairs, strict=True)
+        ],
+        1,
+    )
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 

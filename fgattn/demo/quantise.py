@@ -74,8 +74,12 @@ def record_golden(model: VideoTransformer) -> dict[str, torch.Tensor]:
         inputs.append(x)
         velocities.append(velocity)
         x = x + (following - sigma) * velocity
-    return {"sigma": torch.tensor(GOLDEN_SIGMAS[:-1]), "context": context,
-            "input": torch.cat(inputs).half(), "velocity": torch.cat(velocities).half()}
+    return {
+        "sigma": torch.tensor(GOLDEN_SIGMAS[:-1]),
+        "context": context,
+        "input": torch.cat(inputs).half(),
+        "velocity": torch.cat(velocities).half(),
+    }
 
 
 def main(arguments: list[str]) -> int:

@@ -38,7 +38,7 @@ def conditioning(seed: int) -> torch.Tensor:
 
 def to_rgb(latent: torch.Tensor) -> torch.Tensor:
     """Latent [16, T, H, W] -> frames [4T, H, W, 3] in 0..1."""
-    colours = latent[:3 * LATENT_FRAMES].unflatten(0, (LATENT_FRAMES, 3)).permute(2, 0, 3, 4, 1)
+    colours = latent[: 3 * LATENT_FRAMES].unflatten(0, (LATENT_FRAMES, 3)).permute(2, 0, 3, 4, 1)
     return (colours.flatten(0, 1) / GAIN + MEAN).clamp(0, 1)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..runs.stats import RunReport, StepReport
+from ..runs.reports import RunReport, StepReport
 from ..show.palette import BACKGROUND, TEXT
 from ..show.text import percent
 
@@ -33,8 +33,10 @@ class Progress:
         if watched or last:
             filled = BAR * done // self.steps
             seconds = time.perf_counter() - self.start
-            sys.stderr.write(f"{chr(13) * watched}{self.name:8} [{'#' * filled:-<{BAR}}] "
-                             f"step {done} of {self.steps}, {seconds:.0f} s{chr(10) * last}")
+            sys.stderr.write(
+                f"{chr(13) * watched}{self.name:8} [{'#' * filled:-<{BAR}}] "
+                f"step {done} of {self.steps}, {seconds:.0f} s{chr(10) * last}"
+            )
             sys.stderr.flush()
 
 
@@ -67,10 +69,12 @@ def side_by_side(videos: Sequence[tuple[str, torch.Tensor]], path: Path) -> None
         pen = ImageDraw.Draw(frame)
         for i, ((label, _), picture) in enumerate(zip(videos, pictures, strict=True)):
             pixels = (picture * 255).round().to(torch.uint8).cpu().numpy()
-            frame.paste(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC),
-                        (i * size[0], LABEL_HEIGHT))
-            pen.text((i * size[0] + 10, LABEL_HEIGHT / 2), label, TEXT, ImageFont.load_default(16),
-                     anchor="lm")
+            frame.paste(
+                Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC), (i * size[0], LABEL_HEIGHT)
+            )
+            pen.text(
+                (i * size[0] + 10, LABEL_HEIGHT / 2), label, TEXT, ImageFont.load_default(16), anchor="lm"
+            )
         frames.append(frame)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=FRAME_TIME, loop=0, quality=85)
 

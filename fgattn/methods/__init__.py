@@ -14,8 +14,12 @@ from ..layout import CELL
 from . import hierarchical, radial, sol, top_k
 from .common import Heads, folded
 
-METHODS = {"top_k": top_k.METHOD, "sol": sol.METHOD, "hierarchical": hierarchical.METHOD,
-           "radial": radial.METHOD}
+METHODS = {
+    "top_k": top_k.METHOD,
+    "sol": sol.METHOD,
+    "hierarchical": hierarchical.METHOD,
+    "radial": radial.METHOD,
+}
 METHOD_NAMES = ("threshold", *METHODS)
 
 
@@ -26,14 +30,18 @@ def check(method: str, parameter: float) -> None:
     number = isinstance(parameter, (int, float)) and not isinstance(parameter, bool)
     if method == "threshold":
         if not number or parameter != 0:
-            raise InvalidArgument("method_parameter", parameter, "0 with method threshold",
-                                  "Its strength is `threshold`.")
+            raise InvalidArgument(
+                "method_parameter", parameter, "0 with method threshold", "Its strength is `threshold`."
+            )
         return
     rule = METHODS[method]
     if not number or not 0 <= parameter <= rule.most:
         raise InvalidArgument(
-            "method_parameter", parameter, f"above 0 up to {rule.most:g} with {method} ({rule.parameter})",
-            f"0 chooses {rule.default:g}.")
+            "method_parameter",
+            parameter,
+            f"above 0 up to {rule.most:g} with {method} ({rule.parameter})",
+            f"0 chooses {rule.default:g}.",
+        )
 
 
 def strength(method: str, parameter: float) -> float:

@@ -17,7 +17,7 @@ class Clock:
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
+        event.record(torch.cuda.current_stream(self.device.index))  # a number is the fastest to look up
         return event
 
     def passed(self, mark) -> bool:

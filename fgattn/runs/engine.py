@@ -30,8 +30,9 @@ from .break_even import faster
 from .clock import Clock
 from .maps import NOBODY, Maps, Place
 from .plan_store import MADE, REUSED, PlanStore
+from .reports import RunReport
 from .run import Run, step_of
-from .stats import UNKNOWN_BLOCK, CallPlace, RunReport, RunStats
+from .stats import UNKNOWN_BLOCK, CallPlace, RunStats
 from .watch import Watch
 
 log = logging.getLogger("fgattn")
@@ -53,7 +54,10 @@ class Engine:
     """
 
     def __init__(
-        self, settings: Settings, policy: Policy, *,
+        self,
+        settings: Settings,
+        policy: Policy,
+        *,
         scope: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
         passthrough: tuple[type[BaseException], ...] = (),
         notify: Callable[[str], None] = lambda text: None,
@@ -92,14 +96,23 @@ class Engine:
         try:
             with self._scope():
                 self._places, self._asked = self._asked or self._places, {}
-                stats = RunStats(Clock(device), scheduled=max(1, len(sigmas) - 1),
-                                 sliders=[(0, self.settings.threshold, self.policy.warmup_steps)])
+                stats = RunStats(
+                    Clock(device),
+                    scheduled=max(1, len(sigmas) - 1),
+                    sliders=[(0, self.settings.threshold, self.policy.warmup_steps)],
+                )
                 self.run = Run(
-                    sigmas=sigmas, full_noise=full_noise, settings=self.settings, policy=self.policy,
-                    final=final, stats=stats, answer=registry.on_device(device, self.settings),
+                    sigmas=sigmas,
+                    full_noise=full_noise,
+                    settings=self.settings,
+                    policy=self.policy,
+                    final=final,
+                    stats=stats,
+                    answer=registry.on_device(device, self.settings),
                     plans=PlanStore(self.policy.reuse_steps, self.policy.reuse_memory_mb * 10**6),
                     rule=self._has_rule(device),
-                    watch=Watch(stats, self._places, self.policy.estimate_error, self._passthrough))
+                    watch=Watch(stats, self._places, self.policy.estimate_error, self._passthrough),
+                )
         except BaseException:
             compile_log.stop()
             raise
@@ -171,9 +184,16 @@ class Engine:
             self.run.stats.remarks[text] = None
 
     def attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: TokenLayout,
-        dense: Callable[[], torch.Tensor], block: int | None = None,
-        branch: Hashable | None = "all", scale: float | None = None,
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        layout: TokenLayout,
+        dense: Callable[[], torch.Tensor],
+        block: int | None = None,
+        branch: Hashable | None = "all",
+        scale: float | None = None,
     ) -> torch.Tensor:
         """One attention call, dense or sparse.
 
@@ -224,7 +244,9 @@ class Engine:
             self._failed(run, error, at)
         return dense()  # after the handler, which holds what was made until then
 
-    def _dense(self, run: Run, at: CallPlace, reason: Reason, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _dense(
+        self, run: Run, at: CallPlace, reason: Reason, dense: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
         """A call that could run sparse, but shall not: dense calls are timed to compare with."""
         run.stats.calls[reason] += 1
         run.watch.dense(at, reason)
@@ -252,7 +274,7 @@ class Engine:
                 out, spans = empty_like(call.q), []
                 for of, part in call.in_parts(parts):
                     plan = None
-                    plan, span = self._part(run, part, answer, at, out[:, of])
+                    plan, span = self._part(run, part, answer, at, out if parts == 1 else out[:, of])
                     spans.append(span)
                 run.stats.timed(run.step, True, spans)
                 break
@@ -277,17 +299,9 @@ class Engine:
 
     def _planned(self, run: Run, call: Call, answer: Eligible, at: CallPlace) -> tuple[Planned, str]:
         """A kept plan or a new one, and which."""
-        if run.policy.reuse_steps == 1:
+        key = run.plan_key(call, at)
+        if key is None:
             return execute.plan_of(call, answer.backend), MADE
-        missing = ("an unknown block" if at.block is None
-                   else "an unknown conditioning branch" if at.branch is None
-                   else "padded keys" if call.key_valid is not None else None)
-        if missing:
-            self.remark(f"plans are not kept for calls with {missing}")
-            return execute.plan_of(call, answer.backend), MADE
-        layout = call.layout
-        place = layout.grid, layout.front, layout.back, layout.absent, layout.query_start
-        key = at.block, at.branch, place, call.q.shape, call.k.shape[2], call.scale, str(call.device)
         return run.plans.plan(key, lambda: execute.plan_of(call, answer.backend))
 
     def _answer(self, run: Run, call: Call) -> Eligible | Reason:

@@ -35,7 +35,8 @@ class Estimate:
             self._generators[q.device] = torch.Generator(q.device).manual_seed(0)
         geo = geometry(layout, "raster", q.shape[2], q.device)
         places = torch.randint(
-            len(geo.query_tokens), (ROWS,), generator=self._generators[q.device], device=q.device)
+            len(geo.query_tokens), (ROWS,), generator=self._generators[q.device], device=q.device
+        )
         rows, valid = geo.query_tokens[places], layout.key_valid
         if layout.absent:
             there = torch.zeros(1, k.shape[2], dtype=torch.bool, device=k.device)

@@ -91,10 +91,15 @@ class Maps:
         if self._size + len(places) * heads * width > LIMIT:
             return self._skip(at, Reason(Outcome.MAPS_FULL))
         self._size += len(places) * heads * width
-        of_call = (plan.requested[0] / (plan.queries * plan.keys), replace(layout, key_valid=None), order,
-                   plan.tile_keys)
+        of_call = (
+            plan.requested[0] / (plan.queries * plan.keys),
+            layout if layout.key_valid is None else replace(layout, key_valid=None),
+            order,
+            plan.tile_keys,
+        )
         self.kept[at] = {
-            place: TileMap(*_bits_and_rows(plan, token_at(place, layout)), *of_call) for place in places}
+            place: TileMap(*_bits_and_rows(plan, token_at(place, layout)), *of_call) for place in places
+        }
 
     def skip(self, step: int, block: int | None, reason: Reason) -> None:
         """Note why a call has no map."""
@@ -103,8 +108,10 @@ class Maps:
     def to_host(self) -> None:
         """Bring all maps to the host; waits for the device."""
         every = [(maps, place) for maps in self.kept.values() for place in maps]
-        fields = {name: _to_host([getattr(maps[place], name) for maps, place in every])
-                  for name in ("bits", "rows", "density")}
+        fields = {
+            name: _to_host([getattr(maps[place], name) for maps, place in every])
+            for name in ("bits", "rows", "density")
+        }
         for i, (maps, place) in enumerate(every):
             maps[place] = replace(maps[place], **{name: tensors[i] for name, tensors in fields.items()})
 
@@ -134,8 +141,12 @@ class Maps:
         if step < 0:
             step = max(with_map or steps)
         if step not in steps:
-            raise InvalidArgument("step", step + 1, listed(s + 1 for s in steps),
-                                  "Steps are counted from 1; 0 is the last sparse one.")
+            raise InvalidArgument(
+                "step",
+                step + 1,
+                listed(s + 1 for s in steps),
+                "Steps are counted from 1; 0 is the last sparse one.",
+            )
         if (step, block) not in self.kept:
             reason = self.skipped[step, block].text
             others = listed(s + 1 for s in with_map)
@@ -148,8 +159,10 @@ class Maps:
     def densities(self, step: int) -> dict[int, np.ndarray | Reason]:
         """Block -> requested density of each head, or why there is none, in a step."""
         blocks = sorted({b for s, b in (*self.kept, *self.skipped) if s == step})
-        return {b: self._density(self.kept[step, b]) if (step, b) in self.kept else self.skipped[step, b]
-                for b in blocks}
+        return {
+            b: self._density(self.kept[step, b]) if (step, b) in self.kept else self.skipped[step, b]
+            for b in blocks
+        }
 
     @staticmethod
     def _density(maps: dict[Place, TileMap]) -> np.ndarray:
@@ -191,8 +204,8 @@ def _bits_and_rows(plan: SparsePlan, token: int) -> tuple[torch.Tensor, torch.Te
     if plan.cell_order is None:
         geo, size = plan.geometry, plan.tile_rows
         tile, rows = geo.table(("tile", token, size), lambda: _tile(geo.query_tokens[None], token, size))
-    else:
-        tile, rows = _tile(plan.query_tokens[0].long(), token, plan.tile_rows)
+        return plan.bits[0].index_select(1, tile)[:, 0], rows
+    tile, rows = _tile(plan.query_tokens[0].long(), token, plan.tile_rows)
     index = tile.expand(heads)[:, None, None].expand(heads, 1, width)
     return plan.bits[0].gather(1, index)[:, 0], rows
 

@@ -45,8 +45,9 @@ class PlanStore:
         """Count calls anew; drop the plans that are too old for this step, or of a later one."""
         self._step = step
         self._calls.clear()
-        self._kept = {place: kept for place, kept in self._kept.items()
-                      if kept.step <= step < kept.step + self._steps}
+        self._kept = {
+            place: kept for place, kept in self._kept.items() if kept.step <= step < kept.step + self._steps
+        }
 
     def plan(self, key: Hashable, build: Callable[[], Planned]) -> tuple[Planned, str]:
         """The plan of this evaluation's next call with this key: kept, or built; and which."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..backends.base import Eligible
+from ..call import Call
 from ..outcomes import Outcome, Reason
 from ..settings import Policy, Settings, ranges
 from .plan_store import PlanStore
-from .stats import CallPlace, RunSettings, RunStats
+from .reports import RunSettings
+from .stats import CallPlace, RunStats
 from .watch import Watch
 
 
@@ -64,14 +66,33 @@ class Run:
             return Reason(Outcome.DENSE_BLOCK)
         return None
 
+    def plan_key(self, call: Call, at: CallPlace) -> Hashable | None:
+        """What tells the call's plan from others that are kept; None where it is not to be kept."""
+        if self.policy.reuse_steps == 1:
+            return None
+        missing = {
+            "an unknown block": at.block is None,
+            "an unknown conditioning branch": at.branch is None,
+            "padded keys": call.key_valid is not None,
+        }
+        if why := next((name for name, is_so in missing.items() if is_so), None):
+            self.stats.remarks[f"plans are not kept for calls with {why}"] = None
+            return None
+        layout = call.layout
+        place = layout.grid, layout.front, layout.back, layout.absent, layout.query_start
+        return at.block, at.branch, place, call.q.shape, call.k.shape[2], call.scale, str(call.device)
+
     def check_blocks(self) -> None:
         """Say which of dense_blocks the run did not have, if it reached its last step."""
         absent = self.policy.dense_blocks - self.blocks
         if not absent or not self.blocks or self.step < self.steps - 1:
             return
         numbered = self.blocks != {None}
-        self.stats.remarks[f"dense_blocks: this model has no block {ranges(absent)}" if numbered else
-                           "dense_blocks has no effect: this model does not number its blocks"] = None
+        self.stats.remarks[
+            f"dense_blocks: this model has no block {ranges(absent)}"
+            if numbered
+            else "dense_blocks has no effect: this model does not number its blocks"
+        ] = None
 
     @property
     def chosen(self) -> RunSettings:
@@ -80,11 +101,19 @@ class Run:
         (_, threshold, warmup), (_, last_threshold, last_warmup) = sliders[0], sliders[-1]
         first = replace(s, threshold=threshold)
         return RunSettings(
-            method=s.method, strength=first.strength, tile_queries=s.tile_queries, tile_keys=s.tile_keys,
-            order=s.order, tail=s.tail, warmup_steps=self.warmup(replace(self.policy, warmup_steps=warmup)),
-            steps=self.steps, reuse_steps=self.policy.reuse_steps, moved=len(sliders) > 1,
+            method=s.method,
+            strength=first.strength,
+            tile_queries=s.tile_queries,
+            tile_keys=s.tile_keys,
+            order=s.order,
+            tail=s.tail,
+            warmup_steps=self.warmup(replace(self.policy, warmup_steps=warmup)),
+            steps=self.steps,
+            reuse_steps=self.policy.reuse_steps,
+            moved=len(sliders) > 1,
             moved_threshold=None if last_threshold == threshold else last_threshold,
-            moved_warmup_steps=None if last_warmup == warmup else last_warmup)
+            moved_warmup_steps=None if last_warmup == warmup else last_warmup,
+        )
 
     def take_moved(self) -> None:
         """The sliders were moved: the step that begins has the new values, if they are new."""

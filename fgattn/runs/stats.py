@@ -10,18 +10,18 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable
-from dataclasses import astuple, dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
-from ..outcomes import Outcome, Reason
+from ..outcomes import Reason
 from .clock import Clock
 from .plan_store import REUSED
+from .reports import BlockReport, CellReport, RunReport, RunSettings, StepReport
 from .sums import Sums
 
 UNKNOWN_BLOCK = -1  # number of all blocks that have none
-Kind = Literal["warm-up", "dense", "sparse", "reused"]
 
 
 class CallPlace(NamedTuple):
@@ -33,135 +33,6 @@ class CallPlace(NamedTuple):
     step: int
     block: int | None  # None where the model does not number its blocks
     branch: Hashable | None  # None if unknown
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What the user had chosen for a run, as far as it was in force.
-
-    Attributes:
-        strength: the threshold, or the parameter of another method.
-        tile_queries, tile_keys: M queries, N keys.
-        warmup_steps, steps: dense ones at the start, and all of the schedule.
-        reuse_steps: steps that a plan serves.
-        moved: the sliders were moved during the run.
-        moved_threshold, moved_warmup_steps: where a slider was last set to; None if it stands where it did at
-            the start.
-    """
-
-    method: str
-    strength: float
-    tile_queries: int
-    tile_keys: int
-    order: str
-    tail: bool
-    warmup_steps: int
-    steps: int
-    reuse_steps: int = 1
-    moved: bool = False
-    moved_threshold: float | None = None
-    moved_warmup_steps: int | None = None
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One step of the schedule; times in ms."""
-
-    index: int
-    total: float
-    attention: float  # eligible calls only: dense ones, and kernel and tail of sparse ones
-    planning: float
-    sparse_calls: int
-    dense_calls: int
-    warmup: bool = False  # dense for being at the start of the run
-    estimated_error: float | None = None
-
-    @property
-    def kind(self) -> Kind:
-        """ "reused" is sparse without planning."""
-        if self.sparse_calls:
-            return "sparse" if self.planning else "reused"
-        return "warm-up" if self.warmup else "dense"
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """One transformer block over the sparse steps of a run."""
-
-    block: int
-    density: float
-    executed_density: float
-    estimated_error: float | None = None
-
-
-@dataclass(frozen=True)
-class CellReport:
-    """The sparse calls of one block in one step."""
-
-    step: int
-    block: int
-    density: float
-
-
-@dataclass(frozen=True)
-class RunReport:
-    """What one sampling run did; times in ms, memory in bytes.
-
-    Attributes:
-        tokens: longest eligible sequence.
-        implementation: what ran sparse calls, or why none could.
-        total: from the first model evaluation to the end.
-        dense_call, sparse_call: median time of an eligible call in dense and in sparse steps; None
-            if there was none. Planning is included, by the share of calls that had to plan.
-        calls: number of attention calls by what became of them.
-        peak_memory: of the CUDA device during the run; None on other devices.
-        failure: the exception that turned the run dense, as text.
-        plans: number of plans by what became of them (see `plan_store`); a call in parts has one a part.
-        planning_saved: calls that planned nothing, times the median time of planning.
-        scheduled: steps of the schedule.
-        sliders: threshold and warm-up steps as the user had set them: (first step, threshold, warm-up), one
-            entry unless they moved during the run. Enough to repeat it.
-        cells: by step and block.
-        estimated_error: mean relative error of the calls that were compared with dense attention (see
-            `estimate`), of the run, a step or a block; None where none was.
-    """
-
-    settings: RunSettings
-    tokens: int
-    implementation: str
-    device: str
-    total: float
-    steps: tuple[StepReport, ...]
-    blocks: tuple[BlockReport, ...]
-    calls: dict[Reason, int]
-    dense_call: float | None
-    sparse_call: float | None
-    density: float | None
-    executed_density: float | None
-    peak_memory: int | None
-    failure: str | None
-    remarks: tuple[str, ...] = ()
-    plans: dict[str, int] = field(default_factory=dict)
-    planning_saved: float = 0.0
-    scheduled: int = 0
-    sliders: tuple[tuple[int, float, int], ...] = ()
-    cells: tuple[CellReport, ...] = ()
-    estimated_error: float | None = None
-
-    def count(self, outcome: Outcome) -> int:
-        """Number of attention calls with this outcome."""
-        return sum(number for reason, number in self.calls.items() if reason.outcome is outcome)
-
-    @property
-    def planning(self) -> float:
-        return sum(s.planning for s in self.steps)
-
-    @property
-    def speedup(self) -> float | None:
-        """Dense over sparse time of an eligible call, measured inside this run."""
-        if not self.dense_call or not self.sparse_call:
-            return None
-        return self.dense_call / self.sparse_call
 
 
 @dataclass
@@ -185,7 +56,7 @@ class RunStats:
     _timed: list = field(default_factory=list)  # (step, sparse, spans), see `timed`
     _sums: Sums = field(default_factory=lambda: Sums(5))  # (step, block) -> the fields of a _Cell
     _read: int = 0  # number of _timed whose marks are host times by now
-    _copy: tuple | None = None  # of _sums, on its way to the host: keys, sums, mark
+    _copy: object | None = None  # mark after which what _sums has sent has arrived
     _arrived: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # _sums as of the last copy
 
     def __post_init__(self):
@@ -206,17 +77,13 @@ class RunStats:
         self._timed.append((step, sparse, spans))
 
     def add_plan(self, step: int, block: int, plan) -> None:
-        """Add a plan's counts, on the device."""
-        sums = self._sums.row((step, block), plan.requested.device)
-        sums[0] += plan.requested.sum()
-        sums[1] += plan.executed.sum()
-        sums[2] += plan.requested.numel() * plan.queries * plan.keys
+        """Add a plan's counts, which stay on the device."""
+        pairs = plan.requested.numel() * plan.queries * plan.keys
+        self._sums.add((step, block), 0, plan.requested, plan.executed, pairs)
 
     def add_estimate(self, step: int, block: int, estimated_error: torch.Tensor) -> None:
-        """Add a call's relative error, a 0-d tensor, on the device."""
-        sums = self._sums.row((step, block), estimated_error.device)
-        sums[3] += estimated_error
-        sums[4] += 1
+        """Add a call's relative error, a 0-d tensor, which stays on the device."""
+        self._sums.add((step, block), 3, estimated_error, 1)
 
     def densities(self) -> dict[int, float]:
         """Executed density by block, of all calls so far; waits for them.
@@ -231,7 +98,7 @@ class RunStats:
         self._read_calls()
         self._read_scores()
         part = copy.copy(self)
-        part._timed = self._timed[:self._read]
+        part._timed = self._timed[: self._read]
         passed = [(step, mark) for step, mark in self._steps.items() if self.clock.passed(mark)]
         part._steps = dict(passed[:-1])
         return part._report(settings, implementation, passed[-1][1] if passed else 0.0, self._arrived)
@@ -248,16 +115,18 @@ class RunStats:
 
     def _times(self, spans: list[tuple]) -> tuple[float, float]:
         """Planning and the rest of a call, ms."""
-        return (sum(self.clock.milliseconds(start, planned) for start, planned, _ in spans),
-                sum(self.clock.milliseconds(planned, end) for _, planned, end in spans))
+        return (
+            sum(self.clock.milliseconds(start, planned) for start, planned, _ in spans),
+            sum(self.clock.milliseconds(planned, end) for _, planned, end in spans),
+        )
 
     def _read_scores(self) -> None:
         """Take the copy of the counts that has arrived, if any, and send the next one on its way."""
-        if self._copy and self.clock.passed(self._copy[2]):
-            keys, sums, _ = self._copy
-            self._arrived, self._copy = dict(zip(keys, sums.tolist(), strict=True)), None
-        if self._sums and not self._copy:
-            self._copy = *self._sums.send(), self.clock.mark()
+        if self._copy is not None and self.clock.passed(self._copy):
+            self._arrived, self._copy = self._sums.arrived(), None
+        if self._sums and self._copy is None:
+            self._sums.send()
+            self._copy = self.clock.mark()
 
     def report(self, settings: RunSettings, implementation: str) -> RunReport:
         """Wait for the device and add everything up."""
@@ -279,35 +148,56 @@ class RunStats:
         for i, (step, mark) in enumerate(starts):
             mine = by_step.get(step, [])
             sparse = sum(t[1] for t in mine)
-            steps.append(StepReport(
-                step, self.clock.milliseconds(mark, bounds[i + 1]), sum(t[3] for t in mine),
-                sum(t[2] for t in mine), sparse, len(mine) - sparse, step in self._warmup,
-                of_step.get(step, _Cell()).estimated_error))
+            steps.append(
+                StepReport(
+                    step,
+                    self.clock.milliseconds(mark, bounds[i + 1]),
+                    sum(t[3] for t in mine),
+                    sum(t[2] for t in mine),
+                    sparse,
+                    len(mine) - sparse,
+                    step in self._warmup,
+                    of_step.get(step, _Cell()).estimated_error,
+                )
+            )
         sparse_calls = [t[3] for t in timed if t[1]]
         planning = [t[2] for t in timed if t[1] and t[2] > 0]
         plan_time = _median(planning) or 0.0
-        blocks = tuple(BlockReport(block, cell.density, cell.executed_density, cell.estimated_error)
-                       for block, cell in sorted(of_block.items(), key=lambda item: item[0]))
+        blocks = tuple(
+            BlockReport(block, cell.density, cell.executed_density, cell.estimated_error)
+            for block, cell in sorted(of_block.items(), key=lambda item: item[0])
+        )
         cuda = self.clock.device.type == "cuda"
         return RunReport(
-            settings=settings, tokens=self.tokens, implementation=implementation,
+            settings=settings,
+            tokens=self.tokens,
+            implementation=implementation,
             device=torch.cuda.get_device_name(self.clock.device) if cuda else str(self.clock.device),
             total=self.clock.milliseconds(bounds[0], end) if starts else 0.0,
-            steps=tuple(sorted(steps, key=lambda step: step.index)), blocks=blocks, calls=dict(self.calls),
+            steps=tuple(sorted(steps, key=lambda step: step.index)),
+            blocks=blocks,
+            calls=dict(self.calls),
             dense_call=_median([t[3] for t in timed if not t[1]]),
-            sparse_call=(_median(sparse_calls) + plan_time * len(planning) / len(sparse_calls)
-                         if sparse_calls else None),
-            density=whole.density, executed_density=whole.executed_density,
+            sparse_call=(
+                _median(sparse_calls) + plan_time * len(planning) / len(sparse_calls)
+                if sparse_calls
+                else None
+            ),
+            density=whole.density,
+            executed_density=whole.executed_density,
             peak_memory=torch.cuda.max_memory_allocated(self.clock.device) if cuda else None,
-            failure=self.failure, remarks=tuple(self.remarks), plans=dict(self.plans),
+            failure=self.failure,
+            remarks=tuple(self.remarks),
+            plans=dict(self.plans),
             planning_saved=(len(sparse_calls) - len(planning)) * plan_time if self.plans[REUSED] else 0.0,
-            scheduled=self.scheduled, sliders=tuple(self.sliders),
+            scheduled=self.scheduled,
+            sliders=tuple(self.sliders),
             cells=tuple(CellReport(*key, cell.density) for key, cell in cells),
-            estimated_error=whole.estimated_error)
+            estimated_error=whole.estimated_error,
+        )
 
 
-@dataclass(frozen=True)
-class _Cell:
+class _Cell(NamedTuple):
     """Sums over calls: scores asked for, computed, all; relative errors, and how many of them."""
 
     requested: float = 0.0
@@ -338,7 +228,7 @@ def _totals(cells: Iterable[tuple[int, _Cell]]) -> dict[int, _Cell]:
 
 
 def _total(cells: Iterable[_Cell]) -> _Cell:
-    return _Cell(*map(sum, zip(*map(astuple, cells), strict=True)))
+    return _Cell(*map(sum, zip(*cells, strict=True)))
 
 
 def _median(values: list[float]) -> float | None:

@@ -28,7 +28,10 @@ class Watch:
     """
 
     def __init__(
-        self, stats: RunStats, places: Mapping[str, Place], estimate_error: bool,
+        self,
+        stats: RunStats,
+        places: Mapping[str, Place],
+        estimate_error: bool,
         passthrough: tuple[type[BaseException], ...],
     ):
         self.maps = Maps(places)
@@ -42,14 +45,18 @@ class Watch:
 
     def sparse(self, at: CallPlace, call: Call, out: torch.Tensor, plan: SparsePlan | Reason) -> None:
         """A call was sparse, with this plan; or why there is no plan of the whole call."""
+
         def look():
             if isinstance(plan, Reason):
                 self.maps.skip(at.step, at.block, plan)
             else:
                 self.maps.keep(at.step, at.block, plan, call.layout, call.settings.order)
             if self._estimate and self._estimate.due(at.step, at.block, call):
-                self._stats.add_estimate(at.step, UNKNOWN_BLOCK if at.block is None else at.block,
-                                      self._estimate.estimated_error(call, out))
+                self._stats.add_estimate(
+                    at.step,
+                    UNKNOWN_BLOCK if at.block is None else at.block,
+                    self._estimate.estimated_error(call, out),
+                )
 
         self._guarded(look)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 from ..outcomes import Outcome
-from ..runs.stats import RunReport, StepReport
+from ..runs.reports import RunReport, StepReport
 from .palette import (
     ATTENTION,
     BACKGROUND,
@@ -36,9 +36,16 @@ OUTLIER = 3  # a step above this multiple of its run's median is cut off: compil
 SEEN = 0.002  # difference of densities that is drawn at all
 HEADROOM = 1.08  # of a scale over its highest bar
 
-LEGEND = ((WARM_UP, "warm-up"), (DENSE, "dense"), (SPARSE, "sparse"), (REUSED, "reused plan"),
-          (PLANNING, "planning"), (REST, "rest of the step"), (REQUESTED, "density requested"),
-          (EXECUTED, "executed on top"))
+LEGEND = (
+    (WARM_UP, "warm-up"),
+    (DENSE, "dense"),
+    (SPARSE, "sparse"),
+    (REUSED, "reused plan"),
+    (PLANNING, "planning"),
+    (REST, "rest of the step"),
+    (REQUESTED, "density requested"),
+    (EXECUTED, "executed on top"),
+)
 
 Box = tuple[float, float, float, float]  # left, right, top, bottom
 
@@ -114,8 +121,13 @@ def _draw_run(pen, top: int, name: str, report: RunReport, limit: float) -> None
     pen.text((MARGIN, top + 34), name, TEXT, name_font, anchor="ls")
     after = MARGIN + pen.textlength(name, name_font) + 14
     colour = SPARSE if report.count(Outcome.SPARSE) and not report.failure else PLANNING
-    pen.text((after, top + 34), fit(pen, headline(report), line_font, WIDTH - MARGIN - after),
-             colour, line_font, anchor="ls")
+    pen.text(
+        (after, top + 34),
+        fit(pen, headline(report), line_font, WIDTH - MARGIN - after),
+        colour,
+        line_font,
+        anchor="ls",
+    )
     what = f"{report.device}, {report.tokens} tokens"
     if report.count(Outcome.SPARSE):
         what = f"{describe(report.settings)}; {report.implementation} on {what}"
@@ -140,8 +152,15 @@ def _draw_steps(pen, box: Box, steps: Sequence[StepReport], limit: float) -> Non
             half = pen.textlength(note, font(12)) / 2
             x = min(max(panel.middle(i), panel.left + half), panel.right - half)
             if x - half >= free:
-                pen.text((x, panel.top + 6), note, TEXT, font(12), anchor="ma",
-                         stroke_width=2, stroke_fill=BACKGROUND)
+                pen.text(
+                    (x, panel.top + 6),
+                    note,
+                    TEXT,
+                    font(12),
+                    anchor="ma",
+                    stroke_width=2,
+                    stroke_fill=BACKGROUND,
+                )
                 free = x + half + 6
 
 

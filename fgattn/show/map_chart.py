@@ -38,8 +38,14 @@ def draw_map(found: TileMap, head: int, title: str, note: str) -> Image.Image:
     tall = HEAD + rows * (LABEL + height * size + GAP) + FOOT
     image = Image.new("RGB", (wide, tall), BACKGROUND)
     pen = ImageDraw.Draw(image)
-    _title(pen, wide, title, f"this tile computes {percent(computed.sum() / there)} of {there} keys; "
-           f"the head asks for {percent(found.density[head])} of its scores", note)
+    _title(
+        pen,
+        wide,
+        title,
+        f"this tile computes {percent(computed.sum() / there)} of {there} keys; "
+        f"the head asks for {percent(found.density[head])} of its scores",
+        note,
+    )
     for i in range(count):
         x = MARGIN + i % columns * (width * size + GAP)
         y = HEAD + i // columns * (LABEL + height * size + GAP)
@@ -53,10 +59,12 @@ def draw_map(found: TileMap, head: int, title: str, note: str) -> Image.Image:
         image.paste(_tokens(frames[:, i], size), (x, y + LABEL))
     others = layout.front + layout.back - len(layout.absent)
     legend: list[tuple[str | None, str]] = [
-        (OWN, f"the tile: {own.sum()} queries"), (COMPUTED, "keys that it computes"),
-        (SKIPPED, "keys that it skips")]
+        (OWN, f"the tile: {own.sum()} queries"),
+        (COMPUTED, "keys that it computes"),
+        (SKIPPED, "keys that it skips"),
+    ]
     if others:
-        share = (computed[: layout.front].sum() + computed[video.stop:].sum()) / others
+        share = (computed[: layout.front].sum() + computed[video.stop :].sum()) / others
         legend.append((None, f"{percent(share)} of {others} text or reference tokens computed"))
     _legend(pen, image.height - FOOT, legend)
     return image
@@ -81,9 +89,14 @@ def draw_density(maps: Maps, step: int, block: int, head: int, title: str) -> Im
     image = Image.new("RGB", (wide, tall), BACKGROUND)
     pen = ImageDraw.Draw(image)
     whole = np.concatenate([*shares.values()])
-    _title(pen, image.width, title, f"share of scores asked for: mean {percent(whole.mean())}, from "
-           f"{percent(whole.min())} to {percent(whole.max())}",
-           f"{len(shares)} of {len(blocks)} blocks have a map")
+    _title(
+        pen,
+        image.width,
+        title,
+        f"share of scores asked for: mean {percent(whole.mean())}, from "
+        f"{percent(whole.min())} to {percent(whole.max())}",
+        f"{len(shares)} of {len(blocks)} blocks have a map",
+    )
     pen.text((left, top - 24), "head", FAINT, font(12), anchor="ls")
     pen.text((right + GAP + mean_width / 2, top - 8), "mean", FAINT, font(12), anchor="ms")
     for i in range(0, heads, _every(w, 24)):
@@ -91,21 +104,38 @@ def draw_density(maps: Maps, step: int, block: int, head: int, title: str) -> Im
     for row, (number, densities) in enumerate(blocks.items()):
         y = top + row * h
         if row % _every(h, 14) == 0 or number == block:
-            pen.text((left - 8, y + h / 2), f"block {number}" if row == 0 else str(number),
-                     TEXT if number == block else FAINT, font(12), anchor="rm")
+            pen.text(
+                (left - 8, y + h / 2),
+                f"block {number}" if row == 0 else str(number),
+                TEXT if number == block else FAINT,
+                font(12),
+                anchor="rm",
+            )
         if isinstance(densities, Reason):
             pen.rectangle((left, y, right - 2, y + h - 2), GRID)
             if h >= NUMBERS[1]:
-                pen.text((left + 8, y + h / 2 - 1), fit(pen, densities.text, font(11), right - left - 16),
-                         FAINT, font(11), anchor="lm")
+                pen.text(
+                    (left + 8, y + h / 2 - 1),
+                    fit(pen, densities.text, font(11), right - left - 16),
+                    FAINT,
+                    font(11),
+                    anchor="lm",
+                )
             continue
-        for x, width, share in [*((left + i * w, w, d) for i, d in enumerate(densities)),
-                                (right + GAP, mean_width, densities.mean())]:
+        for x, width, share in [
+            *((left + i * w, w, d) for i, d in enumerate(densities)),
+            (right + GAP, mean_width, densities.mean()),
+        ]:
             colour = _ramp(float(share) / highest)
             pen.rectangle((x, y, x + width - 2, y + h - 2), colour)
             if (numbers or x > right) and h >= NUMBERS[1]:
-                pen.text((x + width / 2 - 1, y + h / 2 - 1), f"{100 * share:.0f}",
-                         BACKGROUND if sum(colour) > 330 else TEXT, font(11), anchor="mm")
+                pen.text(
+                    (x + width / 2 - 1, y + h / 2 - 1),
+                    f"{100 * share:.0f}",
+                    BACKGROUND if sum(colour) > 330 else TEXT,
+                    font(11),
+                    anchor="mm",
+                )
         if number == block and head < len(densities):
             x = left + head * w
             pen.rectangle((x - 2, y - 2, x + w, y + h), outline=OWN, width=2)
@@ -154,7 +184,7 @@ def _tokens(planes: np.ndarray, size: int) -> Image.Image:
     colours = np.array([ImageColor.getrgb(c) for c in (SKIPPED, COMPUTED, OWN)], np.uint8)
     pixels = colours[np.where(planes[1], 2, planes[0].astype(int))].repeat(size, 0).repeat(size, 1)
     if size >= SEPARATE:
-        pixels[size - 1:: size] = pixels[:, size - 1:: size] = ImageColor.getrgb(BACKGROUND)
+        pixels[size - 1 :: size] = pixels[:, size - 1 :: size] = ImageColor.getrgb(BACKGROUND)
     return Image.fromarray(pixels)
 
 
@@ -179,7 +209,7 @@ def _ramp(share: float) -> tuple[int, int, int]:
     """Colour of a share of the highest density."""
     at = min(max(share, 0.0), 1.0) * (len(RAMP) - 1)
     low = min(int(at), len(RAMP) - 2)
-    pair = [np.array(ImageColor.getrgb(c)) for c in RAMP[low: low + 2]]
+    pair = [np.array(ImageColor.getrgb(c)) for c in RAMP[low : low + 2]]
     red, green, blue = (int(n) for n in pair[0] + (pair[1] - pair[0]) * (at - low))
     return red, green, blue
 

@@ -10,5 +10,9 @@ COMPUTED, SKIPPED, OWN = SPARSE, "#2b3343", "#ffa53c"  # keys of a tile, and the
 RAMP = ("#222a3c", "#28617c", "#3fa37c", "#a5d152", "#fde725")  # of density, from 0 to the highest
 
 ATTENTION = {"warm-up": WARM_UP, "dense": DENSE, "sparse": SPARSE, "reused": REUSED}  # by kind of step
-PANEL = {**ATTENTION, "planning": PLANNING, "rest": REST,
-         "estimated-error": ESTIMATED_ERROR}  # the variables of web/js/panel.css
+PANEL = {
+    **ATTENTION,
+    "planning": PLANNING,
+    "rest": REST,
+    "estimated-error": ESTIMATED_ERROR,
+}  # the variables of web/js/panel.css

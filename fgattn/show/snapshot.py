@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from ..runs.stats import Kind, RunReport, RunSettings
+from ..runs.reports import Kind, RunReport, RunSettings
 from .text import by_number, headline
 
 SCHEMA_VERSION = 3
@@ -108,17 +108,40 @@ def snapshot(report: RunReport, node: str, run: str, state: State) -> dict:
         state = "failed"
     title = headline(report) if report.calls or state != "running" else "waiting for the first step"
     made = Snapshot(
-        SCHEMA_VERSION, node, run, state, title[:MAX_TEXT], report.settings, report.tokens,
-        step=1 + max((s.index for s in steps), default=-1), steps=report.scheduled,
-        total=round(report.total, 1), dense_call=_rounded(report.dense_call),
-        sparse_call=_rounded(report.sparse_call), speedup=_rounded(report.speedup),
-        density=_rounded(report.density), estimated_error=_two_digits(report.estimated_error),
-        timeline=tuple(Step(s.index, round(s.total, 1), round(s.attention, 1), round(s.planning, 1),
-                            s.kind, _two_digits(s.estimated_error)) for s in steps),
-        blocks=tuple(Block(b.block, round(b.density, 3), _two_digits(b.estimated_error))
-                     for b in report.blocks[:MAX_BLOCKS]),
+        SCHEMA_VERSION,
+        node,
+        run,
+        state,
+        title[:MAX_TEXT],
+        report.settings,
+        report.tokens,
+        step=1 + max((s.index for s in steps), default=-1),
+        steps=report.scheduled,
+        total=round(report.total, 1),
+        dense_call=_rounded(report.dense_call),
+        sparse_call=_rounded(report.sparse_call),
+        speedup=_rounded(report.speedup),
+        density=_rounded(report.density),
+        estimated_error=_two_digits(report.estimated_error),
+        timeline=tuple(
+            Step(
+                s.index,
+                round(s.total, 1),
+                round(s.attention, 1),
+                round(s.planning, 1),
+                s.kind,
+                _two_digits(s.estimated_error),
+            )
+            for s in steps
+        ),
+        blocks=tuple(
+            Block(b.block, round(b.density, 3), _two_digits(b.estimated_error))
+            for b in report.blocks[:MAX_BLOCKS]
+        ),
         calls=tuple(Calls(reason.outcome.code, reason.text[:MAX_REASON], number) for reason, number in calls),
-        heat="", sliders=tuple(Sliders(*values) for values in report.sliders[-MAX_SLIDERS:]))
+        heat="",
+        sliders=tuple(Sliders(*values) for values in report.sliders[-MAX_SLIDERS:]),
+    )
     room = MAX_BYTES - len(json.dumps(asdict(made))) - 4  # base64 has four letters for three bytes
     return asdict(replace(made, heat=_heat(report, [s.index for s in steps], room * 3 // 4)))
 
@@ -126,7 +149,7 @@ def snapshot(report: RunReport, node: str, run: str, state: State) -> dict:
 def _heat(report: RunReport, steps: list[int], room: int) -> str:
     blocks = {b.block: i for i, b in enumerate(report.blocks[:MAX_BLOCKS])}
     fit = max(0, room) // max(1, len(blocks))
-    rows = {step: bytearray(len(blocks)) for step in steps[max(0, len(steps) - fit):]}
+    rows = {step: bytearray(len(blocks)) for step in steps[max(0, len(steps) - fit) :]}
     for cell in report.cells:
         if cell.step in rows and cell.block in blocks:
             rows[cell.step][blocks[cell.block]] = 1 + round(254 * cell.density)

@@ -9,7 +9,7 @@ from decimal import ROUND_HALF_UP, Context
 
 from ..outcomes import Outcome, Reason
 from ..runs.plan_store import NOT_KEPT, REUSED
-from ..runs.stats import BlockReport, RunReport, RunSettings, StepReport
+from ..runs.reports import BlockReport, RunReport, RunSettings, StepReport
 
 TWO_DIGITS = Context(prec=2, rounding=ROUND_HALF_UP)
 
@@ -31,40 +31,60 @@ def text(report: RunReport) -> str:
     """The whole report."""
     lines = [summary(report)]
     if report.steps:
-        lines += ["", *(
-            f"step {s.index + 1}: {s.total:.1f} ms, attention {s.attention:.1f}, planning {s.planning:.1f}; "
-            f"{s.sparse_calls} sparse, {s.dense_calls} dense"
-            f"{_estimated(s, '; est. error {}')}" for s in report.steps)]
+        lines += [
+            "",
+            *(
+                f"step {s.index + 1}: {s.total:.1f} ms, attention {s.attention:.1f}, planning {s.planning:.1f}; "
+                f"{s.sparse_calls} sparse, {s.dense_calls} dense"
+                f"{_estimated(s, '; est. error {}')}"
+                for s in report.steps
+            ),
+        ]
     if report.blocks:
-        lines += ["", *(
-            f"block {b.block if b.block >= 0 else '?'}: density {percent(b.density)}, "
-            f"executed {percent(b.executed_density)}{_estimated(b, ', est. error {}')}"
-            for b in report.blocks)]
+        lines += [
+            "",
+            *(
+                f"block {b.block if b.block >= 0 else '?'}: density {percent(b.density)}, "
+                f"executed {percent(b.executed_density)}{_estimated(b, ', est. error {}')}"
+                for b in report.blocks
+            ),
+        ]
     return "\n".join(lines)
 
 
 def summary(report: RunReport) -> str:
     """The report without its steps and blocks."""
-    lines = [headline(report), "", f"settings: {describe(report.settings)}",
-             f"implementation: {report.implementation} on {report.device}, {report.tokens} tokens",
-             f"run: {report.total / 1e3:.2f} s, {len(report.steps)} steps, planning {report.planning:.1f} ms",
-             f"attention call: {_call_times(report)}"]
+    lines = [
+        headline(report),
+        "",
+        f"settings: {describe(report.settings)}",
+        f"implementation: {report.implementation} on {report.device}, {report.tokens} tokens",
+        f"run: {report.total / 1e3:.2f} s, {len(report.steps)} steps, planning {report.planning:.1f} ms",
+        f"attention call: {_call_times(report)}",
+    ]
     if report.density is not None:
-        lines.append(f"density: {percent(report.density)} requested, "
-                     f"{percent(report.executed_density)} executed")
+        lines.append(
+            f"density: {percent(report.density)} requested, {percent(report.executed_density)} executed"
+        )
     if report.estimated_error is not None:
-        lines.append(f"estimated error of attention: {percent(report.estimated_error)} against dense, "
-                     "from random query rows of some calls")
+        lines.append(
+            f"estimated error of attention: {percent(report.estimated_error)} against dense, "
+            "from random query rows of some calls"
+        )
     if reused := report.plans.get(REUSED):
-        lines.append(f"plans: {sum(report.plans.values()) - reused} made, {reused} reused, which saved about "
-                     f"{report.planning_saved:.1f} ms of planning")
+        lines.append(
+            f"plans: {sum(report.plans.values()) - reused} made, {reused} reused, which saved about "
+            f"{report.planning_saved:.1f} ms of planning"
+        )
     if not_kept := report.plans.get(NOT_KEPT):
         lines.append(f"plans not kept: {not_kept}, memory (reuse_memory_mb) is full")
     if report.peak_memory is not None:
         lines.append(f"peak VRAM: {report.peak_memory / 2**30:.2f} GiB")
     if len(report.sliders) > 1:
-        lines += [f"sliders from step {step + 1}: threshold {threshold:g}, warm-up {warmup}"
-                  for step, threshold, warmup in report.sliders]
+        lines += [
+            f"sliders from step {step + 1}: threshold {threshold:g}, warm-up {warmup}"
+            for step, threshold, warmup in report.sliders
+        ]
     lines += [f"remark: {remark}" for remark in report.remarks]
     if report.failure:
         lines.append(f"error: {report.failure}")
@@ -75,8 +95,13 @@ def summary(report: RunReport) -> str:
 def describe(settings: RunSettings) -> str:
     """A run's settings as one line; `settingsText` in web/js/view.js has the same words."""
     s = settings
-    words = [f"{s.method} {s.strength:g}", f"tiles {s.tile_queries}x{s.tile_keys}", f"{s.order} order",
-             f"tail {'on' if s.tail else 'off'}", f"warm-up {s.warmup_steps} of {s.steps} steps"]
+    words = [
+        f"{s.method} {s.strength:g}",
+        f"tiles {s.tile_queries}x{s.tile_keys}",
+        f"{s.order} order",
+        f"tail {'on' if s.tail else 'off'}",
+        f"warm-up {s.warmup_steps} of {s.steps} steps",
+    ]
     if s.reuse_steps > 1:
         words.append(f"plans serve {s.reuse_steps} steps")
     if s.moved:

@@ -48,8 +48,9 @@ def weights_of(kind, **options):
     import torch
 
     torch.manual_seed(0)
-    model = kind(dim=256, ffn_dim=256, num_heads=2, text_dim=4096, operations=comfy.ops.disable_weight_init,
-                 **options)
+    model = kind(
+        dim=256, ffn_dim=256, num_heads=2, text_dim=4096, operations=comfy.ops.disable_weight_init, **options
+    )
     weights = {}
     for name, tensor in model.state_dict().items():
         spread = 1.0 if "modulation" in name else max(tensor.shape[-1], 1) ** -0.5
@@ -73,7 +74,8 @@ def vace(pack):
     from comfy.ldm.wan.model import VaceWanModel
 
     return comfy.sd.load_diffusion_model_state_dict(
-        weights_of(VaceWanModel, num_layers=2, vace_layers=1, vace_in_dim=96))
+        weights_of(VaceWanModel, num_layers=2, vace_layers=1, vace_in_dim=96)
+    )
 
 
 @pytest.fixture
@@ -94,8 +96,20 @@ def sample(pack):
         noise = torch.randn(1, 16, 3, 16, 24, generator=torch.Generator().manual_seed(seed))
         text = torch.randn(2, 1, 8, 4096, generator=torch.Generator().manual_seed(seed + 1))
         positive, negative = ([[t, {}]] for t in text)
-        return comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive, negative,
-                                   torch.zeros_like(noise), disable_pbar=True, seed=seed, **options)
+        return comfy.sample.sample(
+            model,
+            noise,
+            steps,
+            cfg,
+            sampler,
+            scheduler,
+            positive,
+            negative,
+            torch.zeros_like(noise),
+            disable_pbar=True,
+            seed=seed,
+            **options,
+        )
 
     return run
 
@@ -109,8 +123,14 @@ def patched(pack):
         from comfy_api.latest import io
 
         clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})
-        return clone.execute(model=model, threshold=threshold, tile_queries=tile_queries,
-                             tile_keys=tile_keys, warmup_steps=warmup_steps, **inputs).args[0]
+        return clone.execute(
+            model=model,
+            threshold=threshold,
+            tile_queries=tile_queries,
+            tile_keys=tile_keys,
+            warmup_steps=warmup_steps,
+            **inputs,
+        ).args[0]
 
     return apply
 

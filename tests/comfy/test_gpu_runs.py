@@ -57,8 +57,19 @@ def run(pack, report):
             marks[-1].record()
 
         latent = comfy.sample.sample(
-            model, noise, steps, 3.0, "euler", "simple", [[text, {}]], [[torch.zeros_like(text), {}]],
-            torch.zeros_like(noise), disable_pbar=True, seed=seed, callback=tick)
+            model,
+            noise,
+            steps,
+            3.0,
+            "euler",
+            "simple",
+            [[text, {}]],
+            [[torch.zeros_like(text), {}]],
+            torch.zeros_like(noise),
+            disable_pbar=True,
+            seed=seed,
+            callback=tick,
+        )
         torch.cuda.synchronize()
         times = [a.elapsed_time(b) for a, b in pairwise(marks)]
         assert latent.isfinite().all()
@@ -87,9 +98,11 @@ def compiled(model):
     return model
 
 
-@pytest.mark.parametrize(("dtype", "change"), [
-    (torch.bfloat16, None), (torch.float8_e4m3fn, None), (torch.bfloat16, compiled)],
-    ids=["bf16", "fp8", "bf16, TorchCompileModel with inductor"])
+@pytest.mark.parametrize(
+    ("dtype", "change"),
+    [(torch.bfloat16, None), (torch.float8_e4m3fn, None), (torch.bfloat16, compiled)],
+    ids=["bf16", "fp8", "bf16, TorchCompileModel with inductor"],
+)
 def test_480p(load, run, patched, report, dtype, change, request):
     """20 steps dense and sparse: every block sparse after warm-up, faster, and close."""
     model = load(dtype)
@@ -99,13 +112,17 @@ def test_480p(load, run, patched, report, dtype, change, request):
     dense, dense_ms = run(change(model))
     sparse, sparse_ms = run(ours)
     last = report(ours)
-    print(f"\n{request.node.callspec.id}: step {dense_ms:.1f} -> {sparse_ms:.1f} ms, attention call "
-          f"{last.dense_call:.2f} -> {last.sparse_call:.2f} ms ({last.speedup:.2f} x), "
-          f"density {last.density:.3f}, PSNR {psnr(sparse, dense):.1f} dB, "
-          f"peak {last.peak_memory / 2**20:.0f} MiB, {last.implementation}")
+    print(
+        f"\n{request.node.callspec.id}: step {dense_ms:.1f} -> {sparse_ms:.1f} ms, attention call "
+        f"{last.dense_call:.2f} -> {last.sparse_call:.2f} ms ({last.speedup:.2f} x), "
+        f"density {last.density:.3f}, PSNR {psnr(sparse, dense):.1f} dB, "
+        f"peak {last.peak_memory / 2**20:.0f} MiB, {last.implementation}"
+    )
     assert last.failure is None and not last.remarks
     assert {k: n for k, n in by_text(last).items() if k != "cross-attention"} == {
-        "warm-up step": WARMUP * BLOCKS, "sparse": (20 - WARMUP) * BLOCKS}
+        "warm-up step": WARMUP * BLOCKS,
+        "sparse": (20 - WARMUP) * BLOCKS,
+    }
     assert last.speedup > 1.3 and sparse_ms < dense_ms and psnr(sparse, dense) > 28
 
 
@@ -173,14 +190,16 @@ def test_a_full_gpu(load, run, patched, report):
         ended.append("dense" if last.failure else "fewer heads" if last.remarks else "sparse")
         assert not last.failure or "OutOfMemoryError" in last.failure
         assert by_text(last)["warm-up step"] == BLOCKS
-        print(f"\n{free} MiB free: {ended[-1]}, {dict(by_text(last))}, "
-              f"{psnr(latents[-1], latents[0]):.1f} dB")
+        print(
+            f"\n{free} MiB free: {ended[-1]}, {dict(by_text(last))}, {psnr(latents[-1], latents[0]):.1f} dB"
+        )
     assert ended == sorted(ended, key=["sparse", "fewer heads", "dense"].index)
     assert {*ended} == {"sparse", "fewer heads", "dense"}
 
 
-@pytest.mark.parametrize("mode", ["--novram", "--novram, no async offload", "--lowvram, nothing fits",
-                                  "dynamic VRAM"])
+@pytest.mark.parametrize(
+    "mode", ["--novram", "--novram, no async offload", "--lowvram, nothing fits", "dynamic VRAM"]
+)
 def test_memory_modes(load, run, patched, report, monkeypatch, mode):
     """Offloaded weights: the same result, as sparse as ever."""
     import comfy.memory_management
@@ -207,8 +226,10 @@ def test_memory_modes(load, run, patched, report, monkeypatch, mode):
     got, ms = run(ours, steps=8)
     loaded = ours.loaded_size() / ours.model_size()
     management.unload_all_models()
-    print(f"\n{mode}: {loaded:.0%} of the weights resident, step {normal_ms:.1f} -> {ms:.1f} ms, "
-          f"{'the same bits' if torch.equal(got, expected) else f'{psnr(got, expected):.1f} dB'}")
+    print(
+        f"\n{mode}: {loaded:.0%} of the weights resident, step {normal_ms:.1f} -> {ms:.1f} ms, "
+        f"{'the same bits' if torch.equal(got, expected) else f'{psnr(got, expected):.1f} dB'}"
+    )
     assert mode == "dynamic VRAM" or loaded < 0.1
     assert psnr(got, expected) > 40
     assert report(ours).failure is None and by_text(report(ours))["sparse"] == (8 - WARMUP) * BLOCKS

@@ -170,7 +170,8 @@ def test_quantised_weights(wan_weights, sample, patched, report):
             return other
 
     model = comfy.sd.load_diffusion_model_state_dict(
-        dict(wan_weights), model_options={"custom_operations": quantised_operations()})
+        dict(wan_weights), model_options={"custom_operations": quantised_operations()}
+    )
     model = Patcher.clone(model)
     assert model.model.diffusion_model.blocks[0].self_attn.q.weight.dtype == torch.int8
     dense, ours = sample(model), patched(model, threshold=0.0)

@@ -14,8 +14,10 @@ def told(pack, monkeypatch):
     live = sys.modules["fgattn_pack.nodes.live"]
     sent = []
     server = types.SimpleNamespace(
-        client_id="tab", send_sync=lambda event, data, client: sent.append((event, data, client)),
-        send_progress_text=lambda text, node_id, sid: None)
+        client_id="tab",
+        send_sync=lambda event, data, client: sent.append((event, data, client)),
+        send_progress_text=lambda text, node_id, sid: None,
+    )
     monkeypatch.setattr(live, "prompt_server", lambda: server)
     monkeypatch.setattr(live, "INTERVAL", 0.0)
     monkeypatch.setattr(live, "COST_SHARE", 1e9)
@@ -57,6 +59,7 @@ def test_the_end_is_told_however_it_comes(wan, sample, patched, told, monkeypatc
     def raising(error):
         def broken(*args, **kwargs):
             raise error
+
         return broken
 
     monkeypatch.setattr(engine, "plan_call", raising(InterruptProcessingException()))

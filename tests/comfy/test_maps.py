@@ -23,6 +23,7 @@ def map_node(pack, tmp_path, monkeypatch):
 @pytest.fixture
 def drawn(map_node):
     """Ask for the latent, sample, draw; the last call's text and both pictures."""
+
     def draw(model, sampling=None, block=1, head=1, step=0, **place):
         node, chosen = map_node(), {"model": model, "block": block, "head": head, "step": step, **place}
         assert node.check_lazy_status(**chosen) == ["latent"]
@@ -60,8 +61,12 @@ def test_other_choices_need_no_other_run(wan, sample, patched, drawn):
     model = patched(wan, warmup_steps=2)
     first = drawn(model, sample)
     last = patch_of(model).engine.last_report
-    seen = {drawn(model, block=block, head=head, step=step)[0]
-            for block in range(3) for head in range(2) for step in range(3, 9)}
+    seen = {
+        drawn(model, block=block, head=head, step=step)[0]
+        for block in range(3)
+        for head in range(2)
+        for step in range(3, 9)
+    }
     assert len(seen) == 36 and first[0] in seen and patch_of(model).engine.last_report is last
 
 
@@ -79,10 +84,15 @@ def test_the_place_is_said_before_the_run(wan, sample, patched, drawn):
     assert patch_of(model).engine.last_maps.places == {"2": (2, 8, 4)}
 
 
-@pytest.mark.parametrize(("wrong", "says"), [
-    ({"block": 3}, "block: got 3; allowed: 0 to 2."), ({"head": 2}, "head: got 2; allowed: 0 to 1."),
-    ({"step": 9}, "step: got 9; allowed: 1 to 8."),
-    ({"step": 1}, "block 1, step 1 of 8: no map. warm-up step; steps with a map of block 1: 3 to 8")])
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"block": 3}, "block: got 3; allowed: 0 to 2."),
+        ({"head": 2}, "head: got 2; allowed: 0 to 1."),
+        ({"step": 9}, "step: got 9; allowed: 1 to 8."),
+        ({"step": 1}, "block 1, step 1 of 8: no map. warm-up step; steps with a map of block 1: 3 to 8"),
+    ],
+)
 def test_what_has_no_map_is_said_in_words(wan, sample, patched, drawn, wrong, says):
     """In the picture, not as an error: a wrong number must not cost a render that is done."""
     text, picture, density = drawn(patched(wan, warmup_steps=2), sample, **wrong)
@@ -137,20 +147,37 @@ def queue(pack, map_node, wan, sample, monkeypatch):
             return ()
 
     ours = sys.modules["fgattn_pack.nodes"]
-    for name, node in (("Loader", Loader), ("Sampler", Sampler), ("Saver", Saver),
-                       ("FGAttnPatch", ours.FGAttnPatch), ("FGAttnInspect", ours.FGAttnMap)):
+    for name, node in (
+        ("Loader", Loader),
+        ("Sampler", Sampler),
+        ("Saver", Saver),
+        ("FGAttnPatch", ours.FGAttnPatch),
+        ("FGAttnInspect", ours.FGAttnMap),
+    ):
         monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, node)
     server = types.SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda *_: None)
     executor = execution.PromptExecutor(server, cache_args={"lru": 0, "ram": 0})
 
     def run(seed=0, second=None, **chosen):
         prompt = {
-            "1": ("Saver", {"latent": ["2", 0]}), "2": ("Sampler", {"model": ["4", 0], "seed": seed}),
+            "1": ("Saver", {"latent": ["2", 0]}),
+            "2": ("Sampler", {"model": ["4", 0], "seed": seed}),
             "3": ("Loader", {}),
-            "4": ("FGAttnPatch", {"model": ["3", 0], "threshold": 1.0, "tile_queries": "128",
-                                  "tile_keys": "16", "warmup_steps": 2}),
-            "5": ("FGAttnInspect", {"model": ["4", 0], "latent": ["2", 0], "block": 0, "head": 0,
-                                    "step": 0, **chosen})}
+            "4": (
+                "FGAttnPatch",
+                {
+                    "model": ["3", 0],
+                    "threshold": 1.0,
+                    "tile_queries": "128",
+                    "tile_keys": "16",
+                    "warmup_steps": 2,
+                },
+            ),
+            "5": (
+                "FGAttnInspect",
+                {"model": ["4", 0], "latent": ["2", 0], "block": 0, "head": 0, "step": 0, **chosen},
+            ),
+        }
         if second is not None:
             kind, inputs = prompt["5"]
             prompt["6"] = kind, {**inputs, **second}

@@ -18,8 +18,12 @@ SLOT = "optimized_attention_override"
 
 
 def wan(name, module="wan.model", **settings):
-    return lambda: build(module, name, **{
-        "dim": 256, "ffn_dim": 256, "num_heads": 2, "num_layers": 2, "text_dim": 64, "in_dim": 16} | settings)
+    return lambda: build(
+        module,
+        name,
+        **{"dim": 256, "ffn_dim": 256, "num_heads": 2, "num_layers": 2, "text_dim": 64, "in_dim": 16}
+        | settings,
+    )
 
 
 def of(module, name, *settings):
@@ -32,7 +36,8 @@ def build(module, name, **settings):
     import comfy.ops
 
     model = getattr(importlib.import_module(f"comfy.ldm.{module}"), name)(
-        **settings, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
+        **settings, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init
+    )
     generator = torch.Generator().manual_seed(0)
     for tensor in model.parameters():
         spread = 1.0 if tensor.ndim == 1 else tensor[0].numel() ** -0.5
@@ -41,34 +46,121 @@ def build(module, name, **settings):
 
 
 HUNYUAN = {
-    "in_channels": 16, "out_channels": 16, "vec_in_dim": 32, "context_in_dim": 48, "hidden_size": 256,
-    "mlp_ratio": 2.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 3, "axes_dim": [16, 56, 56],
-    "theta": 256, "patch_size": [1, 2, 2], "qkv_bias": True, "guidance_embed": False, "byt5": False,
-    "meanflow": False, "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False}
-HUNYUAN_15 = {"patch_size": [1, 1, 1], "vec_in_dim": None, "use_cond_type_embedding": True,
-              "depth_single_blocks": 0}
+    "in_channels": 16,
+    "out_channels": 16,
+    "vec_in_dim": 32,
+    "context_in_dim": 48,
+    "hidden_size": 256,
+    "mlp_ratio": 2.0,
+    "num_heads": 2,
+    "depth": 2,
+    "depth_single_blocks": 3,
+    "axes_dim": [16, 56, 56],
+    "theta": 256,
+    "patch_size": [1, 2, 2],
+    "qkv_bias": True,
+    "guidance_embed": False,
+    "byt5": False,
+    "meanflow": False,
+    "use_cond_type_embedding": False,
+    "vision_in_dim": None,
+    "meanflow_sum": False,
+}
+HUNYUAN_15 = {
+    "patch_size": [1, 1, 1],
+    "vec_in_dim": None,
+    "use_cond_type_embedding": True,
+    "depth_single_blocks": 0,
+}
 COSMOS = {
-    "max_img_h": 64, "max_img_w": 64, "max_frames": 16, "in_channels": 16, "out_channels": 16,
-    "patch_spatial": 2, "patch_temporal": 1, "num_blocks": 2, "num_heads": 2, "model_channels": 256,
-    "crossattn_emb_channels": 48, "mlp_ratio": 2.0, "pos_emb_cls": "rope3d", "concat_padding_mask": False}
-COSMOS_1 = {"affline_emb_norm": True, "block_x_format": "THWBD", "extra_per_block_abs_pos_emb": True,
-            "extra_per_block_abs_pos_emb_type": "learnable"}
+    "max_img_h": 64,
+    "max_img_w": 64,
+    "max_frames": 16,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_spatial": 2,
+    "patch_temporal": 1,
+    "num_blocks": 2,
+    "num_heads": 2,
+    "model_channels": 256,
+    "crossattn_emb_channels": 48,
+    "mlp_ratio": 2.0,
+    "pos_emb_cls": "rope3d",
+    "concat_padding_mask": False,
+}
+COSMOS_1 = {
+    "affline_emb_norm": True,
+    "block_x_format": "THWBD",
+    "extra_per_block_abs_pos_emb": True,
+    "extra_per_block_abs_pos_emb_type": "learnable",
+}
 KANDINSKY = {
-    "model_dim": 256, "ff_dim": 256, "in_visual_dim": 16, "visual_embed_dim": 64, "num_visual_blocks": 2,
-    "num_text_blocks": 1, "in_text_dim": 48, "in_text_dim2": 32, "axes_dims": (32, 48, 48)}
-LTX = {"in_channels": 16, "cross_attention_dim": 128, "attention_head_dim": 64, "num_attention_heads": 2,
-       "caption_channels": 48, "num_layers": 2}
-LTX_AV = {"audio_in_channels": 128, "audio_cross_attention_dim": 64, "audio_attention_head_dim": 32,
-          "audio_num_attention_heads": 2, "use_audio_video_cross_attention": True}
+    "model_dim": 256,
+    "ff_dim": 256,
+    "in_visual_dim": 16,
+    "visual_embed_dim": 64,
+    "num_visual_blocks": 2,
+    "num_text_blocks": 1,
+    "in_text_dim": 48,
+    "in_text_dim2": 32,
+    "axes_dims": (32, 48, 48),
+}
+LTX = {
+    "in_channels": 16,
+    "cross_attention_dim": 128,
+    "attention_head_dim": 64,
+    "num_attention_heads": 2,
+    "caption_channels": 48,
+    "num_layers": 2,
+}
+LTX_AV = {
+    "audio_in_channels": 128,
+    "audio_cross_attention_dim": 64,
+    "audio_attention_head_dim": 32,
+    "audio_num_attention_heads": 2,
+    "use_audio_video_cross_attention": True,
+}
 MOCHI = {  # mlp_ratio_x: the class insists on one hidden size
-    "in_channels": 16, "hidden_size_x": 256, "hidden_size_y": 128, "depth": 2, "num_heads": 2,
-    "mlp_ratio_x": 48.0, "mlp_ratio_y": 2.0, "use_t5": True, "t5_feat_dim": 48, "t5_token_length": 7,
-    "learn_sigma": False, "qk_norm": True, "qkv_bias": False, "out_bias": True}
-FLUX = {"in_channels": 16, "out_channels": 16, "vec_in_dim": 32, "context_in_dim": 48, "hidden_size": 256,
-        "mlp_ratio": 2.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [16, 56, 56],
-        "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": []}
-QWEN = {"in_channels": 64, "out_channels": 16, "num_layers": 2, "attention_head_dim": 128,
-        "num_attention_heads": 2, "joint_attention_dim": 48}
+    "in_channels": 16,
+    "hidden_size_x": 256,
+    "hidden_size_y": 128,
+    "depth": 2,
+    "num_heads": 2,
+    "mlp_ratio_x": 48.0,
+    "mlp_ratio_y": 2.0,
+    "use_t5": True,
+    "t5_feat_dim": 48,
+    "t5_token_length": 7,
+    "learn_sigma": False,
+    "qk_norm": True,
+    "qkv_bias": False,
+    "out_bias": True,
+}
+FLUX = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "vec_in_dim": 32,
+    "context_in_dim": 48,
+    "hidden_size": 256,
+    "mlp_ratio": 2.0,
+    "num_heads": 2,
+    "depth": 2,
+    "depth_single_blocks": 2,
+    "axes_dim": [16, 56, 56],
+    "theta": 10000,
+    "patch_size": 2,
+    "qkv_bias": True,
+    "guidance_embed": False,
+    "txt_ids_dims": [],
+}
+QWEN = {
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 2,
+    "attention_head_dim": 128,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 48,
+}
 LATENT, TEXT = (1, 16, 3, 12, 16), {"context": (1, 7, 48)}
 WAN_TEXT = {"context": (1, 7, 64)}
 
@@ -86,43 +178,67 @@ FAMILIES = {
     "Wan 2.1 and 2.2 T2V": Family(wan("WanModel"), LATENT, WAN_TEXT, 2),
     "Wan I2V": Family(wan("WanModel", model_type="i2v", in_dim=36), (1, 36, 3, 12, 16), WAN_TEXT, 2),
     "Wan with a full reference": Family(
-        wan("WanModel", in_dim_ref_conv=16), LATENT, WAN_TEXT | {"reference_latent": (1, 16, 12, 16)}, 2, 48),
+        wan("WanModel", in_dim_ref_conv=16), LATENT, WAN_TEXT | {"reference_latent": (1, 16, 12, 16)}, 2, 48
+    ),
     "Wan VACE": Family(
-        wan("VaceWanModel", model_type="vace", vace_layers=2, vace_in_dim=96), LATENT,
-        WAN_TEXT | {"vace_context": (1, 1, 96, 3, 12, 16), "vace_strength": [1.0]}, 4),
+        wan("VaceWanModel", model_type="vace", vace_layers=2, vace_in_dim=96),
+        LATENT,
+        WAN_TEXT | {"vace_context": (1, 1, 96, 3, 12, 16), "vace_strength": [1.0]},
+        4,
+    ),
     "Wan Camera": Family(
-        wan("CameraWanModel", model_type="camera", in_dim_control_adapter=24), LATENT, WAN_TEXT, 2),
+        wan("CameraWanModel", model_type="camera", in_dim_control_adapter=24), LATENT, WAN_TEXT, 2
+    ),
     "Wan S2V": Family(
-        wan("WanModel_S2V", audio_inject_layers=[0], cond_dim=16), LATENT,
-        WAN_TEXT | {"reference_latent": (1, 16, 1, 12, 16)}, 2, back=48),
+        wan("WanModel_S2V", audio_inject_layers=[0], cond_dim=16),
+        LATENT,
+        WAN_TEXT | {"reference_latent": (1, 16, 1, 12, 16)},
+        2,
+        back=48,
+    ),
     "Wan HuMo": Family(
-        wan("HumoWanModel"), LATENT, WAN_TEXT | {"reference_latent": (1, 16, 1, 12, 16)}, 2, back=48),
+        wan("HumoWanModel"), LATENT, WAN_TEXT | {"reference_latent": (1, 16, 1, 12, 16)}, 2, back=48
+    ),
     "Wan SCAIL": Family(
-        wan("SCAILWanModel"), LATENT, WAN_TEXT | {"pose_latents": (1, 16, 3, 6, 8)}, 2, back=36),
-    "Wan Animate": Family(
-        wan("AnimateWanModel", "wan.model_animate", num_layers=5), LATENT, WAN_TEXT, 5),
+        wan("SCAILWanModel"), LATENT, WAN_TEXT | {"pose_latents": (1, 16, 3, 6, 8)}, 2, back=36
+    ),
+    "Wan Animate": Family(wan("AnimateWanModel", "wan.model_animate", num_layers=5), LATENT, WAN_TEXT, 5),
     "HunyuanVideo": Family(
-        of("hunyuan_video.model", "HunyuanVideo", HUNYUAN), LATENT, TEXT | {"y": (1, 32)}, 5, 7),
+        of("hunyuan_video.model", "HunyuanVideo", HUNYUAN), LATENT, TEXT | {"y": (1, 32)}, 5, 7
+    ),
     "HunyuanVideo with a text mask": Family(
-        of("hunyuan_video.model", "HunyuanVideo", HUNYUAN), LATENT,
-        TEXT | {"y": (1, 32), "attention_mask": 4}, 5, 7),
+        of("hunyuan_video.model", "HunyuanVideo", HUNYUAN),
+        LATENT,
+        TEXT | {"y": (1, 32), "attention_mask": 4},
+        5,
+        7,
+    ),
     "HunyuanVideo 1.5": Family(
-        of("hunyuan_video.model", "HunyuanVideo", HUNYUAN, HUNYUAN_15), (1, 16, 3, 6, 8), TEXT, 2, 7),
-    "Kandinsky 5": Family(
-        of("kandinsky5.model", "Kandinsky5", KANDINSKY), LATENT, TEXT | {"y": (1, 32)}, 2),
+        of("hunyuan_video.model", "HunyuanVideo", HUNYUAN, HUNYUAN_15), (1, 16, 3, 6, 8), TEXT, 2, 7
+    ),
+    "Kandinsky 5": Family(of("kandinsky5.model", "Kandinsky5", KANDINSKY), LATENT, TEXT | {"y": (1, 32)}, 2),
     "LTXV": Family(
-        of("lightricks.model", "LTXVModel", LTX), (1, 16, 3, 6, 8), TEXT | {"attention_mask": 7}, 2),
+        of("lightricks.model", "LTXVModel", LTX), (1, 16, 3, 6, 8), TEXT | {"attention_mask": 7}, 2
+    ),
     "LTX-2, video of video and audio": Family(
-        of("lightricks.av_model", "LTXAVModel", LTX, LTX_AV), (1, 16, 3, 6, 8),
-        {"context": (1, 7, 96), "attention_mask": 7, "audio": (1, 8, 5, 16)}, 2),
+        of("lightricks.av_model", "LTXAVModel", LTX, LTX_AV),
+        (1, 16, 3, 6, 8),
+        {"context": (1, 7, 96), "attention_mask": 7, "audio": (1, 8, 5, 16)},
+        2,
+    ),
     "Cosmos 1": Family(of("cosmos.model", "GeneralDIT", COSMOS, COSMOS_1), LATENT, TEXT | {"fps": [24.0]}, 2),
     "Cosmos Predict2": Family(of("cosmos.predict2", "MiniTrainDIT", COSMOS), LATENT, TEXT, 2),
     "Mochi": Family(
-        of("genmo.joint_model.asymm_models_joint", "AsymmDiTJoint", MOCHI), LATENT,
-        TEXT | {"attention_mask": 7}, 2, back=7),
+        of("genmo.joint_model.asymm_models_joint", "AsymmDiTJoint", MOCHI),
+        LATENT,
+        TEXT | {"attention_mask": 7},
+        2,
+        back=7,
+    ),
     "Flux": Family(of("flux.model", "Flux", FLUX), (1, 16, 12, 16), TEXT | {"y": (1, 32)}, 4, 7),
-    "Qwen-Image": Family(of("qwen_image.model", "QwenImageTransformer2DModel", QWEN),
-                         (1, 16, 1, 12, 16), TEXT, 2, 7),
+    "Qwen-Image": Family(
+        of("qwen_image.model", "QwenImageTransformer2DModel", QWEN), (1, 16, 1, 12, 16), TEXT, 2, 7
+    ),
 }
 
 
@@ -175,13 +291,18 @@ def evaluate(pack):
         with torch.no_grad():
             if threshold is None:
                 return Executor()(*args, **rest), None
-            patch = nodes.Patch(settings.Settings(threshold=threshold, tile_queries=16, tile_keys=16), settings.Policy(warmup_steps=0))
+            patch = nodes.Patch(
+                settings.Settings(threshold=threshold, tile_queries=16, tile_keys=16),
+                settings.Policy(warmup_steps=0),
+            )
             if record is not None:
                 attention = patch.engine.attention
                 patch.engine.attention = lambda q, k, v, **call: (
-                    record.append((q, call)), attention(q, k, v, **call))[1]
+                    record.append((q, call)),
+                    attention(q, k, v, **call),
+                )[1]
             patch.engine.begin_run([1.0, 0.0], False, torch.device("cpu"))
-            options[SLOT] = nodes.Override(patch, None)
+            options[SLOT] = nodes.Override(patch.engine, patch.thread, None)
             return patch.apply_model(Executor(), *args, **rest), patch.engine.end_run()
 
     return run
@@ -214,7 +335,7 @@ def test_the_grid_is_where_the_tokens_are(family, evaluate):
     base = []
     evaluate(family, threshold=0.0, record=base)
     for place in ((0, 0, 0), (t - 1, h - 1, w - 1), (t // 2, 1, w // 2)):
-        spot = tuple(slice(p * s, (p + 1) * s) for p, s in zip(place[-len(size):], size, strict=True))
+        spot = tuple(slice(p * s, (p + 1) * s) for p, s in zip(place[-len(size) :], size, strict=True))
         change, moved = torch.zeros(family.latent), []
         change[(..., *spot)] = 1.0
         flat = torch.nn.functional.pad(change.flatten(), (0, family.x.numel() - change.numel()))
@@ -229,10 +350,17 @@ def test_the_grid_is_where_the_tokens_are(family, evaluate):
         assert changed == [family.front + (place[0] * h + place[1]) * w + place[2]]
 
 
-@pytest.mark.parametrize(("front", "back", "removed", "expected"), [
-    (7, 0, [[4, 5, 6]], (4, 5, 6)), (0, 5, [[10, 12]], (10, 12)), (7, 0, [[4], [4]], (4,)),
-    (7, 0, [[4], [5]], None), (7, 0, [[8]], None)],
-    ids=["front", "back", "rows alike", "rows differ", "in the video"])
+@pytest.mark.parametrize(
+    ("front", "back", "removed", "expected"),
+    [
+        (7, 0, [[4, 5, 6]], (4, 5, 6)),
+        (0, 5, [[10, 12]], (10, 12)),
+        (7, 0, [[4], [4]], (4,)),
+        (7, 0, [[4], [5]], None),
+        (7, 0, [[8]], None),
+    ],
+    ids=["front", "back", "rows alike", "rows differ", "in the video"],
+)
 def test_padding_beside_the_video(pack, front, back, removed, expected):
     """It is left out where that is one shorter sequence; else its keys are masked."""
     models = sys.modules["fgattn_pack.nodes.models"]

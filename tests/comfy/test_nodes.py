@@ -46,12 +46,34 @@ def test_every_input_and_output_has_a_tooltip(nodes):
 def test_input_order_is_permanent(nodes):
     """Saved workflows store values by position: append, never reorder."""
     assert [i.id for i in nodes.FGAttnPatch.GET_SCHEMA().inputs] == [
-        "model", "threshold", "tile_queries", "tile_keys", "warmup_steps", "min_tokens", "dense_blocks",
-        "final_dense_steps", "tail", "order", "method", "method_parameter", "reuse_steps",
-        "reuse_memory_mb", "estimate_error", "live"]
+        "model",
+        "threshold",
+        "tile_queries",
+        "tile_keys",
+        "warmup_steps",
+        "min_tokens",
+        "dense_blocks",
+        "final_dense_steps",
+        "tail",
+        "order",
+        "method",
+        "method_parameter",
+        "reuse_steps",
+        "reuse_memory_mb",
+        "estimate_error",
+        "live",
+    ]
     assert [i.id for i in nodes.FGAttnTiming.GET_SCHEMA().inputs] == ["model", "latent", "model_2"]
     assert [i.id for i in nodes.FGAttnMap.GET_SCHEMA().inputs] == [
-        "model", "latent", "block", "head", "step", "frame", "row", "column"]
+        "model",
+        "latent",
+        "block",
+        "head",
+        "step",
+        "frame",
+        "row",
+        "column",
+    ]
 
 
 def test_defaults_are_the_library_defaults(nodes):
@@ -77,9 +99,15 @@ def test_right_blocks_are_accepted(nodes):
     assert nodes.FGAttnPatch.validate_inputs(dense_blocks="") is True
 
 
-@pytest.mark.parametrize(("method", "parameter", "says"), [
-    ("threshold", 0.3, "0 with method threshold"), ("top_k", 1.5, "up to 1 with top_k"),
-    ("sol", 9.0, "up to 8 with sol"), ("topk", 0.0, "threshold, top_k, sol, hierarchical, radial")])
+@pytest.mark.parametrize(
+    ("method", "parameter", "says"),
+    [
+        ("threshold", 0.3, "0 with method threshold"),
+        ("top_k", 1.5, "up to 1 with top_k"),
+        ("sol", 9.0, "up to 8 with sol"),
+        ("topk", 0.0, "threshold, top_k, sol, hierarchical, radial"),
+    ],
+)
 def test_wrong_methods_are_refused_when_queued(nodes, method, parameter, says):
     """A strength that the method does not take stops the graph before anything is computed."""
     message = nodes.FGAttnPatch.validate_inputs(dense_blocks="", method=method, method_parameter=parameter)

@@ -23,11 +23,17 @@ def info(kind, node):
     else:
         inputs = node.INPUT_TYPES()
         said = {
-            "input": inputs, "input_order": {part: list(given) for part, given in inputs.items()},
-            "output": node.RETURN_TYPES, "output_is_list": [False] * len(node.RETURN_TYPES),
-            "output_name": getattr(node, "RETURN_NAMES", node.RETURN_TYPES), "name": kind,
-            "display_name": kind, "category": node.CATEGORY, "python_module": "nodes",
-            "output_node": getattr(node, "OUTPUT_NODE", False)}
+            "input": inputs,
+            "input_order": {part: list(given) for part, given in inputs.items()},
+            "output": node.RETURN_TYPES,
+            "output_is_list": [False] * len(node.RETURN_TYPES),
+            "output_name": getattr(node, "RETURN_NAMES", node.RETURN_TYPES),
+            "name": kind,
+            "display_name": kind,
+            "category": node.CATEGORY,
+            "python_module": "nodes",
+            "output_node": getattr(node, "OUTPUT_NODE", False),
+        }
     if kind.startswith("FGAttn"):
         return {**said, "python_module": "custom_nodes.fg-attn"}
     return without_texts(said)
@@ -42,8 +48,11 @@ def test_the_record_is_up_to_date(pack, monkeypatch):
     asyncio.run(nodes.init_builtin_extra_nodes())
     listed = asyncio.run(sys.modules["fgattn_pack.nodes"].FGAttnExtension().get_node_list())
     ours = {n.GET_SCHEMA().node_id: n for n in listed}
-    drawn = [n for file in (ROOT / "example_workflows").glob("*.json")
-             for n in json.loads(file.read_text(encoding="utf-8"))["nodes"]]
+    drawn = [
+        n
+        for file in (ROOT / "example_workflows").glob("*.json")
+        for n in json.loads(file.read_text(encoding="utf-8"))["nodes"]
+    ]
     models = sorted({m["name"] for n in drawn for m in n["properties"].get("models", [])})
     monkeypatch.setattr(folder_paths, "get_filename_list", lambda folder: models)
     classes, kinds = {**nodes.NODE_CLASS_MAPPINGS, **ours}, sorted({n["type"] for n in drawn} | set(ours))

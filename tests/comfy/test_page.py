@@ -21,12 +21,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
-    bool(pages.MISSING), reason=f"no {', no '.join(pages.MISSING)}: the page of a real ComfyUI is not tested")
+    bool(pages.MISSING), reason=f"no {', no '.join(pages.MISSING)}: the page of a real ComfyUI is not tested"
+)
 START = 240  # seconds that ComfyUI may take; a busy machine needs more than one
 RUN = 120
 SEEDS = itertools.count(1)  # what an earlier test ran, ComfyUI would not run again
 # Instead of a text encoder of gigabytes.
-TEXT_NODE = '''
+TEXT_NODE = """
 import torch
 
 class RandomText:
@@ -39,7 +40,7 @@ class RandomText:
         return tuple([[text, {}]] for text in both)
 
 NODE_CLASS_MAPPINGS = {"RandomText": RandomText}
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,18 @@ def comfyui(wan_weights, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "main.py", "--cpu", "--port", str(port), "--disable-api-nodes",
-               "--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
+    command = [
+        sys.executable,
+        "main.py",
+        "--cpu",
+        "--port",
+        str(port),
+        "--disable-api-nodes",
+        "--base-directory",
+        str(base),
+        "--database-url",
+        "sqlite:///:memory:",
+    ]
     with open(base / "log", "wb") as log:
         server = subprocess.Popen(command, cwd=os.environ["COMFYUI_PATH"], stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}/"
@@ -86,20 +97,34 @@ def workflow(seed):
     sampler = make["sampler"]("fgattn", (870, 0))
     sampler.links["positive"], sampler.links["negative"] = (("text", i, "CONDITIONING") for i in (0, 1))
     sampler.widgets = [seed, "fixed", 12, 2.0, "euler", "simple", 1.0]
-    return make["workflow"]({
-        "unet": node("UNETLoader", (0, 0), (390, 82), widgets=["tiny.safetensors", "default"],
-                     outputs=make["MODEL"]),
-        "text": node("RandomText", (0, 140), (390, 106), widgets=[1, "fixed"],
-                     outputs=make["CONDITIONING"] * 2),
-        "size": node("EmptyHunyuanLatentVideo", (0, 300), (390, 130), widgets=[384, 256, 17, 1],
-                     outputs=latent),
-        "fgattn": make["patch"]("unet", (430, 0)),
-        "sampler": sampler,
-        "timing": make["timing"]((1225, 0), "sampler", "fgattn"),
-        "map": node("FGAttnInspect", (1745, 0), (480, 700), {
-            "model": ("fgattn", 0, "MODEL"), "latent": ("sampler", 0, "LATENT")},
-            [1, 0, 0, 0, 0, 0], [("map", "IMAGE"), ("density", "IMAGE"), *latent]),
-    })
+    return make["workflow"](
+        {
+            "unet": node(
+                "UNETLoader",
+                (0, 0),
+                (390, 82),
+                widgets=["tiny.safetensors", "default"],
+                outputs=make["MODEL"],
+            ),
+            "text": node(
+                "RandomText", (0, 140), (390, 106), widgets=[1, "fixed"], outputs=make["CONDITIONING"] * 2
+            ),
+            "size": node(
+                "EmptyHunyuanLatentVideo", (0, 300), (390, 130), widgets=[384, 256, 17, 1], outputs=latent
+            ),
+            "fgattn": make["patch"]("unet", (430, 0)),
+            "sampler": sampler,
+            "timing": make["timing"]((1225, 0), "sampler", "fgattn"),
+            "map": node(
+                "FGAttnInspect",
+                (1745, 0),
+                (480, 700),
+                {"model": ("fgattn", 0, "MODEL"), "latent": ("sampler", 0, "LATENT")},
+                [1, 0, 0, 0, 0, 0],
+                [("map", "IMAGE"), ("density", "IMAGE"), *latent],
+            ),
+        }
+    )
 
 
 @pytest.fixture(params=(False, True), ids=("canvas", "vue"))
@@ -118,15 +143,23 @@ def run(page):
 
 def wait_for(page, words):
     """Until the panel's heading says it."""
-    page.wait_for_function("words => document.querySelector('.fgattn-head')?.innerText.includes(words)",
-                           arg=words, timeout=RUN * 1000)
+    page.wait_for_function(
+        "words => document.querySelector('.fgattn-head')?.innerText.includes(words)",
+        arg=words,
+        timeout=RUN * 1000,
+    )
 
 
 def finished(page, number):
     """Until this page's prompts are through, all without an error."""
     deadline = time.monotonic() + RUN
-    while len(ends := page.evaluate("""async () => Object.values(await (await fetch('/history')).json())
-            .filter(h => h.prompt[3].client_id === app.api.clientId).map(h => h.status)""")) < number:
+    while (
+        len(
+            ends := page.evaluate("""async () => Object.values(await (await fetch('/history')).json())
+            .filter(h => h.prompt[3].client_id === app.api.clientId).map(h => h.status)""")
+        )
+        < number
+    ):
         assert time.monotonic() < deadline, f"{len(ends)} of {number} prompts are through"
         page.wait_for_timeout(300)
     assert [end["status_str"] for end in ends] == ["success"] * number, ends
@@ -151,9 +184,12 @@ def see_map(page):
 
 
 def click_title(page, kind):
-    at = page.evaluate("""kind => {
+    at = page.evaluate(
+        """kind => {
         const [x, y] = app.graph._nodes.find(n => n.comfyClass === kind).pos;
-        return app.canvasPosToClientPos([x + 60, y - 15]); }""", kind)
+        return app.canvasPosToClientPos([x + 60, y - 15]); }""",
+        kind,
+    )
     page.mouse.click(*at)
 
 

@@ -85,7 +85,10 @@ def test_other_overrides_get_the_dense_calls(wan, sample, patched, report, after
         model = patched(model, warmup_steps=1)
     sample(model, steps=4)
     assert by_text(report(model)) == {
-        "warm-up step": BLOCKS, "sparse": 3 * BLOCKS, "cross-attention": 4 * BLOCKS}
+        "warm-up step": BLOCKS,
+        "sparse": 3 * BLOCKS,
+        "cross-attention": 4 * BLOCKS,
+    }
     assert other.calls == BLOCKS + 4 * BLOCKS
 
 
@@ -175,7 +178,10 @@ def test_an_exception_goes_dense_and_says_so(wan, sample, patched, report, monke
     assert torch.equal(out, sample(wan, steps=4))
     assert report(model).failure == "RuntimeError: out of luck"
     assert by_text(report(model)) == {
-        "error": 1, "after an error": 4 * BLOCKS - 1, "cross-attention": 4 * BLOCKS}
+        "error": 1,
+        "after an error": 4 * BLOCKS - 1,
+        "cross-attention": 4 * BLOCKS,
+    }
     assert [bool(r.exc_info) for r in caplog.records] == [True]
     assert shown[0] == ("1", "dense: RuntimeError: out of luck") and "out of luck" in shown[-1][1]
 
@@ -263,17 +269,35 @@ def test_call_layouts(pack, wan, patched, skip_reshape, skip_output_reshape):
         q, k, v = (x.flatten(2) for x in (q, k, v))
     options = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
     expected = attention_pytorch(q * (0.2 * 128**0.5), k, v, 2, **options)
-    got = attention_pytorch(q, k, v, heads=2, scale=0.2, **options, transformer_options={
-        **model.model_options["transformer_options"], "grid_sizes": (3, 8, 12), "block_index": 0})
+    got = attention_pytorch(
+        q,
+        k,
+        v,
+        heads=2,
+        scale=0.2,
+        **options,
+        transformer_options={
+            **model.model_options["transformer_options"],
+            "grid_sizes": (3, 8, 12),
+            "block_index": 0,
+        },
+    )
     assert got.shape == expected.shape and torch.allclose(got, expected, atol=1e-5)
     assert by_text(patch.engine.end_run()) == {"sparse": 1}
 
 
-@pytest.mark.parametrize(("reason", "mask"), [
-    ("attention mask", torch.ones(288, 288, dtype=torch.bool)),
-    ("attention mask", torch.ones(1, 2, 1, 288, dtype=torch.bool)),  # one per head, not per row of the batch
-    ("attention bias", torch.linspace(0, 1, 288)[None]),
-    ("attention mask that leaves no key", torch.zeros(1, 288, dtype=torch.bool))])
+@pytest.mark.parametrize(
+    ("reason", "mask"),
+    [
+        ("attention mask", torch.ones(288, 288, dtype=torch.bool)),
+        (
+            "attention mask",
+            torch.ones(1, 2, 1, 288, dtype=torch.bool),
+        ),  # one per head, not per row of the batch
+        ("attention bias", torch.linspace(0, 1, 288)[None]),
+        ("attention mask that leaves no key", torch.zeros(1, 288, dtype=torch.bool)),
+    ],
+)
 def test_declined_calls_have_a_reason(pack, wan, patched, reason, mask):
     """What cannot run sparse goes to ComfyUI's attention unchanged and is counted by reason."""
     from comfy.ldm.modules.attention import attention_pytorch
@@ -282,8 +306,9 @@ def test_declined_calls_have_a_reason(pack, wan, patched, reason, mask):
     patch = sys.modules["fgattn_pack.nodes.patch"].patch_of(model)
     patch.engine.begin_run([1.0, 0.0], False, torch.device("cpu"))
     q, k, v = torch.randn(3, 2, 288, 256).unbind()
-    got = attention_pytorch(q, k, v, heads=2, mask=mask,
-                            transformer_options=model.model_options["transformer_options"])
+    got = attention_pytorch(
+        q, k, v, heads=2, mask=mask, transformer_options=model.model_options["transformer_options"]
+    )
     assert torch.equal(got, attention_pytorch(q, k, v, heads=2, mask=mask))
     assert by_text(patch.engine.end_run()) == {reason: 1}
 
@@ -362,8 +387,13 @@ def test_context_windows_keep_their_own_plans(wan, sample, patched, report, plan
     model = patched(wan, reuse_steps=2)
     model.model_options["context_handler"] = IndexListContextHandler(
         context_schedule=get_matching_context_schedule("standard_static"),
-        fuse_method=get_matching_fuse_method(ContextFuseMethods.PYRAMID), context_length=2, context_overlap=1,
-        context_stride=1, closed_loop=False, dim=2)
+        fuse_method=get_matching_fuse_method(ContextFuseMethods.PYRAMID),
+        context_length=2,
+        context_overlap=1,
+        context_stride=1,
+        closed_loop=False,
+        dim=2,
+    )
     sample(model)
     windows = {window for _, _, (_, window), *_ in plan_uses}
     assert windows == {(0, 1), (1, 2)}
@@ -395,9 +425,16 @@ def test_evaluations_of_a_step_share_plans(wan, sample, patched, report, plan_us
     assert all(made_in in (step - 1, step) for step, _, _, made_in, *_ in plan_uses)
 
 
-@pytest.mark.parametrize(("options", "known"), [
-    ({}, False), ({"uuids": []}, False), ({"uuids": ["a"]}, True),
-    ({"uuids": ["a"], "context_window": object()}, False)], ids=["none", "empty", "uuid", "unknown window"])
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({}, False),
+        ({"uuids": []}, False),
+        ({"uuids": ["a"]}, True),
+        ({"uuids": ["a"], "context_window": object()}, False),
+    ],
+    ids=["none", "empty", "uuid", "unknown window"],
+)
 def test_branch_of_a_call(pack, options, known):
     """What cannot be told apart is unknown, and its plans are not kept."""
     assert (sys.modules["fgattn_pack.nodes.models"].call_branch(options) is not None) == known

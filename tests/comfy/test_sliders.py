@@ -19,6 +19,7 @@ def sliders(pack, monkeypatch):
 @pytest.fixture
 def moving(sliders):
     """Sampler callback: posts what is given for a step; answers collect in `.answers`."""
+
     def make(moves):
         def callback(step, *_):
             if step in moves:
@@ -26,6 +27,7 @@ def moving(sliders):
 
         callback.answers = []
         return callback
+
     return make
 
 
@@ -51,9 +53,17 @@ def test_a_move_acts_from_the_next_step_and_can_be_repeated(wan, sample, patched
 def test_only_the_page_that_queued_and_only_its_running_node(wan, sample, patched, report, moving):
     """Other pages, other nodes, wrong values and nonsense change nothing."""
     refused = [
-        (message(2.0, client="other"), 404), (message(2.0, node="2"), 404), (message(2.0, client=None), 404),
-        (message(-1.0), 400), (message("2"), 400), (message(2.0, 1.5), 400), (None, 400), ([], 400),
-        ({}, 400), ({**message(2.0), "tile_keys": 1}, 400)]
+        (message(2.0, client="other"), 404),
+        (message(2.0, node="2"), 404),
+        (message(2.0, client=None), 404),
+        (message(-1.0), 400),
+        (message("2"), 400),
+        (message(2.0, 1.5), 400),
+        (None, 400),
+        ([], 400),
+        ({}, 400),
+        ({**message(2.0), "tile_keys": 1}, 400),
+    ]
     model = patched(wan, live=True)
     answers = []
     for part in (refused[:5], refused[5:]):
@@ -75,6 +85,7 @@ def test_nothing_moves_with_the_switch_off_or_after_the_run(wan, sample, patched
 
 def test_an_error_closes_the_door(wan, sample, patched, sliders):
     """A run that ends in any way leaves nothing behind."""
+
     def broken(*_):
         raise RuntimeError("out of luck")
 
@@ -98,8 +109,12 @@ def test_the_route(sliders, pack):
         answers = []
         async with TestClient(TestServer(app)) as client:
             with sliders.SLIDERS.during("1", engine):
-                for given in (dict(json=message(1.5, 2)), dict(data="{"), dict(data=""),
-                              dict(json=message(1, node=9))):
+                for given in (
+                    dict(json=message(1.5, 2)),
+                    dict(data="{"),
+                    dict(data=""),
+                    dict(json=message(1, node=9)),
+                ):
                     answer = await client.post("/fgattn/sliders", **given)
                     answers.append((answer.status, await answer.json()))
         return answers

@@ -45,18 +45,21 @@ def of(node, *args, **kwargs):
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["before-ours", "after-ours"])
-@pytest.mark.parametrize("name", ["nag", "skip-layer guidance", "easycache", "lazycache", "context windows",
-                                  "zero-star cfg"])
+@pytest.mark.parametrize(
+    "name", ["nag", "skip-layer guidance", "easycache", "lazycache", "context windows", "zero-star cfg"]
+)
 def test_beside_core_nodes(nodes, wan, same, name, first):
     """Guidance that patches attention, caches that skip evaluations, windows over time."""
     change = {
         "nag": lambda: of(nodes["NAGuidance"], 3.0, 0.5, 1.5),
         "skip-layer guidance": lambda: of(
-            nodes["SkipLayerGuidanceDiT"], 3.0, 0.0, 1.0, double_layers="1", single_layers=""),
+            nodes["SkipLayerGuidanceDiT"], 3.0, 0.0, 1.0, double_layers="1", single_layers=""
+        ),
         "easycache": lambda: of(nodes["EasyCache"], 0.5, 0.15, 0.95, False),
         "lazycache": lambda: of(nodes["LazyCache"], 0.5, 0.15, 0.95, False),
         "context windows": lambda: of(
-            nodes["ContextWindowsManual"], 2, 1, "standard_static", 1, False, "pyramid", 2, False),
+            nodes["ContextWindowsManual"], 2, 1, "standard_static", 1, False, "pyramid", 2, False
+        ),
         "zero-star cfg": lambda: of(nodes["CFGZeroStar"]),
     }[name]()
     calls = same(wan, change, first=first)
@@ -74,21 +77,44 @@ def test_split_conditioning(wan, pack):
     positive, negative = ([[torch.randn(1, n, 4096, generator=generator), {}]] for n in (8, 11))
 
     def run(model):
-        return comfy.sample.sample(model, noise, 4, 2.0, "euler", "simple", positive, negative,
-                                   torch.zeros_like(noise), disable_pbar=True, seed=0)
+        return comfy.sample.sample(
+            model,
+            noise,
+            4,
+            2.0,
+            "euler",
+            "simple",
+            positive,
+            negative,
+            torch.zeros_like(noise),
+            disable_pbar=True,
+            seed=0,
+        )
 
     ours = sys.modules["fgattn_pack.nodes.patch"]
     settings = sys.modules["fgattn_pack.fgattn.settings"]
     dense = run(wan)
-    model = ours.Patch(settings.Settings(threshold=0.0, tile_queries=16, tile_keys=16), settings.Policy(warmup_steps=0)).install(wan)
+    model = ours.Patch(
+        settings.Settings(threshold=0.0, tile_queries=16, tile_keys=16), settings.Policy(warmup_steps=0)
+    ).install(wan)
     got = run(model)
     assert ((got - dense).norm() / dense.norm()).item() < 1e-4
     assert by_text(ours.patch_of(model).engine.last_report)["sparse"] == 2 * 4 * BLOCKS
 
 
-@pytest.mark.parametrize("options", [
-    {"steps": 4}, {"steps": 8}, {"steps": 4, "sampler": "lcm", "cfg": 1.0}, {"sampler": "euler_ancestral"},
-    {"scheduler": "beta"}, {"denoise": 0.4}, {"start_step": 2, "last_step": 6}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 4},
+        {"steps": 8},
+        {"steps": 4, "sampler": "lcm", "cfg": 1.0},
+        {"sampler": "euler_ancestral"},
+        {"scheduler": "beta"},
+        {"denoise": 0.4},
+        {"start_step": 2, "last_step": 6},
+    ],
+    ids=str,
+)
 def test_schedules(wan, same, options):
     """Few-step and split schedules, cfg 1, image-to-image."""
     assert same(wan, **options)["sparse"] > 0
@@ -110,8 +136,10 @@ def test_lora(wan, wan_weights, same, first):
     import comfy.sd
 
     weight = wan_weights["blocks.0.self_attn.q.weight"]
-    lora = {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.randn(4, weight.shape[1]) / 16,
-            "diffusion_model.blocks.0.self_attn.q.lora_B.weight": torch.randn(weight.shape[0], 4) / 16}
+    lora = {
+        "diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.randn(4, weight.shape[1]) / 16,
+        "diffusion_model.blocks.0.self_attn.q.lora_B.weight": torch.randn(weight.shape[0], 4) / 16,
+    }
 
     def change(model):
         return comfy.sd.load_lora_for_models(model, None, dict(lora), 1.0, 0.0)[0]

@@ -63,8 +63,10 @@ def test_the_comparison_shows_the_difference(classes):
     names = {str(n["id"]): n.get("title") for n in graph["nodes"]}
     frames = {"Dense frames": torch.rand(2, 4, 4, 3), "Sparse frames": torch.rand(2, 4, 4, 3)}
     for number in sorted((n for n in prompt if prompt[n]["class_type"] == "ImageBlend"), key=int):
-        given = {name: frames[names[value[0]]] if isinstance(value, list) else value
-                 for name, value in prompt[number]["inputs"].items()}
+        given = {
+            name: frames[names[value[0]]] if isinstance(value, list) else value
+            for name, value in prompt[number]["inputs"].items()
+        }
         frames[names[number]] = classes["ImageBlend"].execute(**given).args[0]
     apart = (frames["Dense frames"] - frames["Sparse frames"]).abs()
     torch.testing.assert_close(frames["Difference"], apart)

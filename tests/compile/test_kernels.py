@@ -41,7 +41,8 @@ TYPES = {
     **dict.fromkeys(("scale", "half", "bound"), "fp32"),
     **dict.fromkeys(("stride_q", "stride_k", "stride_v", "stride_out"), ("i32", "i32", "i32")),
     **dict.fromkeys(("x", "centroid", "square", "mean", "variance", "second", "value"), "*bf16"),
-    **dict.fromkeys(("rows", "widths", "counts", "valid"), "*i32"), "exists": "*u8",
+    **dict.fromkeys(("rows", "widths", "counts", "valid"), "*i32"),
+    "exists": "*u8",
     **dict.fromkeys(("lse", "limits", "totals", "weights"), "*fp32"),
 }
 BOXES = ("k_flat", "k_wide", "k_deep", "v_flat", "v_wide", "v_deep")  # tensor maps of the attention kernel
@@ -95,8 +96,9 @@ def test_table_is_complete():
         assert launch.block_keys % 16 == 0 and launch.warps in (4, 8) and launch.stages >= 1
 
 
-@pytest.mark.parametrize(("arch", "row"), [
-    (75, 80), (80, 80), (87, 86), (89, 89), (90, 90), (103, 100), (121, 120), (200, 120)])
+@pytest.mark.parametrize(
+    ("arch", "row"), [(75, 80), (80, 80), (87, 86), (89, 89), (90, 90), (103, 100), (121, 120), (200, 120)]
+)
 def test_unknown_gpu_takes_the_row_below(arch, row):
     """A new GPU runs with settings that fit an older one."""
     for dim, tile in itertools.product(HEAD_DIMS, (64, 128)):
@@ -112,8 +114,18 @@ def test_attend_kernel(arch, dim, tile, unit, tmp_path):
     """
     launch = launch_for(arch, dim, tile)
     made = compiled(
-        attend_fwd.attend_kernel, arch, num_warps=launch.warps, num_stages=launch.stages, constants={
-            "TILE_QUERIES": tile, "BLOCK_KEYS": launch.block_keys, "UNIT": unit, "D": dim, "HAS_TAIL": True})
+        attend_fwd.attend_kernel,
+        arch,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        constants={
+            "TILE_QUERIES": tile,
+            "BLOCK_KEYS": launch.block_keys,
+            "UNIT": unit,
+            "D": dim,
+            "HAS_TAIL": True,
+        },
+    )
     registers, stack = resources(made, tmp_path)
     assert made.metadata.shared <= SHARED_KIB[arch] * 1024
     assert stack == 0, f"{launch} spills: {registers} registers, {stack} bytes of stack"
@@ -124,8 +136,13 @@ def test_attend_kernel(arch, dim, tile, unit, tmp_path):
 @pytest.mark.parametrize("arch", SHARED_KIB)
 def test_list_kernel(arch, unit, tmp_path):
     """The list of every tile is made on the device."""
-    constants = {"UNIT": unit, "SLICE_UNITS": 1, "HAS_ENTRIES": unit == 1, "CHECKED": False,
-                 "BLOCK": lists.LIST_BLOCK}
+    constants = {
+        "UNIT": unit,
+        "SLICE_UNITS": 1,
+        "HAS_ENTRIES": unit == 1,
+        "CHECKED": False,
+        "BLOCK": lists.LIST_BLOCK,
+    }
     made = compiled(lists.list_kernel, arch, constants, num_warps=4)
     assert resources(made, tmp_path)[1] == 0 and made.metadata.shared < 16 * 1024
 
@@ -134,18 +151,31 @@ def test_list_kernel(arch, unit, tmp_path):
 @pytest.mark.parametrize("arch", SHARED_KIB)
 def test_planning_kernels(arch, dim, tmp_path):
     """Summaries, selection and tail run with one setting on every GPU."""
-    tiles = {"BLOCK_QUERY_CELLS": 64, "BLOCK_KEY_CELLS": tail.BLOCK_KEY_CELLS, "D": dim, "TILE_CELLS": 8,
-             "CELL_SLICES": 1, "SLICE_CELLS": 1}
+    tiles = {
+        "BLOCK_QUERY_CELLS": 64,
+        "BLOCK_KEY_CELLS": tail.BLOCK_KEY_CELLS,
+        "D": dim,
+        "TILE_CELLS": 8,
+        "CELL_SLICES": 1,
+        "SLICE_CELLS": 1,
+    }
     for kernel, num_warps, stages, constants in (
-            (summarise.summarise_kernel, 4, 3,
-             {"CELLS": summarise.CHANNELS // dim, "D": dim, "SECOND": True}),
-            (join.join_kernel, join.WARPS, 3,
-             {"WINDOW": join.WINDOW, "TILE_CELLS": 1, "FARTHEST": join.FARTHEST,
-              "BLOCK_BYTES": join.BLOCK_BYTES, "COUNT": True}),
-            (tail.tail_kernel, tail.WARPS, tail.STAGES,
-             {**tiles, "order": None}),
-            (tail.tail_kernel, tail.WARPS, tail.STAGES,
-             {**tiles, "TILE_CELLS": 4})):
+        (summarise.summarise_kernel, 4, 3, {"CELLS": summarise.CHANNELS // dim, "D": dim, "SECOND": True}),
+        (
+            join.join_kernel,
+            join.WARPS,
+            3,
+            {
+                "WINDOW": join.WINDOW,
+                "TILE_CELLS": 1,
+                "FARTHEST": join.FARTHEST,
+                "BLOCK_BYTES": join.BLOCK_BYTES,
+                "COUNT": True,
+            },
+        ),
+        (tail.tail_kernel, tail.WARPS, tail.STAGES, {**tiles, "order": None}),
+        (tail.tail_kernel, tail.WARPS, tail.STAGES, {**tiles, "TILE_CELLS": 4}),
+    ):
         types = {"executed_pairs": "*i64"} if kernel is join.join_kernel else {}
         made = compiled(kernel, arch, constants, types, num_warps=num_warps, num_stages=stages)
         registers, stack = resources(made, tmp_path)
@@ -163,21 +193,48 @@ def test_selection_kernels(arch, dim, tmp_path):
     slices = {"TILES": refine.SLICE_TILES, "WORDS": refine.SLICE_WORDS}
     width = {64: "*i16", 128: "*i32"}
     for kernel, bits, num_warps, stages, constants in (
-            (select.total_kernel, None, launch.warps, launch.stages, {**cells, "sources": None}),
-            (select.total_kernel, None, launch.warps, launch.stages, cells),
-            *((select.select_kernel, width[launch.key_cells], launch.warps, launch.stages,
-               {**cells, "TILE_CELLS": query_cells}) for query_cells in (1, 8)),
-            (refine.refine_kernel, width[launch.keys], launch.key_warps, launch.key_stages,
-             {**block, **keys, "TILE_CELLS": 8, "order": None}),
-            (refine.refine_kernel, width[launch.keys], launch.key_warps, launch.key_stages,
-             {**block, **keys, "TILE_CELLS": 1}),
-            (select.slice_kernel, "*u8", 1, 3,
-             {"TILE_QUERIES": 128, "SLICE_CELLS": 1, "TILES": select.SLICE_TILES,
-              "BYTES": select.SLICE_BYTES}),
-            (refine.key_slice_kernel, "*i32", 4, 3,
-             {**slices, "TILE_CELLS": 8, "JOINED": 1, "SLICE_KEYS": 1, "order": None}),
-            (refine.key_slice_kernel, "*u8", 4, 3,
-             {**slices, "TILE_CELLS": 1, "JOINED": 4, "SLICE_KEYS": 8})):
+        (select.total_kernel, None, launch.warps, launch.stages, {**cells, "sources": None}),
+        (select.total_kernel, None, launch.warps, launch.stages, cells),
+        *(
+            (
+                select.select_kernel,
+                width[launch.key_cells],
+                launch.warps,
+                launch.stages,
+                {**cells, "TILE_CELLS": query_cells},
+            )
+            for query_cells in (1, 8)
+        ),
+        (
+            refine.refine_kernel,
+            width[launch.keys],
+            launch.key_warps,
+            launch.key_stages,
+            {**block, **keys, "TILE_CELLS": 8, "order": None},
+        ),
+        (
+            refine.refine_kernel,
+            width[launch.keys],
+            launch.key_warps,
+            launch.key_stages,
+            {**block, **keys, "TILE_CELLS": 1},
+        ),
+        (
+            select.slice_kernel,
+            "*u8",
+            1,
+            3,
+            {"TILE_QUERIES": 128, "SLICE_CELLS": 1, "TILES": select.SLICE_TILES, "BYTES": select.SLICE_BYTES},
+        ),
+        (
+            refine.key_slice_kernel,
+            "*i32",
+            4,
+            3,
+            {**slices, "TILE_CELLS": 8, "JOINED": 1, "SLICE_KEYS": 1, "order": None},
+        ),
+        (refine.key_slice_kernel, "*u8", 4, 3, {**slices, "TILE_CELLS": 1, "JOINED": 4, "SLICE_KEYS": 8}),
+    ):
         types = {"bits": bits, "exists": "*i32" if kernel is refine.key_slice_kernel else "*u8"}
         made = compiled(kernel, arch, constants, types, num_warps=num_warps, num_stages=stages)
         registers, stack = resources(made, tmp_path)
@@ -192,11 +249,16 @@ def test_hopper_kernel(dim, tile, split, tmp_path):
     launch, boxed = attend_hopper.TABLE[dim, tile], split == "box"
     limit = {} if launch.max_registers is None else {"maxnreg": launch.max_registers}
     constants = {
-        "CONSUMERS": tile // 64, "BLOCK_KEYS": launch.block_keys, "D": dim,
-        "SLICE_KEYS": None if boxed else split, "STAGES": launch.stages, "HAS_TAIL": True,
+        "CONSUMERS": tile // 64,
+        "BLOCK_KEYS": launch.block_keys,
+        "D": dim,
+        "SLICE_KEYS": None if boxed else split,
+        "STAGES": launch.stages,
+        "HAS_TAIL": True,
         "GATHERS": not boxed,
         "REGISTERS": attend_hopper.BOX_REGISTERS if boxed else launch.registers,
-        "GATHERERS": launch.gatherers}
+        "GATHERERS": launch.gatherers,
+    }
     constants |= dict.fromkeys(("bits", "valid", "key_rows") if boxed else (*BOXES, "lists"))
     if not boxed and split != 4:  # all keys exist
         constants["valid"] = None
@@ -228,8 +290,13 @@ def test_hopper_tail_kernel(dim, tile_cells, n, tmp_path):
     """Nothing but a few words of arguments is spilled, and the ring fits."""
     block = [1, tail_hopper.STEP.value, dim]
     layout = gluon_language.NVMMASharedLayout.get_default_for(block, gluon_language.bfloat16)
-    constants = {"D": dim, "TILE_CELLS": tile_cells, "SLICE_KEYS": n, "STAGES": tail_hopper.STAGES,
-                 "REGISTERS": tail_hopper.REGISTERS}
+    constants = {
+        "D": dim,
+        "TILE_CELLS": tile_cells,
+        "SLICE_KEYS": n,
+        "STAGES": tail_hopper.STAGES,
+        "REGISTERS": tail_hopper.REGISTERS,
+    }
     if n > 1:
         constants |= {"valid": None, "order": None}
     maps = dict.fromkeys(("mean", "value"), f"tensordesc<bf16{block},{layout!r}>")

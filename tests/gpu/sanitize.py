@@ -16,7 +16,14 @@ from fgattn.call import Call
 from fgattn.outcomes import Reason
 
 CASES = [  # M, N: every unit and every way to share a tile
-    (128, 16), (128, 1), (64, 2), (64, 64), (32, 4), (16, 8), (16, 128)]
+    (128, 16),
+    (128, 1),
+    (64, 2),
+    (64, 64),
+    (32, 4),
+    (16, 8),
+    (16, 128),
+]
 LAYOUT = TokenLayout((3, 7, 13), front=5, back=9)  # 287 tokens: no tile, slice or cell ends with them
 
 
@@ -27,8 +34,13 @@ def plans(q, k, m, n):
     mask[0, 0], mask[-1, -1] = False, True
     yield plan_from_mask(mask, m, n, query_length=LAYOUT.length, key_length=LAYOUT.length)
     valid = torch.rand(q.shape[0], LAYOUT.length, device=q.device) > 0.2
-    yield build_plan(q, k, Settings(threshold=1.3, tile_queries=m, tile_keys=n), TokenLayout(LAYOUT.grid, LAYOUT.front, LAYOUT.back,
-                                                           key_valid=valid), impl="triton")
+    yield build_plan(
+        q,
+        k,
+        Settings(threshold=1.3, tile_queries=m, tile_keys=n),
+        TokenLayout(LAYOUT.grid, LAYOUT.front, LAYOUT.back, key_valid=valid),
+        impl="triton",
+    )
 
 
 def main(impls: list[str]) -> int:

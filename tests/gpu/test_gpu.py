@@ -139,10 +139,18 @@ def test_tail_against_torch(m, n, dim, dtype, impl):
     valid = torch.rand(2, layout.length, device="cuda") < 0.9
     valid[1, 3000:] = False
     mask = skewed_mask(1, m, n, layout.length, layout.length)
-    for plan in (build_plan(q, k, Settings(threshold=1.2, tile_queries=m, tile_keys=n), layout, scale=0.1),
-                 build_plan(q, k, Settings(threshold=1.2, tile_queries=m, tile_keys=n), dataclasses.replace(layout, key_valid=valid)),
-                 plan_from_mask(mask, m, n, query_length=layout.length, key_length=layout.length, tail=True,
-                                scale=-0.1)):
+    for plan in (
+        build_plan(q, k, Settings(threshold=1.2, tile_queries=m, tile_keys=n), layout, scale=0.1),
+        build_plan(
+            q,
+            k,
+            Settings(threshold=1.2, tile_queries=m, tile_keys=n),
+            dataclasses.replace(layout, key_valid=valid),
+        ),
+        plan_from_mask(
+            mask, m, n, query_length=layout.length, key_length=layout.length, tail=True, scale=-0.1
+        ),
+    ):
         keys, values = k, v
         if plan.key_valid is not None:
             keys, values = (x.masked_fill(~valid[:, None, :, None], torch.nan) for x in (k, v))
@@ -194,8 +202,10 @@ def test_strides_masks_and_cross_lengths(impl):
 
 
 @pytest.mark.parametrize(("m", "n"), [(128, 16), (64, 8), (16, 16), (128, 1), (32, 2)])
-@pytest.mark.parametrize(("front", "back", "absent"), [
-    (256, 0, range(100, 256)), (0, 77, range(3840, 3890)), (30, 12, (0, 1, *range(17, 30), 3875))])
+@pytest.mark.parametrize(
+    ("front", "back", "absent"),
+    [(256, 0, range(100, 256)), (0, 77, range(3840, 3890)), (30, 12, (0, 1, *range(17, 30), 3875))],
+)
 def test_absent_tokens(impl, front, back, absent, m, n):
     """As if they were not in memory, where they hold NaN; their outputs are zeros. Octets stay boxes."""
     layout = TokenLayout((10, 16, 24), front, back, absent=tuple(absent))
@@ -205,7 +215,8 @@ def test_absent_tokens(impl, front, back, absent, m, n):
     q, k, v = tensors(1, 3, layout.length, 128)
     short = [x.index_select(2, there) for x in (q, k, v)]
     fewer = TokenLayout(
-        layout.grid, front - sum(t < front for t in absent), back - sum(t > front for t in absent))
+        layout.grid, front - sum(t < front for t in absent), back - sum(t > front for t in absent)
+    )
     plan = build_plan(*short[:2], Settings(threshold=1.5, tile_queries=m, tile_keys=n), fewer)
     expected = attend(*short, plan, impl=impl)
     for x in (q, k, v):
@@ -269,7 +280,11 @@ def test_hopper_list_lengths():
     if reason := hopper.device_reason(torch.device("cuda")):
         pytest.skip(reason)
     for dim, m, n, scale in (
-            (128, 128, 16, None), (128, 64, 1, 0.05), (64, 128, 8, -0.1), (64, 64, 128, None)):
+        (128, 128, 16, None),
+        (128, 64, 1, 0.05),
+        (64, 128, 8, -0.1),
+        (64, 64, 128, None),
+    ):
         slices, tiles = 40, 41
         queries, keys = tiles * m - 5, slices * n - n // 2
         q, _, _ = tensors(1, 1, queries, dim)
@@ -291,13 +306,40 @@ def test_hopper_listers(dim, m, n, checked):
         pytest.skip(reason)
     keys, generator = 5000 - n // 2, torch.Generator("cuda").manual_seed(dim + m + n)
     slices = -(-keys // n)
-    counts = [c // n for c in (0, n, 31, 32, 33, 64, 65, 127, 128, 129, 255, 257, 511, 512, 513, 640, 1023,
-                               1024, 1025, 1536, 2048, 2049, 4096, 4999)]
+    counts = [
+        c // n
+        for c in (
+            0,
+            n,
+            31,
+            32,
+            33,
+            64,
+            65,
+            127,
+            128,
+            129,
+            255,
+            257,
+            511,
+            512,
+            513,
+            640,
+            1023,
+            1024,
+            1025,
+            1536,
+            2048,
+            2049,
+            4096,
+            4999,
+        )
+    ]
     mask = torch.zeros(1, 2, 2 * len(counts), slices, dtype=torch.bool, device="cuda")
     for i, count in enumerate(counts):
         for h in range(2):
             mask[0, h, i, torch.randperm(slices, generator=generator, device="cuda")[:count]] = True
-        mask[0, 0, len(counts) + i, slices - count:] = True
+        mask[0, 0, len(counts) + i, slices - count :] = True
         mask[0, 1, len(counts) + i, :count] = True
     valid = torch.rand(1, keys, generator=generator, device="cuda") < 0.7 if checked else None
     layout = TokenLayout((1, 1, keys), query_start=None, key_valid=valid)
@@ -335,16 +377,30 @@ def random_layout(r, generator, batch):
 
 def random_plan(r, generator, q, k, layout):
     """A plan from a mask of any density and skew, or from scores; the latter equal to torch's."""
-    settings = Settings(threshold=r.choice((0.0, 0.5, 1.0, 1.5, 3.0)), tile_queries=r.choice(TILE_QUERIES), tile_keys=r.choice(TILE_KEYS),
-                        tail=r.random() < 0.5, order=r.choice(("cells", "raster")))
+    settings = Settings(
+        threshold=r.choice((0.0, 0.5, 1.0, 1.5, 3.0)),
+        tile_queries=r.choice(TILE_QUERIES),
+        tile_keys=r.choice(TILE_KEYS),
+        tail=r.random() < 0.5,
+        order=r.choice(("cells", "raster")),
+    )
     (batch, heads, queries, _), m, n = q.shape, settings.tile_queries, settings.tile_keys
     scale = r.choice((None, None, 0.05, -0.1))
     if r.random() < 0.5:
         shape = batch, heads, -(-queries // m)
         share = torch.rand(*shape, 1, generator=generator, device="cuda") ** r.choice((0.2, 1, 4))
         mask = torch.rand(*shape, -(-layout.length // n), generator=generator, device="cuda") < share
-        return plan_from_mask(mask, m, n, query_length=queries, key_length=layout.length, layout=layout,
-                              order=settings.order, tail=settings.tail, scale=scale), settings
+        return plan_from_mask(
+            mask,
+            m,
+            n,
+            query_length=queries,
+            key_length=layout.length,
+            layout=layout,
+            order=settings.order,
+            tail=settings.tail,
+            scale=scale,
+        ), settings
     plan, same = (build_plan(q, k, settings, layout, scale=scale, impl=name) for name in ("triton", "torch"))
     slices = [torch.stack([p.kept_slices(b, slice(0, heads)) for b in range(batch)]) for p in (plan, same)]
     differ = (slices[0] != slices[1]).sum()
@@ -435,8 +491,10 @@ def one_tile(plan, head, tile):
     rows = slice(tile * plan.tile_rows, (tile + 1) * plan.tile_rows)
     queries = torch.arange(len(plan.geometry.query_tokens[rows]), device="cuda")
     return dataclasses.replace(
-        plan, bits=plan.bits[:, head : head + 1, tile : tile + 1],
-        geometry=dataclasses.replace(plan.geometry, query_tokens=queries)), plan.geometry.query_tokens[rows]
+        plan,
+        bits=plan.bits[:, head : head + 1, tile : tile + 1],
+        geometry=dataclasses.replace(plan.geometry, query_tokens=queries),
+    ), plan.geometry.query_tokens[rows]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -577,8 +635,13 @@ def test_first_use(tmp_path):
     found = []
     for _ in range(2):
         run = subprocess.run(
-            [sys.executable, "-c", FIRST_USE], cwd=Path(__file__).parents[2], capture_output=True, text=True,
-            env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}, timeout=300)
+            [sys.executable, "-c", FIRST_USE],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+            timeout=300,
+        )
         assert run.returncode == 0, run.stderr
         found.append(json.loads(run.stdout))
     (cold, calls, said), (warm, _, nothing) = found
@@ -634,7 +697,10 @@ def test_estimates_and_maps_do_not_wait():
     """Nor do they use the sampler's random numbers; the estimate is near the error of all rows."""
     q, k, v = tensors(1, 2, 8192, 128)
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    one, layout = Engine(Settings(threshold=2.0), Policy(warmup_steps=0, min_tokens=1)), TokenLayout((8, 32, 32))
+    one, layout = (
+        Engine(Settings(threshold=2.0), Policy(warmup_steps=0, min_tokens=1)),
+        TokenLayout((8, 32, 32)),
+    )
     before = torch.cuda.get_rng_state()
     one.begin_run([1.0, 0.5, 0.0], True, q.device)
     for strict in (False, True):  # compilation and the first use of a geometry may wait

@@ -19,7 +19,7 @@ from makers import (
 )
 from makers import tensors as make
 
-select = pytest.importorskip("fgattn.backends.shared.select", reason="no Triton: nothing to interpret")
+launch = pytest.importorskip("fgattn.backends.shared.launch", reason="no Triton: nothing to interpret")
 key_lists = pytest.importorskip("fgattn.backends.shared.lists")
 
 LAYOUT = TokenLayout((2, 5, 9), front=3, back=5)  # 98 tokens
@@ -36,7 +36,7 @@ def assert_kernel(q, k, v, plan):
 
 def test_this_is_the_interpreter():
     """Otherwise every test here would be refused, not run."""
-    assert select.IS_INTERPRETED
+    assert launch.IS_INTERPRETED
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -55,7 +55,9 @@ def test_every_kind_of_sequence(case):
     case = dataclasses.replace(case, heads=1)
     dim, n = (128, 1) if case.padded else (64, 4)
     q, k, v = case.tensors(dim)
-    assert_kernel(q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=n), case.layout()))
+    assert_kernel(
+        q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=n), case.layout())
+    )
 
 
 @pytest.mark.parametrize("n", [1, 16, 128])
@@ -106,7 +108,12 @@ def test_absent_tokens(m, n):
     there = torch.tensor([t for t in range(layout.length) if t not in layout.absent])
     q, k, v = make(2, layout.length)
     short = [x.index_select(2, there) for x in (q, k, v)]
-    plan = build_plan(*short[:2], Settings(threshold=1.5, tile_queries=m, tile_keys=n), TokenLayout((3, 6, 10), 15, 11), impl="triton")
+    plan = build_plan(
+        *short[:2],
+        Settings(threshold=1.5, tile_queries=m, tile_keys=n),
+        TokenLayout((3, 6, 10), 15, 11),
+        impl="triton",
+    )
     expected = attend(*short, plan, impl="triton")
     for x in (q, k, v):
         x[:, :, list(layout.absent)] = float("nan")
@@ -168,7 +175,12 @@ def test_groups_of_heads(group, monkeypatch):
     valid = random_valid(2, LENGTH)
     q, k, v = make(3, LENGTH, batch=2)
     k, v = poisoned(k, valid), poisoned(v, valid)
-    plan = build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=2), dataclasses.replace(LAYOUT, key_valid=valid))
+    plan = build_plan(
+        q,
+        k,
+        Settings(threshold=2.0, tile_queries=64, tile_keys=2),
+        dataclasses.replace(LAYOUT, key_valid=valid),
+    )
     whole = attend(q, k, v, plan, impl="triton")
     made = []
     kernel = key_lists.list_kernel
@@ -207,7 +219,9 @@ def test_strides(view):
 def test_scale(scale):
     """Folded into base 2 once."""
     q, k, v = make(1, LENGTH)
-    assert_kernel(q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=4), LAYOUT, scale=scale))
+    assert_kernel(
+        q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=4), LAYOUT, scale=scale)
+    )
 
 
 def test_large_scores():
@@ -218,9 +232,22 @@ def test_large_scores():
         assert_kernel(q, k, v, mask_plan(64, 1, LENGTH, share=0.8, tail=has_tail))
 
 
-@pytest.mark.parametrize(("n", "unit"), [
-    (1, "key"), (4, "key"), (32, "key"), (1, "cell"), (2, "cell"), (16, "cell"), (32, "cell"), (128, "cell"),
-    (8, "box"), (16, "box"), (128, "box")])
+@pytest.mark.parametrize(
+    ("n", "unit"),
+    [
+        (1, "key"),
+        (4, "key"),
+        (32, "key"),
+        (1, "cell"),
+        (2, "cell"),
+        (16, "cell"),
+        (32, "cell"),
+        (128, "cell"),
+        (8, "box"),
+        (16, "box"),
+        (128, "box"),
+    ],
+)
 @pytest.mark.parametrize("keys", [1111, 1024, 64, 15])
 def test_lists_say_what_the_bits_say(n, unit, keys, monkeypatch):
     """Ascending and complete, across steps of the scan and programs that share a list; their ends marked."""
@@ -242,5 +269,3 @@ def test_lists_say_what_the_bits_say(n, unit, keys, monkeypatch):
         entries = units if lists.entries is None else lists.entries.flatten()[units]
         assert lists.lists[0, tile, : len(units) + 16].tolist() == entries.tolist() + [-1] * 16
         assert lists.listed[0, tile] == kept.sum()
-
-

@@ -63,8 +63,12 @@ def test_lists_of_every_tile_shape(m, n):
 def test_lists_of_every_kind_of_sequence(case):
     """Grids, sinks, missing keys, partial and foreign queries: equal to the torch path."""
     q, k, _ = case.tensors()
-    for settings in (Settings(threshold=2.0, tile_queries=64, tile_keys=16), Settings(threshold=1.0, tile_queries=128, tile_keys=32), Settings(threshold=0.0, tile_queries=32, tile_keys=16),
-                     Settings(threshold=1.5, tile_queries=32, tile_keys=2)):
+    for settings in (
+        Settings(threshold=2.0, tile_queries=64, tile_keys=16),
+        Settings(threshold=1.0, tile_queries=128, tile_keys=32),
+        Settings(threshold=0.0, tile_queries=32, tile_keys=16),
+        Settings(threshold=1.5, tile_queries=32, tile_keys=2),
+    ):
         plan = build_plan(q, k, settings, case.layout(), impl="triton")
         assert_lists_agree(plan, reference.select(q, k, settings, case.layout()), settings.tile_queries)
 
@@ -88,7 +92,10 @@ def test_more_than_one_block():
     assert torch.equal(plan.bits, expected.bits) and torch.equal(plan.requested, expected.requested)
     assert_same_tail(q, k, v, plan, 2e-3)
     fine = build_plan(q, k, Settings(threshold=2.5, tile_queries=64, tile_keys=1), layout, impl="triton")
-    assert torch.equal(fine.bits, build_plan(q, k, Settings(threshold=2.5, tile_queries=64, tile_keys=1), layout, impl="torch").bits)
+    assert torch.equal(
+        fine.bits,
+        build_plan(q, k, Settings(threshold=2.5, tile_queries=64, tile_keys=1), layout, impl="torch").bits,
+    )
 
 
 def test_missing_keys_far_above_all_scores():
@@ -99,7 +106,9 @@ def test_missing_keys_far_above_all_scores():
     q[..., 0], k[..., 0] = 40.0, -40.0
     for n in (4, 16):
         plan = build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=n), layout, impl="triton")
-        expected = build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=n), layout, impl="torch")
+        expected = build_plan(
+            q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=n), layout, impl="torch"
+        )
         assert 0 < plan.density < 0.9 and torch.equal(plan.bits, expected.bits)
 
 
@@ -109,7 +118,10 @@ def test_tiles_are_grouped_as_in_torch(m, n):
     """More tiles than a window, a short one at the end: the same order, lists, counts and tail."""
     layout = TokenLayout((4, 17, 19))
     q, k, v = make(2, layout.length, dtype=torch.float16)
-    plan, expected = (build_plan(q, k, Settings(threshold=2.0, tile_queries=m, tile_keys=n), layout, impl=i) for i in ("triton", "torch"))
+    plan, expected = (
+        build_plan(q, k, Settings(threshold=2.0, tile_queries=m, tile_keys=n), layout, impl=i)
+        for i in ("triton", "torch")
+    )
     assert torch.equal(plan.cell_order, expected.cell_order)
     assert torch.equal(plan.bits, expected.bits)
     assert torch.equal(plan.requested, expected.requested) and torch.equal(plan.executed, expected.executed)
@@ -124,8 +136,15 @@ def test_extreme_queries_and_keys(value):
         tensors[side][0, 0, 40, 3] = value
         q, k, _ = tensors
         for n in (4, 16):
-            plan = build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=n), LAYOUT, impl="triton")
-            assert torch.equal(plan.bits, build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=n), LAYOUT, impl="torch").bits)
+            plan = build_plan(
+                q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=n), LAYOUT, impl="triton"
+            )
+            assert torch.equal(
+                plan.bits,
+                build_plan(
+                    q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=n), LAYOUT, impl="torch"
+                ).bits,
+            )
 
 
 def assert_same_tail(q, k, v, plan, tolerance=1e-5):
@@ -140,8 +159,16 @@ def test_tail_of_every_slice_width(n):
     """Ragged cells and slices; 64-row and 128-row tiles; -inf where nothing is skipped."""
     q, k, v = make(2, 98, seed=n)
     for m in (32, 128):
-        assert_same_tail(q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=m, tile_keys=n), LAYOUT))
-    assert tail_of(q, k, v, build_plan(q, k, Settings(threshold=0.0, tile_queries=64, tile_keys=n), LAYOUT), "triton")[1].isneginf().all()
+        assert_same_tail(
+            q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=m, tile_keys=n), LAYOUT)
+        )
+    assert (
+        tail_of(
+            q, k, v, build_plan(q, k, Settings(threshold=0.0, tile_queries=64, tile_keys=n), LAYOUT), "triton"
+        )[1]
+        .isneginf()
+        .all()
+    )
 
 
 @pytest.mark.parametrize("scale", [None, -0.2])
@@ -151,14 +178,20 @@ def test_summaries_of_a_plan_serve_its_tail(scale):
     settings = Settings(threshold=2.0, tile_queries=64, tile_keys=4)
     call, backend, made = planned(q, k, v, settings, LAYOUT, scale=scale)
     assert (made.made is None) == (scale is not None)
-    assert torch.equal(execute.attend(call, backend, made, torch.empty_like(q)),
-                       attend(q, k, v, made.plan, impl="triton"))
+    assert torch.equal(
+        execute.attend(call, backend, made, torch.empty_like(q)), attend(q, k, v, made.plan, impl="triton")
+    )
 
 
 def test_kernels_write_a_part_of_the_heads():
     """As large calls do: slices of q, k, v and the output, all stored by token."""
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in make(3, 98))
-    whole = attend(q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=4), LAYOUT, impl="triton"))
+    whole = attend(
+        q,
+        k,
+        v,
+        build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=4), LAYOUT, impl="triton"),
+    )
     out = torch.empty_like(q)
     for of in (slice(0, 1), slice(1, 3)):
         settings = Settings(threshold=2.0, tile_queries=64, tile_keys=4)
@@ -172,7 +205,9 @@ def test_tail_of_every_kind_of_sequence(case):
     """Missing keys, other lengths, batches."""
     q, k, v = case.tensors()
     for n in (2, 16):
-        assert_same_tail(q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=n), case.layout()))
+        assert_same_tail(
+            q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=n), case.layout())
+        )
 
 
 @pytest.mark.parametrize(("m", "tiles"), [(64, 2), (16, 7)])
@@ -183,5 +218,6 @@ def test_one_plan_for_all_heads(m, tiles):
     q, k, v = make(2, 98, batch=2)
     plan = plan_from_mask(random_mask(tiles, 7), m, 16, query_length=98, key_length=98, tail=True)
     assert_same_tail(q, k, v, plan)
-    torch.testing.assert_close(attend(q, k, v, plan, impl="triton"),
-                               attend(q, k, v, dataclasses.replace(plan), impl="torch"))
+    torch.testing.assert_close(
+        attend(q, k, v, plan, impl="triton"), attend(q, k, v, dataclasses.replace(plan), impl="torch")
+    )

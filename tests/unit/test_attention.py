@@ -76,8 +76,8 @@ def defined_attention(q, k, v, mask, m, layout, scale, has_tail, runs):
     out = torch.zeros(len(q), q.shape[1], dtype=torch.float64)
     for place, query in enumerate(queries):
         first = place // executed_rows * executed_rows
-        executed = mask[first:first + executed_rows].any(0)
-        run = queries[place // 16 * 16:place // 16 * 16 + 16]
+        executed = mask[first : first + executed_rows].any(0)
+        run = queries[place // 16 * 16 : place // 16 * 16 + 16]
         entries = []  # log of the weight, value
         for j, token in enumerate(tokens):
             if executed[j] and valid[j]:
@@ -106,10 +106,11 @@ def test_reference_is_the_definition(m, n, dtype, has_tail):
     queries = 130
     q, k, v = make(1, queries, layout.length, dim=24, dtype=dtype, seed=m)
     mask = random_mask(-(-queries // m), -(-layout.length // n), seed=m)
-    plan = plan_from_mask(mask, m, n, query_length=queries, layout=layout, order="cells", tail=has_tail,
-                          scale=0.3)
+    plan = plan_from_mask(
+        mask, m, n, query_length=queries, layout=layout, order="cells", tail=has_tail, scale=0.3
+    )
     runs = range(9) if plan.cell_order is None else plan.cell_order[0, 0].tolist()
-    by_key = mask.repeat_interleave(m, 0)[:queries].repeat_interleave(n, 1)[:, :layout.length]
+    by_key = mask.repeat_interleave(m, 0)[:queries].repeat_interleave(n, 1)[:, : layout.length]
     expected = defined_attention(q[0, 0], k[0, 0], v[0, 0], by_key, m, layout, 0.3, has_tail, runs)
     k, v = poisoned(k, layout.key_valid), poisoned(v, layout.key_valid)
     got = attend(q, k, v, plan, impl="reference")[0, 0]
@@ -119,15 +120,21 @@ def test_reference_is_the_definition(m, n, dtype, has_tail):
         assert (got == expected.to(dtype)).float().mean() > 0.995
 
 
-@pytest.mark.parametrize(("m", "n", "dim", "case"), [
-    (m, n, (64, 128, 40)[i % 3], list(CASES.values())[i % len(CASES)])
-    for i, (m, n) in enumerate(itertools.product(TILE_QUERIES, TILE_KEYS))],
-    ids=lambda x: x.why if hasattr(x, "why") else str(x))
+@pytest.mark.parametrize(
+    ("m", "n", "dim", "case"),
+    [
+        (m, n, (64, 128, 40)[i % 3], list(CASES.values())[i % len(CASES)])
+        for i, (m, n) in enumerate(itertools.product(TILE_QUERIES, TILE_KEYS))
+    ],
+    ids=lambda x: x.why if hasattr(x, "why") else str(x),
+)
 @pytest.mark.parametrize("has_tail", [False, True], ids=["no tail", "tail"])
 def test_every_tile_shape(m, n, dim, case, has_tail):
     """All M x N, each on another kind of sequence, planned from the data."""
     q, k, v = case.tensors(dim, seed=n)
-    plan = build_plan(q, k, Settings(threshold=1.5, tile_queries=m, tile_keys=n, tail=has_tail), case.layout())
+    plan = build_plan(
+        q, k, Settings(threshold=1.5, tile_queries=m, tile_keys=n, tail=has_tail), case.layout()
+    )
     assert_like_reference(q, k, v, plan)
 
 
@@ -157,7 +164,11 @@ def test_other_lengths_of_q_and_k(queries, keys):
     """Cross-attention: text keys, or few queries."""
     q, k, v = make(2, queries, keys)
     layout = TokenLayout.flat(keys, None)
-    for settings in (Settings(threshold=2.0, tile_queries=64, tile_keys=16), Settings(threshold=2.0, tile_queries=32, tile_keys=2), Settings(threshold=2.0, tile_queries=128, tile_keys=128, tail=False)):
+    for settings in (
+        Settings(threshold=2.0, tile_queries=64, tile_keys=16),
+        Settings(threshold=2.0, tile_queries=32, tile_keys=2),
+        Settings(threshold=2.0, tile_queries=128, tile_keys=128, tail=False),
+    ):
         assert_like_reference(q, k, v, build_plan(q, k, settings, layout))
 
 
@@ -253,8 +264,11 @@ def with_gaps(*tensors):
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
-@pytest.mark.parametrize("view", [fused, as_blhd, with_gaps, lambda q, k, v: (q, *as_blhd(k, v))],
-                         ids=["slices of fused qkv", "[B, L, H, D]", "gaps", "mixed"])
+@pytest.mark.parametrize(
+    "view",
+    [fused, as_blhd, with_gaps, lambda q, k, v: (q, *as_blhd(k, v))],
+    ids=["slices of fused qkv", "[B, L, H, D]", "gaps", "mixed"],
+)
 def test_strides(view, impl):
     """Models hand over views; values must not depend on how they are stored."""
     tensors = make(3, LENGTH, batch=2, seed=4)
@@ -262,7 +276,9 @@ def test_strides(view, impl):
     views = view(*tensors)
     assert not all(x.is_contiguous() for x in views)
     assert all(torch.equal(a, b) for a, b in zip(views, tensors, strict=True))
-    assert torch.equal(build_plan(*views[:2], Settings(threshold=1.5, tile_queries=64, tile_keys=4), LAYOUT).bits, plan.bits)
+    assert torch.equal(
+        build_plan(*views[:2], Settings(threshold=1.5, tile_queries=64, tile_keys=4), LAYOUT).bits, plan.bits
+    )
     assert torch.equal(attend(*views, plan, impl=impl), attend(*tensors, plan, impl=impl))
 
 
@@ -350,11 +366,17 @@ def test_batch_rows_and_heads_are_independent(impl):
     valid = random_valid(2, LENGTH)
     layout = dataclasses.replace(LAYOUT, key_valid=valid)
     q, k, v = make(3, LENGTH, batch=2)
-    together = attend(q, k, v, build_plan(q, k, Settings(threshold=1.5, tile_queries=64, tile_keys=4), layout), impl=impl)
+    together = attend(
+        q, k, v, build_plan(q, k, Settings(threshold=1.5, tile_queries=64, tile_keys=4), layout), impl=impl
+    )
     for b, h in itertools.product(range(2), range(3)):
-        one = [x[b:b + 1, h:h + 1] for x in (q, k, v)]
-        alone = dataclasses.replace(LAYOUT, key_valid=valid[b:b + 1])
-        got = attend(*one, build_plan(*one[:2], Settings(threshold=1.5, tile_queries=64, tile_keys=4), alone), impl=impl)
+        one = [x[b : b + 1, h : h + 1] for x in (q, k, v)]
+        alone = dataclasses.replace(LAYOUT, key_valid=valid[b : b + 1])
+        got = attend(
+            *one,
+            build_plan(*one[:2], Settings(threshold=1.5, tile_queries=64, tile_keys=4), alone),
+            impl=impl,
+        )
         assert (got[0, 0] - together[b, h]).abs().max() < 1e-6
 
 
@@ -362,7 +384,10 @@ def test_batch_rows_and_heads_are_independent(impl):
 def test_same_call_twice_is_identical(dtype):
     """Two equal renders must be equal to the bit."""
     q, k, v = make(2, LENGTH, dtype=dtype)
-    first, second = (sparse_attention(q, k, v, Settings(threshold=1.5, tile_queries=32, tile_keys=4), LAYOUT) for _ in range(2))
+    first, second = (
+        sparse_attention(q, k, v, Settings(threshold=1.5, tile_queries=32, tile_keys=4), LAYOUT)
+        for _ in range(2)
+    )
     assert torch.equal(first, second)
 
 
@@ -393,19 +418,43 @@ def test_tolerance_can_fail():
 GROUPED = "grouped heads (4 query heads, 2 key heads)"
 
 
-@pytest.mark.parametrize(("q", "k", "v", "reason"), [
-    (torch.zeros(1, 4, 32, 64), torch.zeros(1, 2, 32, 64), torch.zeros(1, 2, 32, 64), GROUPED),
-    (torch.zeros(1, 2, 64, 32).mT, torch.zeros(1, 2, 32, 64), torch.zeros(1, 2, 32, 64),
-     "q has stride 32 in its last dimension, not 1"),
-    (torch.zeros(1, 2, 32, 64), torch.zeros(1, 2, 32, 128)[..., ::2], torch.zeros(1, 2, 32, 64),
-     "k has stride 2 in its last dimension, not 1"),
-    (torch.zeros(1, 2, 32, 64), torch.zeros(1, 2, 32, 64), torch.zeros(1, 2, 32, 65)[..., :64],
-     "v has rows that are not 16-byte aligned"),
-    (torch.zeros(1, 2, 32, 64), torch.zeros(4097)[1:].view(1, 2, 32, 64), torch.zeros(1, 2, 32, 64),
-     "k has rows that are not 16-byte aligned"),
-    (torch.zeros(1, 2, 32, 20).half(), torch.zeros(1, 2, 32, 20).half(), torch.zeros(1, 2, 32, 20).half(),
-     "q has rows that are not 16-byte aligned"),
-], ids=["grouped heads", "q transposed", "k strided", "v rows", "k start", "odd head size"])
+@pytest.mark.parametrize(
+    ("q", "k", "v", "reason"),
+    [
+        (torch.zeros(1, 4, 32, 64), torch.zeros(1, 2, 32, 64), torch.zeros(1, 2, 32, 64), GROUPED),
+        (
+            torch.zeros(1, 2, 64, 32).mT,
+            torch.zeros(1, 2, 32, 64),
+            torch.zeros(1, 2, 32, 64),
+            "q has stride 32 in its last dimension, not 1",
+        ),
+        (
+            torch.zeros(1, 2, 32, 64),
+            torch.zeros(1, 2, 32, 128)[..., ::2],
+            torch.zeros(1, 2, 32, 64),
+            "k has stride 2 in its last dimension, not 1",
+        ),
+        (
+            torch.zeros(1, 2, 32, 64),
+            torch.zeros(1, 2, 32, 64),
+            torch.zeros(1, 2, 32, 65)[..., :64],
+            "v has rows that are not 16-byte aligned",
+        ),
+        (
+            torch.zeros(1, 2, 32, 64),
+            torch.zeros(4097)[1:].view(1, 2, 32, 64),
+            torch.zeros(1, 2, 32, 64),
+            "k has rows that are not 16-byte aligned",
+        ),
+        (
+            torch.zeros(1, 2, 32, 20).half(),
+            torch.zeros(1, 2, 32, 20).half(),
+            torch.zeros(1, 2, 32, 20).half(),
+            "q has rows that are not 16-byte aligned",
+        ),
+    ],
+    ids=["grouped heads", "q transposed", "k strided", "v rows", "k start", "odd head size"],
+)
 def test_unsupported_says_why(q, k, v, reason):
     """The reason is what the log and the node show while such calls go dense."""
     plan = plan_from_mask(torch.ones(1, 2, dtype=torch.bool), 64, 16, query_length=32)
@@ -415,15 +464,21 @@ def test_unsupported_says_why(q, k, v, reason):
         assert repr(reason) in str(caught.value) and "Run this call dense." in str(caught.value)
 
 
-@pytest.mark.parametrize(("shapes", "what"), [
-    (((1, 2, 32), (1, 2, 32, 64), (1, 2, 32, 64)), "shapes of q, k, v: .*Split fused heads"),
-    (((1, 2, 32, 64), (1, 2, 32, 64), (1, 2, 31, 64)), "shapes of q, k, v"),
-    (((1, 2, 32, 64), (1, 2, 32, 32), (1, 2, 32, 32)), "shapes of q, k, v"),
-    (((2, 2, 32, 64), (1, 2, 32, 64), (1, 2, 32, 64)), "shapes of q, k, v"),
-    (((1, 2, 33, 64), (1, 2, 32, 64), (1, 2, 32, 64)),
-     r"got \(1, 2, 33, 32\); allowed: \(1, 1, 32, 32\) of the plan"),
-    (((1, 2, 32, 64), (1, 2, 48, 64), (1, 2, 48, 64)), "Build a plan for these tensors"),
-], ids=["3-D", "k and v", "head size", "batch", "queries of another plan", "keys of another plan"])
+@pytest.mark.parametrize(
+    ("shapes", "what"),
+    [
+        (((1, 2, 32), (1, 2, 32, 64), (1, 2, 32, 64)), "shapes of q, k, v: .*Split fused heads"),
+        (((1, 2, 32, 64), (1, 2, 32, 64), (1, 2, 31, 64)), "shapes of q, k, v"),
+        (((1, 2, 32, 64), (1, 2, 32, 32), (1, 2, 32, 32)), "shapes of q, k, v"),
+        (((2, 2, 32, 64), (1, 2, 32, 64), (1, 2, 32, 64)), "shapes of q, k, v"),
+        (
+            ((1, 2, 33, 64), (1, 2, 32, 64), (1, 2, 32, 64)),
+            r"got \(1, 2, 33, 32\); allowed: \(1, 1, 32, 32\) of the plan",
+        ),
+        (((1, 2, 32, 64), (1, 2, 48, 64), (1, 2, 48, 64)), "Build a plan for these tensors"),
+    ],
+    ids=["3-D", "k and v", "head size", "batch", "queries of another plan", "keys of another plan"],
+)
 def test_wrong_shapes(shapes, what):
     """A plan on tensors of other shapes would read other rows."""
     plan = plan_from_mask(torch.ones(1, 2, dtype=torch.bool), 64, 16, query_length=32)
@@ -460,8 +515,9 @@ def test_cpu_takes_the_torch_implementation():
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
-@pytest.mark.parametrize(("order", "m", "n"), [("cells", 128, 16), ("cells", 16, 1), ("raster", 32, 32),
-                                               ("hilbert", 64, 4)])
+@pytest.mark.parametrize(
+    ("order", "m", "n"), [("cells", 128, 16), ("cells", 16, 1), ("raster", 32, 32), ("hilbert", 64, 4)]
+)
 def test_absent_tokens(order, m, n, impl):
     """As if they had been taken out of q, k and v, with zeros in their place of the output."""
     layout = TokenLayout((3, 6, 10), front=30, back=12, absent=(0, 1, *range(17, 30), 215))
@@ -469,8 +525,9 @@ def test_absent_tokens(order, m, n, impl):
     q, k, v = make(2, layout.length)
     settings = Settings(threshold=1.5, tile_queries=m, tile_keys=n, order=order)
     short = [x.index_select(2, there) for x in (q, k, v)]
-    expected = torch.zeros_like(q).index_copy_(2, there, sparse_attention(
-        *short, settings, TokenLayout((3, 6, 10), front=15, back=11), impl=impl))
+    expected = torch.zeros_like(q).index_copy_(
+        2, there, sparse_attention(*short, settings, TokenLayout((3, 6, 10), front=15, back=11), impl=impl)
+    )
     for x in (q, k, v):
         x[:, :, list(layout.absent)] = float("nan")
     torch.testing.assert_close(sparse_attention(q, k, v, settings, layout, impl=impl), expected)
@@ -528,9 +585,15 @@ def test_parts_do_not_add_up(monkeypatch):
     assert len(made) == 6
 
 
-@pytest.mark.parametrize("wrong", [
-    lambda q: torch.empty_like(q)[:, :, 1:], lambda q: torch.empty_like(q)[:, 1:],
-    lambda q: torch.empty_like(q, dtype=torch.float64), lambda q: torch.empty_like(q, device="meta")])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda q: torch.empty_like(q)[:, :, 1:],
+        lambda q: torch.empty_like(q)[:, 1:],
+        lambda q: torch.empty_like(q, dtype=torch.float64),
+        lambda q: torch.empty_like(q, device="meta"),
+    ],
+)
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 def test_an_output_that_does_not_fit_is_refused(impl, wrong):
     """The kernels would write past its end."""
@@ -544,6 +607,7 @@ def test_an_output_that_does_not_fit_is_refused(impl, wrong):
 
 def test_parts_of_a_large_call():
     """Wan 14B at 720p: single keys in two parts, slices of whole cells in one; no parts without a GPU."""
+
     class OnGPU(torch.Tensor):
         is_cuda = True
 

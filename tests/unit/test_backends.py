@@ -68,8 +68,13 @@ print(json.dumps({
 
 def test_library_works_without_triton_and_comfyui():
     """Windows and macOS: everything but the kernel, and the reason for that one."""
-    run = subprocess.run([sys.executable, "-c", WITHOUT_TRITON, str(ROOT / "fgattn")], capture_output=True,
-                         text=True, timeout=300, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON, str(ROOT / "fgattn")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert found["equal"] and found["calls"] == {"sparse": 1} and found["kernels"] == []
@@ -89,8 +94,13 @@ def a_call(settings=None, dim=64, dtype=torch.float32, layout=LAYOUT):
 
 def on(device, call):
     """The call, as far as reasons can tell, on a device that is not there."""
-    return SimpleNamespace(**{name: getattr(call, name) for name in (
-        "q", "k", "v", "settings", "geometry", "key_valid", "layout", "declined")}, device=device)
+    return SimpleNamespace(
+        **{
+            name: getattr(call, name)
+            for name in ("q", "k", "v", "settings", "geometry", "key_valid", "layout", "declined")
+        },
+        device=device,
+    )
 
 
 @pytest.fixture
@@ -105,11 +115,15 @@ def fresh():
 
 
 @pytest.mark.skipif(available.missing() is not None, reason="Triton is not installed: it has no limits")
-@pytest.mark.parametrize(("dim", "dtype", "reason"), [
-    (40, torch.float32, "head size 40 (the kernel has 64, 128)"),
-    (64, torch.float64, "float64"),
-    (64, torch.bfloat16, "no Triton kernel for device type cpu"),
-], ids=["head size", "float64", "device"])
+@pytest.mark.parametrize(
+    ("dim", "dtype", "reason"),
+    [
+        (40, torch.float32, "head size 40 (the kernel has 64, 128)"),
+        (64, torch.float64, "float64"),
+        (64, torch.bfloat16, "no Triton kernel for device type cpu"),
+    ],
+    ids=["head size", "float64", "device"],
+)
 def test_reason_why_the_kernels_cannot_run(dim, dtype, reason):
     """Shown to users; the node counts calls under it."""
     assert triton.BACKEND.reason(a_call(dim=dim, dtype=dtype)) == reason
@@ -132,11 +146,15 @@ def test_hopper_needs_a_hopper_gpu():
         attend(call.q, call.k, call.v, plan, impl="hopper")
 
 
-@pytest.mark.parametrize(("capability", "gluon", "says"), [
-    ((9, 0), True, None),
-    ((8, 9), True, "no Hopper GPU: compute capability 8.9, not 9.0"),
-    ((9, 0), False, "this Triton lacks what the Hopper kernel needs: "),
-], ids=["Hopper", "Ada", "Triton without Gluon"])
+@pytest.mark.parametrize(
+    ("capability", "gluon", "says"),
+    [
+        ((9, 0), True, None),
+        ((8, 9), True, "no Hopper GPU: compute capability 8.9, not 9.0"),
+        ((9, 0), False, "this Triton lacks what the Hopper kernel needs: "),
+    ],
+    ids=["Hopper", "Ada", "Triton without Gluon"],
+)
 def test_why_there_is_no_hopper_kernel(capability, gluon, says, fresh, monkeypatch):
     """The GPU and the features of Triton decide, not version strings."""
     pytest.importorskip("triton.experimental.gluon")
@@ -149,13 +167,18 @@ def test_why_there_is_no_hopper_kernel(capability, gluon, says, fresh, monkeypat
     assert reason is None if says is None else reason.startswith(says)
 
 
-@pytest.mark.parametrize(("hopper_fails", "portable_fails", "dense", "runs", "tested"), [
-    (None, None, None, "hopper", ["hopper"]),
-    ("off by 2", None, None, "triton (no hopper: off by 2)", ["hopper", "triton"]),
-    ("off by 2", "no image", "no image (no hopper: off by 2)", None, ["hopper", "triton"]),
-], ids=["Hopper", "portable", "dense"])
+@pytest.mark.parametrize(
+    ("hopper_fails", "portable_fails", "dense", "runs", "tested"),
+    [
+        (None, None, None, "hopper", ["hopper"]),
+        ("off by 2", None, None, "triton (no hopper: off by 2)", ["hopper", "triton"]),
+        ("off by 2", "no image", "no image (no hopper: off by 2)", None, ["hopper", "triton"]),
+    ],
+    ids=["Hopper", "portable", "dense"],
+)
 def test_every_step_down_has_its_reason(
-        hopper_fails, portable_fails, dense, runs, tested, fresh, monkeypatch, caplog):
+    hopper_fails, portable_fails, dense, runs, tested, fresh, monkeypatch, caplog
+):
     """Hopper, portable, dense: in the answer to the engine, in the doctor and in the log."""
     asked = []
 
@@ -170,8 +193,11 @@ def test_every_step_down_has_its_reason(
         answer = registry.choose(call, gain=True)
         again = registry.choose(call, gain=True)
     assert asked == tested, "each kernel is tried once, and only where the faster one failed"
-    said = [f"FG-Attn leaves its {name} kernels: {fails}"
-            for name, fails in (("hopper", hopper_fails), ("triton", portable_fails)) if fails]
+    said = [
+        f"FG-Attn leaves its {name} kernels: {fails}"
+        for name, fails in (("hopper", hopper_fails), ("triton", portable_fails))
+        if fails
+    ]
     assert [r.getMessage() for r in caplog.records] == said
     monkeypatch.setattr(registry, "on_device", lambda device, settings: answer)
     if dense:
@@ -197,25 +223,30 @@ def test_an_old_gpu_says_so(fresh, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An old card")
     assert registry.choose(on(GPU, a_call()), gain=True).text == (
         "An old card is older than compute capability 8.0 "
-        "(no hopper: no Hopper GPU: compute capability 7.5, not 9.0)")
+        "(no hopper: no Hopper GPU: compute capability 7.5, not 9.0)"
+    )
 
 
 def test_broken_triton_is_a_reason(fresh, monkeypatch):
     """Installed, but for another driver or torch: everything but the kernels still works."""
     pytest.importorskip("triton")
-    monkeypatch.setitem(sys.modules, "fgattn.backends.shared.select", None)
-    monkeypatch.delattr(sys.modules["fgattn.backends.shared"], "select", raising=False)
+    monkeypatch.setitem(sys.modules, "fgattn.backends.shared.planning", None)
+    monkeypatch.delattr(sys.modules["fgattn.backends.shared"], "planning", raising=False)
     assert available.missing().startswith("Triton is installed but does not load: ModuleNotFoundError: ")
     q, k, v = torch.randn(3, 1, 1, 64, 64).unbind()
     plan = build_plan(q, k, Settings(), TokenLayout.flat(64))
     assert torch.equal(attend(q, k, v, plan), attend(q, k, v, plan, impl="torch"))
 
 
-@pytest.mark.parametrize(("module", "hit", "said"), [
-    ("fgattn.backends.shared.select", False, ["FG-Attn is compiling kernels, once: select_kernel"]),
-    ("fgattn.backends.shared.select", True, []),
-    ("torch._inductor.runtime", False, []),
-], ids=["new", "from the cache", "somebody else's"])
+@pytest.mark.parametrize(
+    ("module", "hit", "said"),
+    [
+        ("fgattn.backends.shared.select", False, ["FG-Attn is compiling kernels, once: select_kernel"]),
+        ("fgattn.backends.shared.select", True, []),
+        ("torch._inductor.runtime", False, []),
+    ],
+    ids=["new", "from the cache", "somebody else's"],
+)
 def test_compiling_is_announced(module, hit, said, caplog):
     """By Triton's own account: silent where its cache serves; whoever listened before still hears."""
     heard = []
@@ -258,19 +289,30 @@ def off(call, plan, tail, out):
 
 def toy(attend=right, **fields):
     """A backend of a test: PyTorch's, but for what is given."""
-    fields = {"name": "toy", "reason": lambda call: None, "gains_on": lambda device: True,
-              "probe": lambda call: Settings(threshold=1.5), **fields}
+    fields = {
+        "name": "toy",
+        "reason": lambda call: None,
+        "gains_on": lambda device: True,
+        "probe": lambda call: Settings(threshold=1.5),
+        **fields,
+    }
     return dataclasses.replace(pytorch.BACKEND, attend=attend, **fields)
 
 
-@pytest.mark.parametrize(("kernel", "says"), [
-    (right, None),
-    (off, "the kernels' self-test is off by 2."),
-    (lambda call, plan, tail, out: out.fill_(torch.nan), "the kernels' self-test is off by nan"),
-    (lambda call, plan, tail, out: out.copy_(scaled_dot_product_attention(call.q, call.k, call.v)),
-     "the kernels' self-test is off by"),
-    (no_kernel, "the kernels do not compile or run here: RuntimeError: no kernel image for this device"),
-], ids=["right", "2 % off", "NaN", "ignores the mask", "fails"])
+@pytest.mark.parametrize(
+    ("kernel", "says"),
+    [
+        (right, None),
+        (off, "the kernels' self-test is off by 2."),
+        (lambda call, plan, tail, out: out.fill_(torch.nan), "the kernels' self-test is off by nan"),
+        (
+            lambda call, plan, tail, out: out.copy_(scaled_dot_product_attention(call.q, call.k, call.v)),
+            "the kernels' self-test is off by",
+        ),
+        (no_kernel, "the kernels do not compile or run here: RuntimeError: no kernel image for this device"),
+    ],
+    ids=["right", "2 % off", "NaN", "ignores the mask", "fails"],
+)
 def test_self_test(kernel, says, fresh, caplog):
     """A kernel that is wrong on this GPU must be found before it draws a picture, and said in the log."""
     result = selftest.failure(toy(kernel), torch.device("cpu"), Settings(threshold=1.5))
@@ -281,6 +323,7 @@ def test_self_test(kernel, says, fresh, caplog):
 
 def test_self_test_compares_plans(fresh):
     """A backend that selects other keys is as wrong as one that computes other numbers."""
+
     def selects_all(call):
         return pytorch.BACKEND.plan(dataclasses.replace(call, settings=Settings(threshold=0.0)))
 
@@ -295,21 +338,36 @@ def test_a_full_gpu_says_nothing_of_the_kernels(fresh, monkeypatch):
         selftest.failure(pytorch.BACKEND, torch.device("cpu"), Settings())
 
 
-@pytest.mark.parametrize(("fails", "boxed", "by_rows"), [
-    (set(), "hopper", "hopper"), ({1}, "hopper", "triton"), ({1, 16}, "triton", "triton")])
+@pytest.mark.parametrize(
+    ("fails", "boxed", "by_rows"),
+    [(set(), "hopper", "hopper"), ({1}, "hopper", "triton"), ({1, 16}, "triton", "triton")],
+)
 def test_each_way_to_bring_keys_has_its_self_test(fails, boxed, by_rows, fresh, monkeypatch):
     """A Triton that gathers wrongly must not cost TMA's way."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(selftest, "_wrong", lambda backend, device, settings: (
-        "off" if backend.name == "hopper" and settings.tile_keys in fails else None))
-    chosen = [registry.choose(on(GPU, a_call(Settings(tile_keys=n))), gain=True).backend.name
-              for n in (16, 4)]
+    monkeypatch.setattr(
+        selftest,
+        "_wrong",
+        lambda backend, device, settings: (
+            "off" if backend.name == "hopper" and settings.tile_keys in fails else None
+        ),
+    )
+    chosen = [
+        registry.choose(on(GPU, a_call(Settings(tile_keys=n))), gain=True).backend.name for n in (16, 4)
+    ]
     assert chosen == [boxed, by_rows]
 
 
-@pytest.mark.parametrize(("tile_keys", "grid", "masked", "by_rows"), [
-    (16, (4, 8, 8), False, False), (8, (4, 8, 8), False, False), (4, (4, 8, 8), False, True),
-    (16, (4, 8, 8), True, True), (16, (3, 5, 7), False, True)])
+@pytest.mark.parametrize(
+    ("tile_keys", "grid", "masked", "by_rows"),
+    [
+        (16, (4, 8, 8), False, False),
+        (8, (4, 8, 8), False, False),
+        (4, (4, 8, 8), False, True),
+        (16, (4, 8, 8), True, True),
+        (16, (3, 5, 7), False, True),
+    ],
+)
 def test_calls_whose_keys_come_by_rows(tile_keys, grid, masked, by_rows):
     """Octets of keys that are boxes in memory are fetched whole, everything else row by row."""
     length = grid[0] * grid[1] * grid[2]

@@ -11,8 +11,14 @@ import torch
 from benchmarks import __main__, generations, measure, peers, plot, registry, report, runner, targets
 from benchmarks.runner import Case, Run
 
-MACHINE = {"gpu": "a GPU", "torch": "2", "triton": "3", "python": "3.12", "date": "2026-01-01",
-           "commit": "12e4567"}
+MACHINE = {
+    "gpu": "a GPU",
+    "torch": "2",
+    "triton": "3",
+    "python": "3.12",
+    "date": "2026-01-01",
+    "commit": "12e4567",
+}
 
 
 def clock(*calls, repeats, warmup):
@@ -52,7 +58,8 @@ def test_quantiles():
 
 def test_rows_have_ratios_to_the_first_run():
     dense, ours = runner.rows_of(
-        case_of(make_run("dense", density=1.0), make_run("ours", density=0.3), L=7), clock)
+        case_of(make_run("dense", density=1.0), make_run("ours", density=0.3), L=7), clock
+    )
     assert dense["ratio"] == 1 and dense["status"] == runner.MEASURED
     assert ours["yardstick"] == "dense" and ours["yardstick_ms"] == 10 and ours["speedup"] == 2
     assert ours["ratio"] == pytest.approx(0.6) and ours["error"] == 0.001 and ours["L"] == 7
@@ -64,12 +71,19 @@ def test_figures_are_added():
     assert [row["twice"] for row in runner.rows_of(case, clock)] == [20, 10]
 
 
-@pytest.mark.parametrize("bad, reason", [
-    (make_run("bad", error=0.02), "withheld: error 0.02, not below 0.01"),
-    (make_run("bad", error=float("inf")), "withheld: error inf, not below 0.01"),
-    (make_run("bad", error=float("nan")), "withheld: error nan, not below 0.01"),
-    (make_run("bad", call=fail), "withheld: RuntimeError: out of memory"),
-    (Run("bad", missing="not installed: No module named 'peer'"), "not installed: No module named 'peer'")])
+@pytest.mark.parametrize(
+    "bad, reason",
+    [
+        (make_run("bad", error=0.02), "withheld: error 0.02, not below 0.01"),
+        (make_run("bad", error=float("inf")), "withheld: error inf, not below 0.01"),
+        (make_run("bad", error=float("nan")), "withheld: error nan, not below 0.01"),
+        (make_run("bad", call=fail), "withheld: RuntimeError: out of memory"),
+        (
+            Run("bad", missing="not installed: No module named 'peer'"),
+            "not installed: No module named 'peer'",
+        ),
+    ],
+)
 def test_a_row_that_fails_is_withheld_alone(bad, reason):
     rows = runner.rows_of(case_of(make_run("dense"), bad, make_run("good")), clock)
     assert [row["impl"] for row in rows] == ["dense", "bad", "good"]
@@ -102,8 +116,10 @@ def test_one_failure_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
         yield case_of(make_run("last"), quick=quick)
 
     runner.run("kernel", (broken, fine), True, tmp_path, "abc")
-    rows, reached = (list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
-                     for name in ("kernel", "kernel_targets"))
+    rows, reached = (
+        list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
+        for name in ("kernel", "kernel_targets")
+    )
     assert [row["impl"] for row in rows] == ["first", "", "by hand", "last"]
     assert "out of memory" in rows[1]["status"] and rows[2]["ms"] == "1.235" and rows[3]["quick"] == "True"
     assert all(row["commit"] == "abc" and row["gpu"] == "a GPU" for row in rows)
@@ -115,8 +131,12 @@ def test_peers_that_are_missing_say_so(monkeypatch):
     mask = torch.ones(1, 1, 1, dtype=torch.bool)
     for module in ("flash_attn", "flash_attn.cute", "flashinfer", "comfy_kitchen"):
         monkeypatch.setitem(sys.modules, module, None)
-    for run in (peers.fa4(q, k, v), peers.fa4_sparse(q, k, v, mask, 64, 64),
-                peers.flashinfer(q, k, v, mask, 64, 64), peers.sol(q, k, v, 1.0)):
+    for run in (
+        peers.fa4(q, k, v),
+        peers.fa4_sparse(q, k, v, mask, 64, 64),
+        peers.flashinfer(q, k, v, mask, 64, 64),
+        peers.sol(q, k, v, 1.0),
+    ):
         assert run.missing.startswith("not installed: ") and run.name in report.NAMES | {"sol_attn": 0}
 
 
@@ -128,8 +148,10 @@ def test_a_peer_that_does_not_run_is_withheld(monkeypatch):
 
 def make_masked(length=100, rows=32, keys=16, heads=2):
     q, k, v = torch.randn(3, 1, heads, length, 16, generator=torch.Generator().manual_seed(0)).unbind()
-    mask = torch.rand(heads, -(-length // rows), -(-length // keys),
-                      generator=torch.Generator().manual_seed(1)) < 0.5
+    mask = (
+        torch.rand(heads, -(-length // rows), -(-length // keys), generator=torch.Generator().manual_seed(1))
+        < 0.5
+    )
     mask[..., 0] = True
     dense = mask.repeat_interleave(rows, 1)[:, :length].repeat_interleave(keys, 2)[..., :length]
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense[None])
@@ -166,8 +188,15 @@ def test_listed():
     assert counts.tolist() == [2] and places[0, :2].tolist() == [1, 3]
 
 
-KERNEL_ROW = {"case": "random lists", "impl": "hopper", "D": 128, "L": 32760, "M": 128, "density": 0.3,
-              "status": targets.MEASURED}
+KERNEL_ROW = {
+    "case": "random lists",
+    "impl": "hopper",
+    "D": 128,
+    "L": 32760,
+    "M": 128,
+    "density": 0.3,
+    "status": targets.MEASURED,
+}
 
 
 def kernel_rows(**ratios):
@@ -195,8 +224,10 @@ def test_targets_are_the_worst_of_all_their_rows():
 
 
 def test_small_tiles_are_a_mean_over_real_masks():
-    rows = [{"case": "small tiles", "impl": "hopper", "M": 32, "ratio": r, "status": targets.MEASURED}
-            for r in (0.4, 0.9)]
+    rows = [
+        {"case": "small tiles", "impl": "hopper", "M": 32, "ratio": r, "status": targets.MEASURED}
+        for r in (0.4, 0.9)
+    ]
     line = by_figure("kernel", rows)["M=32, N=16, real masks, density 0.15"]
     assert line["value"] == pytest.approx(0.6) and line["met"] == "yes"
 
@@ -209,9 +240,17 @@ def test_targets_at_most_and_their_percentages():
 
 def test_plan_targets_add_stages_up():
     shape, dense = targets.P480, {"yardstick_ms": 10.0, "status": targets.MEASURED, "case": "stages"}
-    rows = [dense | {"shape": shape, "impl": impl, "ms": ms} | ({"N": n} if n else {})
-            for impl, n, ms in (("summarise q, k", 0, 0.1), ("summarise q, k, v", 0, 0.15), ("plan", 16, 0.4),
-                                ("lists", 16, 0.03), ("tail", 16, 0.25), ("means and tail", 16, 0.3))]
+    rows = [
+        dense | {"shape": shape, "impl": impl, "ms": ms} | ({"N": n} if n else {})
+        for impl, n, ms in (
+            ("summarise q, k", 0, 0.1),
+            ("summarise q, k, v", 0, 0.15),
+            ("plan", 16, 0.4),
+            ("lists", 16, 0.03),
+            ("tail", 16, 0.25),
+            ("means and tail", 16, 0.3),
+        )
+    ]
     lines = by_figure("plan", rows)
     assert lines[f"score, select and lists, N=16, {shape}"]["value"] == pytest.approx(3.3)
     assert lines[f"summarise and tail, N=16, {shape}"]["value"] == pytest.approx(4.0)
@@ -220,8 +259,10 @@ def test_plan_targets_add_stages_up():
 
 
 def quality_rows(impl, points, **columns):
-    return [{"impl": impl, "threshold": t, "error": error, "ms": ms, "status": targets.MEASURED, **columns}
-            for t, error, ms in points]
+    return [
+        {"impl": impl, "threshold": t, "error": error, "ms": ms, "status": targets.MEASURED, **columns}
+        for t, error, ms in points
+    ]
 
 
 def test_equal_error_reads_our_curve_between_its_points():
@@ -236,9 +277,21 @@ def test_equal_error_reads_our_curve_between_its_points():
 
 def generation_rows(impl, points, **columns):
     """One row per (threshold, ms, PSNR) and seed; the seeds are 1 dB around the PSNR."""
-    return [{"case": "generation", "impl": impl, "threshold": t, "ms": ms, "psnr_db": psnr + off,
-             "seed": seed, "status": targets.MEASURED, "density": 0.3, **columns}
-            for t, ms, psnr in points for seed, off in ((1, -1), (2, 1))]
+    return [
+        {
+            "case": "generation",
+            "impl": impl,
+            "threshold": t,
+            "ms": ms,
+            "psnr_db": psnr + off,
+            "seed": seed,
+            "status": targets.MEASURED,
+            "density": 0.3,
+            **columns,
+        }
+        for t, ms, psnr in points
+        for seed, off in ((1, -1), (2, 1))
+    ]
 
 
 OURS = generation_rows("fgattn", ((2.0, 1.0, 20.0), (1.0, 4.0, 40.0)), M=128, N=16, order="cells")
@@ -247,8 +300,11 @@ OURS = generation_rows("fgattn", ((2.0, 1.0, 20.0), (1.0, 4.0, 40.0)), M=128, N=
 def sol_rows(*times, psnr=22.0):
     points = list(zip((1.0, 1.3, 1.7), times, (psnr,) * 3, strict=True))
     worse = [(tau, 0.01, psnr - 1) for tau, *_ in points]  # the order with the lower PSNR does not matter
-    return [row for order, some in (("raster", points), ("cells", worse))
-            for row in generation_rows("sol_attn", some, M=64, N=64, order=order)]
+    return [
+        row
+        for order, some in (("raster", points), ("cells", worse))
+        for row in generation_rows("sol_attn", some, M=64, N=64, order=order)
+    ]
 
 
 def test_nearer_frames_reads_our_curve_at_the_time_of_sol():
@@ -263,6 +319,7 @@ def test_nearer_frames_reads_our_curve_at_the_time_of_sol():
 
 def test_generations_are_dense_at_first_and_then_timed(monkeypatch):
     """The first steps do not count; afterwards every call is the one that is measured."""
+
     class Event:
         now = 0.0
 
@@ -285,8 +342,9 @@ def test_generations_are_dense_at_first_and_then_timed(monkeypatch):
     assert timer.columns() == {"density": 0.25, "calls": 6, "ms": 1.5}
 
 
-@pytest.mark.parametrize("off, status", [
-    (0.01, targets.MEASURED), (1.0, "withheld: PSNR"), (float("nan"), "withheld: PSNR nan")])
+@pytest.mark.parametrize(
+    "off, status", [(0.01, targets.MEASURED), (1.0, "withheld: PSNR"), (float("nan"), "withheld: PSNR nan")]
+)
 def test_generations_that_are_absurd_are_withheld(off, status):
     expected = torch.rand(16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     judged = generations.judged(expected + off * 3.2, expected)
@@ -296,21 +354,67 @@ def test_generations_that_are_absurd_are_withheld(off, status):
 
 def test_tables_of_the_demo_model(tmp_path):
     """Means over calls or seeds, a line or cell for each setting."""
+
     def rows(name, *rows):
         every = [{"status": targets.MEASURED, **row} for row in rows]
         measure.write(tmp_path / f"{name}.csv", every, MACHINE)
 
     rows("generations", {"impl": "cudnn", "ms": 5.0, "seed": 1}, *OURS)
-    rows("quality", *({
-        "impl": "fgattn", "M": m, "N": n, "order": "cells", "threshold": 1, "density": 0.25, "error": error,
-        "executed_density": 0.5, "ms": 2.0, "yardstick_ms": 10.0, "speedup": 5.0}
-        for m, n, error in ((128, 16, 0.01), (128, 16, 0.04), (16, 2, 0.05))))
-    rows("methods", *({"impl": "top_k", "M": 64, "N": 64, "order": "raster", "strength": share,
-                       "executed_density": share, "error": 0.1} for share in (0.2, 0.4)))
-    rows("reuse", {"plan_age": 3, "seed": 2, "attention_error": 0.02, "worst_attention_error": 0.05,
-                   "executed_density": 0.3},
-         {"reuse_steps": 2, "seed": 2, "attention_error": 0.02, "psnr_db": 30.04, "executed_density": 0.3,
-          "plans_made": 8, "plans_reused": 7, "planning_ms": 4.0, "planning_saved_ms": 3.6})
+    rows(
+        "quality",
+        *(
+            {
+                "impl": "fgattn",
+                "M": m,
+                "N": n,
+                "order": "cells",
+                "threshold": 1,
+                "density": 0.25,
+                "error": error,
+                "executed_density": 0.5,
+                "ms": 2.0,
+                "yardstick_ms": 10.0,
+                "speedup": 5.0,
+            }
+            for m, n, error in ((128, 16, 0.01), (128, 16, 0.04), (16, 2, 0.05))
+        ),
+    )
+    rows(
+        "methods",
+        *(
+            {
+                "impl": "top_k",
+                "M": 64,
+                "N": 64,
+                "order": "raster",
+                "strength": share,
+                "executed_density": share,
+                "error": 0.1,
+            }
+            for share in (0.2, 0.4)
+        ),
+    )
+    rows(
+        "reuse",
+        {
+            "plan_age": 3,
+            "seed": 2,
+            "attention_error": 0.02,
+            "worst_attention_error": 0.05,
+            "executed_density": 0.3,
+        },
+        {
+            "reuse_steps": 2,
+            "seed": 2,
+            "attention_error": 0.02,
+            "psnr_db": 30.04,
+            "executed_density": 0.3,
+            "plans_made": 8,
+            "plans_reused": 7,
+            "planning_ms": 4.0,
+            "planning_saved_ms": 3.6,
+        },
+    )
     results = report.Results(tmp_path)
     lines = {name: report.SECTIONS[name](results).splitlines() for name in report.SECTIONS}
     assert lines["generations"][0].endswith("| PSNR, dB, seeds 1, 2 |")
@@ -371,7 +475,7 @@ def test_report_leaves_the_rest_of_a_page_alone(tmp_path):
 
 def test_results_keep_a_commit_as_text(tmp_path):
     measure.write(tmp_path / "x.csv", [{"N": 16, "ms": 1.5, "status": "measured", "none": None}], MACHINE)
-    row, = report.Results(tmp_path).measured("x", N=16)
+    (row,) = report.Results(tmp_path).measured("x", N=16)
     assert row == {"N": 16, "ms": 1.5, "status": "measured"} | MACHINE
     assert report.provenance([row, row]) == "a GPU, torch 2, Triton 3, 2026-01-01, commit 12e4567"
 
@@ -383,6 +487,7 @@ def test_plot_places_points_on_its_axes():
     picture = plot.draw([curve, empty], "title", "across", "up", x, y, note="")
     line = ElementTree.fromstring(picture).find("{http://www.w3.org/2000/svg}polyline")
     middle_x, middle_y = (plot.LEFT + plot.RIGHT) / 2, (plot.TOP + plot.BOTTOM) / 2
-    assert line.get("points") == (f"{plot.LEFT:.1f},{plot.BOTTOM:.1f} {middle_x:.1f},{middle_y:.1f} "
-                                  f"{plot.RIGHT:.1f},{plot.TOP:.1f}")
+    assert line.get("points") == (
+        f"{plot.LEFT:.1f},{plot.BOTTOM:.1f} {middle_x:.1f},{middle_y:.1f} {plot.RIGHT:.1f},{plot.TOP:.1f}"
+    )
     assert "a &amp; b" in picture and "empty" not in picture

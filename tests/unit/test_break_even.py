@@ -37,8 +37,9 @@ def gains(backend, length, heads=1, dim=128, settings=None, **density):
 def test_the_rule_fits_what_was_measured(row):
     """Where a stream of sparse calls was clearly faster or slower than dense ones, the rule says so."""
     gain = row["yardstick_ms"] / max(row["ms"], row["host_ms"])
-    rule = gains(hopper.BACKEND, row["L"], row["heads"], row["D"], Settings(tile_keys=row["N"]),
-                 density=row["density"])
+    rule = gains(
+        hopper.BACKEND, row["L"], row["heads"], row["D"], Settings(tile_keys=row["N"]), density=row["density"]
+    )
     assert rule if gain > CLEAR else not rule if gain < 1 / CLEAR else True
 
 
@@ -51,11 +52,15 @@ def test_there_are_measurements():
 @pytest.mark.parametrize("backend", [hopper.BACKEND, triton.BACKEND], ids=lambda backend: backend.name)
 def test_longer_and_sparser_is_better(settings, dim, backend):
     """The rule changes its mind once: from dense to sparse as length, heads and sparsity grow."""
-    for sizes in ([(n, 12) for n in (500, 2000, 8000, 30000, 100000)],
-                  [(8000, heads) for heads in (1, 4, 16, 64, 256)]):
+    for sizes in (
+        [(n, 12) for n in (500, 2000, 8000, 30000, 100000)],
+        [(8000, heads) for heads in (1, 4, 16, 64, 256)],
+    ):
         said = [gains(backend, *size, dim, settings) for size in sizes]
         assert said == sorted(said) and {*said} == {True, False}
-    said = [gains(backend, 50000, 12, dim, settings, density=density) for density in (1.0, 0.8, 0.5, 0.3, 0.1)]
+    said = [
+        gains(backend, 50000, 12, dim, settings, density=density) for density in (1.0, 0.8, 0.5, 0.3, 0.1)
+    ]
     assert said == sorted(said) and {*said} == {True, False}
 
 
@@ -102,7 +107,9 @@ def test_short_calls_are_left_dense():
 
 def test_blocks_that_keep_too_much_go_dense():
     """From the step after the first, by block; the others stay sparse."""
-    report = run(Ruled(Settings(threshold=1.0, tile_queries=16, tile_keys=16), Policy(warmup_steps=0)), blocks=(0, 1))
+    report = run(
+        Ruled(Settings(threshold=1.0, tile_queries=16, tile_keys=16), Policy(warmup_steps=0)), blocks=(0, 1)
+    )
     density = {b.block: b.executed_density for b in report.blocks}
     assert density[0] > 0.8 > density[1]
     assert report.calls == by_reason(sparse=4, too_dense=2)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fgattn.runs.stats import BlockReport, RunReport, StepReport
+from fgattn.runs.reports import BlockReport, RunReport, StepReport
 from fgattn.show import chart, palette
 from makers import CHOSEN, by_reason
 from PIL import ImageColor, ImageDraw
@@ -15,13 +15,24 @@ from PIL import ImageColor, ImageDraw
 def make_report(steps=12, dense=2, blocks=8, ms=100.0, **changes):
     """A run of `steps` steps of `ms`, the first `dense` of them dense."""
     report = RunReport(
-        settings=CHOSEN, tokens=1728, implementation="torch", device="cpu",
+        settings=CHOSEN,
+        tokens=1728,
+        implementation="torch",
+        device="cpu",
         total=ms * steps,
-        steps=tuple(StepReport(i, ms, 0.4 * ms, 0.1 * ms * (i >= dense), 8 * (i >= dense), 8 * (i < dense))
-                    for i in range(steps)),
+        steps=tuple(
+            StepReport(i, ms, 0.4 * ms, 0.1 * ms * (i >= dense), 8 * (i >= dense), 8 * (i < dense))
+            for i in range(steps)
+        ),
         blocks=tuple(BlockReport(i, 0.3, 0.4) for i in range(blocks)),
-        calls=by_reason(sparse=8 * (steps - dense), warm_up=8 * dense), dense_call=2.0, sparse_call=1.0,
-        density=0.3, executed_density=0.35, peak_memory=None, failure=None)
+        calls=by_reason(sparse=8 * (steps - dense), warm_up=8 * dense),
+        dense_call=2.0,
+        sparse_call=1.0,
+        density=0.3,
+        executed_density=0.35,
+        peak_memory=None,
+        failure=None,
+    )
     return replace(report, **changes)
 
 
@@ -58,7 +69,7 @@ def texts(monkeypatch):
 
 def heights(image, colour):
     """Height in px of this colour in each pixel column of the first run's panels."""
-    panels = np.asarray(image)[chart.PANEL_TOP:chart.PANEL_BOTTOM]
+    panels = np.asarray(image)[chart.PANEL_TOP : chart.PANEL_BOTTOM]
     return (panels == ImageColor.getrgb(colour)).all(2).sum(0)
 
 
@@ -105,15 +116,19 @@ def test_colours_stand_in_the_palette_alone():
 
 def test_kinds_of_steps_have_their_colours():
     """A warm-up step, a dense one, one that plans, and one that reuses its plan."""
-    steps = (StepReport(0, 9, 9, 0, 0, 4, True), StepReport(1, 9, 9, 0, 0, 4), StepReport(2, 9, 8, 1, 4, 0),
-             StepReport(3, 9, 9, 0, 4, 0))
+    steps = (
+        StepReport(0, 9, 9, 0, 0, 4, True),
+        StepReport(1, 9, 9, 0, 0, 4),
+        StepReport(2, 9, 8, 1, 4, 0),
+        StepReport(3, 9, 9, 0, 4, 0),
+    )
     image = chart.draw([("", replace(make_report(blocks=0), steps=steps))])
     found = [np.flatnonzero(heights(image, colour)).mean() for colour in palette.ATTENTION.values()]
     assert found == sorted(found)
 
 
 def test_the_legend_has_what_is_drawn(texts):
-    """"executed on top" is there only where more was executed than requested."""
+    """ "executed on top" is there only where more was executed than requested."""
     blocks = (BlockReport(0, 0.3, 0.3),)
     chart.draw([("", make_report()), ("", make_report(2, 2, 0))])
     assert {"sparse", "dense", "planning", "density requested", "executed on top"} <= texts.keys()

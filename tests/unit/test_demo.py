@@ -140,6 +140,7 @@ def test_every_block_goes_through_the_engine(model):
 
 def test_keeping_everything_is_dense(model):
     """Threshold 0 changes only rounding; threshold 5 changes the video."""
+
     def latent(settings, policy):
         return sampling.generate(model, *start(), Engine(settings, policy), 2)[0]
 
@@ -195,6 +196,7 @@ def test_the_command_prints_and_writes(small, tmp_path, capsys):
 
 def test_a_run_that_went_dense_fails(small, tmp_path, monkeypatch, capsys):
     """Never a silently dense demo: it says why and exits with 1."""
+
     def broken(*args, **kwargs):
         raise RuntimeError("no plan today")
 
@@ -203,15 +205,18 @@ def test_a_run_that_went_dense_fails(small, tmp_path, monkeypatch, capsys):
     assert "no plan today" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--threshold", "-1"], "threshold: got -1.0; allowed: a finite number"),
-    (["--threshold", "nan"], "threshold: got nan; allowed: a finite number"),
-    (["--tile-queries", "17"], "tile_queries: got 17; allowed: 16, 32, 64, 128"),
-    (["--tile-keys", "0"], "tile_keys: got 0; allowed: 1, 2, 4"),
-    (["--steps", "0"], "steps: got 0; allowed: a whole number of at least 1"),
-    (["--seed", "-1"], "seed: got -1; allowed: a whole number from 0"),
-    (["--out", "file/folder"], "out: got 'file/folder'; allowed: a folder that can be written"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--threshold", "-1"], "threshold: got -1.0; allowed: a finite number"),
+        (["--threshold", "nan"], "threshold: got nan; allowed: a finite number"),
+        (["--tile-queries", "17"], "tile_queries: got 17; allowed: 16, 32, 64, 128"),
+        (["--tile-keys", "0"], "tile_keys: got 0; allowed: 1, 2, 4"),
+        (["--steps", "0"], "steps: got 0; allowed: a whole number of at least 1"),
+        (["--seed", "-1"], "seed: got -1; allowed: a whole number from 0"),
+        (["--out", "file/folder"], "out: got 'file/folder'; allowed: a folder that can be written"),
+    ],
+)
 def test_wrong_values_are_explained(arguments, message, tmp_path, monkeypatch, capsys):
     """The library's message, exit code 2, and nothing computed."""
     (tmp_path / "file").touch()

@@ -22,12 +22,21 @@ def test_doctor_names_versions_and_what_runs(capsys):
     assert values["runs"] == "torch"  # the CPU is the last device
 
 
-@pytest.mark.parametrize(("answer", "says"), [
-    (Eligible(hopper.BACKEND), "hopper: its self-test passed"),
-    (Eligible(triton.BACKEND, (("hopper", "compute capability 8.9"),)),
-     "triton (no hopper: compute capability 8.9): its self-test passed"),
-    (Reason(Outcome.NO_KERNEL, "the kernels' self-test is off by 1.0e+00"), "dense attention: the kernels' self-test is off by 1.0e+00"),
-], ids=["fastest", "a step down", "dense"])
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (Eligible(hopper.BACKEND), "hopper: its self-test passed"),
+        (
+            Eligible(triton.BACKEND, (("hopper", "compute capability 8.9"),)),
+            "triton (no hopper: compute capability 8.9): its self-test passed",
+        ),
+        (
+            Reason(Outcome.NO_KERNEL, "the kernels' self-test is off by 1.0e+00"),
+            "dense attention: the kernels' self-test is off by 1.0e+00",
+        ),
+    ],
+    ids=["fastest", "a step down", "dense"],
+)
 def test_a_gpu_gets_the_engine_s_verdict(monkeypatch, answer, says):
     """With the reason where the fastest kernel, or none, runs."""
     monkeypatch.setattr(registry, "on_device", lambda device, settings: answer)

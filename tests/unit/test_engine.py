@@ -51,9 +51,22 @@ def ran_sparse(one, sigmas, full_noise=True, evaluations=None, blocks=(0,)):
     return result
 
 
-@pytest.mark.parametrize(("steps", "wanted", "dense"), [
-    (20, 2, 2), (20, 5, 5), (20, 8, 5), (8, 2, 2), (8, 3, 2), (7, 2, 1), (4, 2, 1), (3, 2, 0), (1, 2, 0),
-    (20, 0, 0)], ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ("steps", "wanted", "dense"),
+    [
+        (20, 2, 2),
+        (20, 5, 5),
+        (20, 8, 5),
+        (8, 2, 2),
+        (8, 3, 2),
+        (7, 2, 1),
+        (4, 2, 1),
+        (3, 2, 0),
+        (1, 2, 0),
+        (20, 0, 0),
+    ],
+    ids=lambda x: str(x),
+)
 def test_warm_up_is_at_most_a_quarter(steps, wanted, dense):
     """Few-step models would otherwise never run sparse."""
     one = engine(Policy(warmup_steps=wanted))
@@ -87,10 +100,16 @@ def test_sliders_moved_act_from_the_next_step():
     assert one.end_run().sliders == ((0, 2.0, 1),)
 
 
-@pytest.mark.parametrize(("moves", "words"), [
-    ([(1.5, 0)], ", moved to threshold 1.5"), ([(2.0, 3)], ", moved to warm-up 3"),
-    ([(1.5, 3)], ", moved to threshold 1.5 and warm-up 3"), ([(1.5, 0), (2.0, 0)], ", moved to and fro"),
-    ([(2.0, 0)], "of 4 steps")])
+@pytest.mark.parametrize(
+    ("moves", "words"),
+    [
+        ([(1.5, 0)], ", moved to threshold 1.5"),
+        ([(2.0, 3)], ", moved to warm-up 3"),
+        ([(1.5, 3)], ", moved to threshold 1.5 and warm-up 3"),
+        ([(1.5, 0), (2.0, 0)], ", moved to and fro"),
+        ([(2.0, 0)], "of 4 steps"),
+    ],
+)
 def test_moves_in_words(moves, words):
     """The last position of what moved."""
     one = engine()
@@ -117,6 +136,7 @@ def test_a_longer_warm_up_makes_coming_steps_dense():
 
 def test_a_moved_run_can_be_repeated():
     """The values of the report, set at its steps, give the same output bit by bit."""
+
     def run(moves):
         one, outputs, sigmas = engine(), [], falling(6)
         one.begin_run(sigmas, True, CPU)
@@ -148,6 +168,7 @@ def test_a_moved_threshold_drops_kept_plans():
 
 def test_a_move_is_not_lost():
     """The page's moves come from another thread, at any time: here while the step takes the one before."""
+
     class Racing(Run):
         @property
         def moved(self):
@@ -171,9 +192,22 @@ def test_a_move_is_not_lost():
     assert [threshold for _, threshold, _ in one.end_run().sliders] == [2.0, 0.5, 5.0]
 
 
-@pytest.mark.parametrize("values", [
-    (-1.0, 2), (float("nan"), 2), (float("inf"), 2), ("1", 2), (None, 2), (True, 2),
-    (1.0, -1), (1.0, 1.5), (1.0, True), (1.0, None)], ids=str)
+@pytest.mark.parametrize(
+    "values",
+    [
+        (-1.0, 2),
+        (float("nan"), 2),
+        (float("inf"), 2),
+        ("1", 2),
+        (None, 2),
+        (True, 2),
+        (1.0, -1),
+        (1.0, 1.5),
+        (1.0, True),
+        (1.0, None),
+    ],
+    ids=str,
+)
 def test_wrong_moves_are_refused(values):
     """By the rules of the settings; the run goes on as it was."""
     one = engine()
@@ -190,8 +224,11 @@ def test_no_warm_up_below_full_noise():
     assert ran_sparse(one, falling(8), full_noise=False) == [True] * 8
 
 
-@pytest.mark.parametrize(("wanted", "last", "dense"), [(2, 0.0, 2), (0, 0.0, 0), (2, 0.3, 0), (9, 0.0, 8)],
-                         ids=["two", "none", "a slice that ends with noise", "more than there are"])
+@pytest.mark.parametrize(
+    ("wanted", "last", "dense"),
+    [(2, 0.0, 2), (0, 0.0, 0), (2, 0.3, 0), (9, 0.0, 8)],
+    ids=["two", "none", "a slice that ends with noise", "more than there are"],
+)
 def test_final_steps(wanted, last, dense):
     """Only a run that ends without noise has final steps."""
     one = engine(Policy(warmup_steps=0, final_dense_steps=wanted))
@@ -210,9 +247,15 @@ def test_dense_blocks():
     assert [b.block for b in report.blocks] == [-1, 1, 3]
 
 
-@pytest.mark.parametrize(("seen", "remark"), [
-    ((0, 1, 2), None), ((0, 1), "dense_blocks: this model has no block 2"),
-    ((None,), "dense_blocks has no effect: this model does not number its blocks")], ids=repr)
+@pytest.mark.parametrize(
+    ("seen", "remark"),
+    [
+        ((0, 1, 2), None),
+        ((0, 1), "dense_blocks: this model has no block 2"),
+        ((None,), "dense_blocks has no effect: this model does not number its blocks"),
+    ],
+    ids=repr,
+)
 def test_dense_blocks_that_are_not_there(seen, remark):
     """A slip in the block list is said, but not of a run that was stopped before all blocks were seen."""
     for evaluations in (4, 1):
@@ -301,14 +344,18 @@ def test_absent_tokens_are_left_out():
     """No keys, zeros as queries, the others as with a mask over keys; in the maps and the estimate, too."""
     layout = TokenLayout((4, 4, 6), front=32, absent=tuple(range(20, 32)))
     there = torch.cat((torch.arange(20), torch.arange(32, 128)))
-    one = Engine(Settings(threshold=0.0, tile_queries=16, tile_keys=16), Policy(warmup_steps=0, reuse_steps=2))
+    one = Engine(
+        Settings(threshold=0.0, tile_queries=16, tile_keys=16), Policy(warmup_steps=0, reuse_steps=2)
+    )
     one.begin_run(falling(4), True, CPU)
     one.begin_evaluation(1.0)
     out = one.attention(Q, K, V, layout=layout, dense=lambda: DENSE, block=0)
     valid = torch.zeros(len(Q), 128, dtype=torch.bool)
     valid[:, there] = True
     masked = TokenLayout((4, 4, 6), front=32, key_valid=valid)
-    expected = attend(Q, K, V, build_plan(Q, K, Settings(threshold=0.0, tile_queries=16, tile_keys=16), masked))
+    expected = attend(
+        Q, K, V, build_plan(Q, K, Settings(threshold=0.0, tile_queries=16, tile_keys=16), masked)
+    )
     assert out.shape == Q.shape and not out[:, :, 20:32].any()
     assert torch.allclose(out[:, :, there], expected[:, :, there], atol=1e-5)
     report = one.end_run()
@@ -330,6 +377,7 @@ def test_failure_turns_the_run_dense(stage, monkeypatch, caplog):
     one.begin_evaluation(1.0)
     assert call(one)
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, "fgattn"):
+
         def fail(*_, **__):
             raise RuntimeError("no kernel image")
 
@@ -357,6 +405,7 @@ def test_layout_that_does_not_fit_turns_the_run_dense(caplog):
 
 def test_interrupts_pass(monkeypatch, caplog):
     """The user's Cancel is no failure."""
+
     def interrupt(*_, **__):
         raise Interrupt
 
@@ -451,10 +500,22 @@ def test_report_counts_steps_and_calls():
     one = engine(Policy(warmup_steps=1))
     sigmas = falling(4)
     assert ran_sparse(one, sigmas, evaluations=[s for s in sigmas[:-1] for _ in range(2)], blocks=(0, 1)) == [
-        False, False, True, True, True, True, True, True]
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+        True,
+        True,
+    ]
     report = one.end_run()
     assert [(s.index, s.sparse_calls, s.dense_calls) for s in report.steps] == [
-        (0, 0, 4), (1, 4, 0), (2, 4, 0), (3, 4, 0)]
+        (0, 0, 4),
+        (1, 4, 0),
+        (2, 4, 0),
+        (3, 4, 0),
+    ]
     assert by_text(report) == {"warm-up step": 4, "sparse": 12}
     assert report.tokens == 128 and report.device == "cpu" and report.implementation == "torch"
     assert describe(report.settings) == "threshold 2, tiles 64x4, cells order, tail on, warm-up 1 of 4 steps"
@@ -467,7 +528,10 @@ def test_report_counts_steps_and_calls():
 
 def test_engines_are_independent():
     """Two patched models in one graph (high and low noise) keep their own books and errors."""
-    first, second = engine(Policy(warmup_steps=2)), engine(Policy(warmup_steps=0, final_dense_steps=0, dense_blocks=frozenset({0})))
+    first, second = (
+        engine(Policy(warmup_steps=2)),
+        engine(Policy(warmup_steps=0, final_dense_steps=0, dense_blocks=frozenset({0}))),
+    )
     first.begin_run(falling(8), True, CPU)
     second.begin_run(falling(4), True, CPU)
     for one in (first, second):
@@ -488,7 +552,8 @@ def test_device_without_a_kernel_runs_dense(caplog):
         one.begin_evaluation(1.0)
         assert not call(one) and not call(one)
     assert [r.getMessage() for r in caplog.records] == [
-        "FG-Attn runs dense: no sparse kernel for device type meta"]
+        "FG-Attn runs dense: no sparse kernel for device type meta"
+    ]
     report = one.end_run()
     assert by_text(report) == {"no sparse kernel for device type meta": 2}
     assert report.implementation == "dense (no sparse kernel for device type meta)"
@@ -507,20 +572,35 @@ SCHEDULE = [14.6, 7.0, 3.0, 1.0, 0.2, 0.0]
 FLOW = falling(5)
 
 
-@pytest.mark.parametrize(("sigmas", "evaluated", "steps"), [
-    (SCHEDULE, SCHEDULE[:-1], [0, 1, 2, 3, 4]),
-    (FLOW, FLOW[:-1], [0, 1, 2, 3, 4]),
-    (FLOW, [s * (1 + 5e-5) for s in FLOW[:-1]], [0, 1, 2, 3, 4]),
-    (FLOW, [s * (1 - 5e-5) for s in FLOW[:-1]], [0, 1, 2, 3, 4]),
-    (SCHEDULE, [10.0, 7.1, 6.9, 0.21, 0.1], [0, 0, 1, 3, 4]),
-    (SCHEDULE, [20.0, 14.7], [0, 0]),
-    (SCHEDULE, [1e-3, 0.0], [4, 4]),
-    (FLOW[2:], [0.6, 0.5, 0.4, 0.2], [0, 0, 1, 2]),
-    (FLOW[:3], [1.0, 0.8, 0.7, 0.6], [0, 1, 1, 1]),
-    ([1.0, 0.0], [1.0, 0.5, 0.0], [0, 0, 0]),
-    ([1.0], [1.0], [0]),
-], ids=["euler", "flow", "rounded up", "rounded down", "between levels", "above the first", "at the end",
-        "slice that starts late", "slice that ends with noise", "one step", "no step"])
+@pytest.mark.parametrize(
+    ("sigmas", "evaluated", "steps"),
+    [
+        (SCHEDULE, SCHEDULE[:-1], [0, 1, 2, 3, 4]),
+        (FLOW, FLOW[:-1], [0, 1, 2, 3, 4]),
+        (FLOW, [s * (1 + 5e-5) for s in FLOW[:-1]], [0, 1, 2, 3, 4]),
+        (FLOW, [s * (1 - 5e-5) for s in FLOW[:-1]], [0, 1, 2, 3, 4]),
+        (SCHEDULE, [10.0, 7.1, 6.9, 0.21, 0.1], [0, 0, 1, 3, 4]),
+        (SCHEDULE, [20.0, 14.7], [0, 0]),
+        (SCHEDULE, [1e-3, 0.0], [4, 4]),
+        (FLOW[2:], [0.6, 0.5, 0.4, 0.2], [0, 0, 1, 2]),
+        (FLOW[:3], [1.0, 0.8, 0.7, 0.6], [0, 1, 1, 1]),
+        ([1.0, 0.0], [1.0, 0.5, 0.0], [0, 0, 0]),
+        ([1.0], [1.0], [0]),
+    ],
+    ids=[
+        "euler",
+        "flow",
+        "rounded up",
+        "rounded down",
+        "between levels",
+        "above the first",
+        "at the end",
+        "slice that starts late",
+        "slice that ends with noise",
+        "one step",
+        "no step",
+    ],
+)
 def test_step_of(sigmas, evaluated, steps):
     """The step that an evaluation belongs to, from its noise level alone."""
     assert [step_of(s, sigmas) for s in evaluated] == steps
@@ -553,8 +633,12 @@ class Watched:
     """An engine at k steps per plan, with the steps whose calls made a plan."""
 
     def __init__(self, monkeypatch, steps, sigmas=None, **policy):
-        self.engine, self.made, self.step, self.plans = engine(
-            Policy(warmup_steps=0, reuse_steps=steps, **policy), passthrough=(Interrupt,)), [], 0, weakref.WeakSet()
+        self.engine, self.made, self.step, self.plans = (
+            engine(Policy(warmup_steps=0, reuse_steps=steps, **policy), passthrough=(Interrupt,)),
+            [],
+            0,
+            weakref.WeakSet(),
+        )
         monkeypatch.setattr("fgattn.backends.execute.plan_of", self.build)
         self.engine.begin_run(sigmas or falling(6), True, CPU)
 
@@ -569,12 +653,12 @@ class Watched:
         self.engine.begin_evaluation(1 - step / 6 if sigma is None else sigma)
 
     def call(self, q, k, v, layout=LAYOUT, block=0, **options):
-        return self.engine.attention(
-            q, k, v, layout=layout, dense=lambda: DENSE, block=block, **options)
+        return self.engine.attention(q, k, v, layout=layout, dense=lambda: DENSE, block=block, **options)
 
 
-@pytest.mark.parametrize(("steps", "made"), [
-    (1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4]), (3, [0, 3]), (6, [0])], ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ("steps", "made"), [(1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4]), (3, [0, 3]), (6, [0])], ids=lambda x: str(x)
+)
 def test_a_plan_serves_its_steps(steps, made, monkeypatch):
     """The lists are old, the tail and the attention are of the call's own q, k and v, to the bit."""
     one = Watched(monkeypatch, steps)
@@ -654,12 +738,16 @@ def test_evaluations_of_a_step_share_their_plan(monkeypatch):
     assert one.made == [0, 2]
 
 
-@pytest.mark.parametrize(("first", "second"), [
-    ({"layout": TokenLayout((4, 4, 8))}, {"layout": TokenLayout((2, 8, 8))}),
-    ({"layout": TokenLayout((3, 4, 8), 32)}, {"layout": TokenLayout((3, 4, 8), 0, 32)}),
-    ({"scale": None}, {"scale": 0.3}),
-    ({"branch": ("a", (0, 1))}, {"branch": ("a", (1, 2))}),
-], ids=["grid", "sinks", "scale", "context window"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"layout": TokenLayout((4, 4, 8))}, {"layout": TokenLayout((2, 8, 8))}),
+        ({"layout": TokenLayout((3, 4, 8), 32)}, {"layout": TokenLayout((3, 4, 8), 0, 32)}),
+        ({"scale": None}, {"scale": 0.3}),
+        ({"branch": ("a", (0, 1))}, {"branch": ("a", (1, 2))}),
+    ],
+    ids=["grid", "sinks", "scale", "context window"],
+)
 def test_what_a_plan_depends_on(first, second, monkeypatch):
     """The same block and branch, but another question."""
     one = Watched(monkeypatch, 6)
@@ -683,10 +771,15 @@ def test_shapes_have_their_own_plans(monkeypatch):
     assert one.made == [0] * 4 and one.engine.end_run().failure is None
 
 
-@pytest.mark.parametrize(("options", "why"), [
-    ({"block": None}, "an unknown block"), ({"branch": None}, "an unknown conditioning branch"),
-    ({"layout": TokenLayout((4, 4, 8), key_valid=torch.ones(1, 128, dtype=torch.bool))}, "padded keys"),
-], ids=["block", "branch", "padding"])
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"block": None}, "an unknown block"),
+        ({"branch": None}, "an unknown conditioning branch"),
+        ({"layout": TokenLayout((4, 4, 8), key_valid=torch.ones(1, 128, dtype=torch.bool))}, "padded keys"),
+    ],
+    ids=["block", "branch", "padding"],
+)
 def test_calls_that_cannot_be_told_apart_are_planned_anew(options, why, monkeypatch):
     """Said once; nothing is kept."""
     one = Watched(monkeypatch, 6)
@@ -713,6 +806,7 @@ def test_plans_are_dropped(end, monkeypatch):
     elif end == "begin_run":
         one.engine.begin_run(falling(6), True, CPU)
     else:
+
         def fail(*_, **__):
             raise Interrupt if end == "interrupt" else RuntimeError
 
@@ -847,7 +941,8 @@ def test_estimated_errors_are_in_the_report():
 def test_estimates_can_be_turned_off():
     """The same output, to the bit, and nothing in the report."""
     (on, with_estimates), (off, without) = (
-        watched_run(Policy(warmup_steps=2, estimate_error=wanted)) for wanted in (True, False))
+        watched_run(Policy(warmup_steps=2, estimate_error=wanted)) for wanted in (True, False)
+    )
     assert all(torch.equal(a, b) for a, b in zip(with_estimates, without, strict=True))
     report = off.end_run()
     assert report.estimated_error is None and "est. error" not in headline(report)
@@ -874,6 +969,7 @@ def test_failure_of_the_looking_leaves_the_run_alone(what, monkeypatch, caplog):
 
 def test_maps_that_do_not_fit_on_the_host_cost_no_report(monkeypatch, caplog):
     """Bringing them there may fail near the limit of memory; so may looking, half way through."""
+
     def fail(*_):
         raise OutOfMemory("no room")
 
@@ -955,7 +1051,9 @@ def test_calls_that_failed_or_were_taken_in_parts_have_no_map(monkeypatch):
     assert one.last_maps.skipped == {
         (0, 1): Reason(Outcome.IN_PARTS),
         (0, 2): Reason(Outcome.DECLINED, "grouped heads (2 query heads, 1 key heads)"),
-        (0, 3): Reason(Outcome.FAILED), (0, 4): Reason(Outcome.AFTER_FAILURE)}
+        (0, 3): Reason(Outcome.FAILED),
+        (0, 4): Reason(Outcome.AFTER_FAILURE),
+    }
 
 
 def test_unknown_blocks_share_their_books_but_not_their_maps():

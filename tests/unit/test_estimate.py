@@ -15,7 +15,9 @@ LAYOUT = TokenLayout((4, 8, 16))  # 512 tokens
 
 
 def sparse(q, k, v, threshold=2.0, layout=LAYOUT):
-    return attend(q, k, v, build_plan(q, k, Settings(threshold=threshold, tile_queries=64, tile_keys=16), layout))
+    return attend(
+        q, k, v, build_plan(q, k, Settings(threshold=threshold, tile_queries=64, tile_keys=16), layout)
+    )
 
 
 def call_of(q, k, v, layout=LAYOUT, scale=None):
@@ -42,8 +44,10 @@ def test_it_is_near_the_true_error(threshold):
 def test_rows_differ_from_call_to_call_and_repeat_from_run_to_run():
     q, k, v = tensors(2, 512)
     out = sparse(q, k, v)
-    first, second = ([one.estimated_error(call_of(q, k, v), out).item() for _ in range(3)]
-                     for one in (Estimate(), Estimate()))
+    first, second = (
+        [one.estimated_error(call_of(q, k, v), out).item() for _ in range(3)]
+        for one in (Estimate(), Estimate())
+    )
     assert first == second and len(set(first)) == 3
 
 
@@ -104,9 +108,19 @@ def test_blocks_without_a_number_have_their_turn():
     assert sum(due) == len(due) / EVERY
 
 
-@pytest.mark.parametrize(("length", "masked", "calls"), [
-    (118_800, False, 4), (75_600, False, 4), (32_760, False, 4), (16_384, False, 16), (8192, False, 64),
-    (4096, False, 128), (118_800, True, 16), (16_384, True, 64)])
+@pytest.mark.parametrize(
+    ("length", "masked", "calls"),
+    [
+        (118_800, False, 4),
+        (75_600, False, 4),
+        (32_760, False, 4),
+        (16_384, False, 16),
+        (8192, False, 64),
+        (4096, False, 128),
+        (118_800, True, 16),
+        (16_384, True, 64),
+    ],
+)
 def test_short_calls_are_estimated_less_often_on_a_gpu(length, masked, calls):
     """What an estimate costs does not shrink with the square of the length."""
     assert every(on(length, True, masked)) == calls

@@ -21,8 +21,10 @@ def defined_order(lists, rows, queries):
         for first in range(0, len(items), WINDOW):
             left = list(range(first, min(first + WINDOW, len(items), whole)))
             while left:
-                a, b = min(itertools.combinations(left, 2),
-                           key=lambda ab: (len(items[ab[0]][1] ^ items[ab[1]][1]), ab))
+                a, b = min(
+                    itertools.combinations(left, 2),
+                    key=lambda ab: (len(items[ab[0]][1] ^ items[ab[1]][1]), ab),
+                )
                 left = [i for i in left if i not in (a, b)]
                 pairs.append((items[a][0] + items[b][0], items[a][1] | items[b][1]))
         rest = items[whole:]
@@ -85,7 +87,7 @@ def test_sink_queries_run_together():
     whole = plan.kept_slices(0, slice(None))[0].all(1)
     assert whole.sum() == 1
     tile = whole.nonzero().item()
-    assert sorted(query_tokens(plan, 0, 0)[tile * 64:tile * 64 + 64].tolist()) == list(range(64))
+    assert sorted(query_tokens(plan, 0, 0)[tile * 64 : tile * 64 + 64].tolist()) == list(range(64))
 
 
 @pytest.mark.parametrize(("m", "n"), [(16, 16), (32, 4)])

@@ -78,8 +78,11 @@ def test_hilbert_octets_are_no_boxes(grid):
     assert boxes_of(grid, "hilbert") is None
 
 
-@pytest.mark.parametrize(("start", "count"), [(0, None), (0, 30), (11, 40), (100, None), (None, 50)],
-                         ids=["all", "first", "middle", "end", "unrelated"])
+@pytest.mark.parametrize(
+    ("start", "count"),
+    [(0, None), (0, 30), (11, 40), (100, None), (None, 50)],
+    ids=["all", "first", "middle", "end", "unrelated"],
+)
 @pytest.mark.parametrize("order", ["cells", "raster"])
 @pytest.mark.parametrize(("front", "back"), [(0, 0), (3, 17), (20, 0)])
 def test_queries_follow_their_keys(start, count, order, front, back):
@@ -98,7 +101,8 @@ def test_queries_follow_their_keys(start, count, order, front, back):
     assert positions == sorted(positions)
     assert geo.own_cell.tolist() == [p // 16 for p in positions]
     assert geo.sink_query.tolist() == [
-        not front <= start + q < front + 105 for q in geo.query_tokens.tolist()]
+        not front <= start + q < front + 105 for q in geo.query_tokens.tolist()
+    ]
 
 
 @examples
@@ -115,12 +119,12 @@ def test_always_kept_by_brute_force(layout, order, m, data):
     def is_sink(token):
         return token < front or token >= length - back
 
-    cells = [tokens[i:i + 16] for i in range(0, length, 16)]
+    cells = [tokens[i : i + 16] for i in range(0, length, 16)]
     queries = [] if start is None else [t for t in tokens if start <= t < start + count]
     if start is None:
         queries = [None] * count
     for i in range(0, count, m):
-        tile = queries[i:i + m]
+        tile = queries[i : i + m]
         everything = any(q is not None and is_sink(q) for q in tile)
         for j, cell in enumerate(cells):
             expected = everything or any(is_sink(t) for t in cell) or any(q in cell for q in tile)
@@ -128,10 +132,21 @@ def test_always_kept_by_brute_force(layout, order, m, data):
     assert got.shape == (-(-count // m), len(cells))
 
 
-@pytest.mark.parametrize("arguments", [
-    ((2, 3), 0, 0, 0), ((1, 2, 3, 4), 0, 0, 0), ((2, -1, 3), 0, 0, 0), ((2, 2.0, 3), 0, 0, 0),
-    ((True, 2, 3), 0, 0, 0), ((2, 2, 2), -1, 0, 0), ((2, 2, 2), 0, 1.5, 0), ((2, 2, 2), 0, 0, -3),
-    (("2", 2, 2), 0, 0, 0)], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ((2, 3), 0, 0, 0),
+        ((1, 2, 3, 4), 0, 0, 0),
+        ((2, -1, 3), 0, 0, 0),
+        ((2, 2.0, 3), 0, 0, 0),
+        ((True, 2, 3), 0, 0, 0),
+        ((2, 2, 2), -1, 0, 0),
+        ((2, 2, 2), 0, 1.5, 0),
+        ((2, 2, 2), 0, 0, -3),
+        (("2", 2, 2), 0, 0, 0),
+    ],
+    ids=str,
+)
 def test_layout_rejects(arguments):
     """A wrong grid must stop before it orders anything."""
     with pytest.raises(InvalidArgument, match=r"layout: got .*allowed: whole numbers .*Give the grid"):
@@ -162,8 +177,12 @@ def test_geometry_is_reused():
 
 
 @examples
-@given(st.tuples(st.tuples(side, side, st.sampled_from((1, 3, 4, 8, 12, 16))), st.integers(0, 20),
-                 st.integers(0, 20)), orders)
+@given(
+    st.tuples(
+        st.tuples(side, side, st.sampled_from((1, 3, 4, 8, 12, 16))), st.integers(0, 20), st.integers(0, 20)
+    ),
+    orders,
+)
 def test_boxes_hold_the_octets(layout, order):
     """TMA brings exactly the tokens of each octet, in their order; none outside the sequence."""
     grid, (_, h, w) = layout[0], layout[0]
@@ -179,8 +198,10 @@ def test_boxes_hold_the_octets(layout, order):
         assert min(box) >= 0 and max(box) < len(tokens)
 
 
-@pytest.mark.parametrize(("grid", "kinds"), [
-    ((21, 30, 52), {WIDE}), ((21, 45, 80), {FLAT, WIDE, DEEP}), ((16, 32, 32), {WIDE}), ((5, 9, 10), None)])
+@pytest.mark.parametrize(
+    ("grid", "kinds"),
+    [((21, 30, 52), {WIDE}), ((21, 45, 80), {FLAT, WIDE, DEEP}), ((16, 32, 32), {WIDE}), ((5, 9, 10), None)],
+)
 def test_grids_of_video_models_are_boxes(grid, kinds):
     """Wan at 480p and 720p takes the fast path; rows that four does not divide cannot."""
     boxes = boxes_of(grid, "cells")

@@ -18,8 +18,14 @@ def tile(grid, front=0, back=0, heads=2, share=0.3, order="cells"):
     made = np.random.default_rng(0)
     bits = np.packbits(made.random((heads, -(-layout.length // 16))) < share, 1, bitorder="little")
     rows = torch.arange(64, dtype=torch.int32)[None] + max(0, layout.length // 2 - 32)
-    return TileMap(torch.from_numpy(bits), rows.clamp(max=layout.length - 1),
-                   torch.from_numpy(made.random(heads) * share), layout, order, 16)
+    return TileMap(
+        torch.from_numpy(bits),
+        rows.clamp(max=layout.length - 1),
+        torch.from_numpy(made.random(heads) * share),
+        layout,
+        order,
+        16,
+    )
 
 
 @pytest.fixture
@@ -43,8 +49,9 @@ def pixels(image, colour):
     return (np.asarray(image)[: -map_chart.FOOT] == ImageColor.getrgb(colour)).all(2).sum()
 
 
-@pytest.mark.parametrize("grid", [
-    (1, 2, 2), (5, 8, 12), (13, 16, 24), (21, 45, 80), (33, 45, 80), (81, 90, 160)], ids=str)
+@pytest.mark.parametrize(
+    "grid", [(1, 2, 2), (5, 8, 12), (13, 16, 24), (21, 45, 80), (33, 45, 80), (81, 90, 160)], ids=str
+)
 def test_every_token_is_drawn(inside, grid):
     """Counted in pixels, by colour; a picture for a screen at any grid."""
     found = tile(grid)
@@ -63,8 +70,14 @@ def test_every_token_is_drawn(inside, grid):
 def test_tokens_stand_where_they_are():
     """A single frame, raster order: the first slice is the start of the first row."""
     layout = TokenLayout((1, 4, 32))
-    found = TileMap(torch.tensor([[1]], dtype=torch.uint8), torch.tensor([[127]]), torch.tensor([0.1]),
-                    layout, "raster", 16)
+    found = TileMap(
+        torch.tensor([[1]], dtype=torch.uint8),
+        torch.tensor([[127]]),
+        torch.tensor([0.1]),
+        layout,
+        "raster",
+        16,
+    )
     image = np.asarray(map_chart.draw_map(found, 0, TITLE, ""))
     ys, xs = (image[: -map_chart.FOOT] == ImageColor.getrgb(palette.COMPUTED)).all(2).nonzero()
     size = map_chart._arrangement(1, 4, 32)[1]

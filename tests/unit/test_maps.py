@@ -18,7 +18,10 @@ WARM_UP, DENSE_BLOCK = Reason(Outcome.WARM_UP), Reason(Outcome.DENSE_BLOCK)
 
 def kept(settings=None, layout=None, place=MIDDLE, heads=2, batch=1):
     """A map and the plan it is of."""
-    settings, layout = settings or Settings(threshold=2.0, tile_queries=64, tile_keys=16), layout or TokenLayout(GRID)
+    settings, layout = (
+        settings or Settings(threshold=2.0, tile_queries=64, tile_keys=16),
+        layout or TokenLayout(GRID),
+    )
     q, k, _ = tensors(heads, layout.length, batch=batch)
     plan = build_plan(q, k, settings, layout)
     one = Maps({"7": place})
@@ -27,11 +30,22 @@ def kept(settings=None, layout=None, place=MIDDLE, heads=2, batch=1):
     return one.find(3, 5, 0)[1], plan
 
 
-@pytest.mark.parametrize("layout", [TokenLayout(GRID), TokenLayout(GRID, 7), TokenLayout(GRID, 0, 20),
-                                    TokenLayout((1, 1, 200))], ids=["video", "front", "back", "no grid"])
-@pytest.mark.parametrize(("m", "n", "order"), [
-    (128, 16, "cells"), (64, 1, "cells"), (64, 4, "raster"), (128, 64, "hilbert"), (32, 16, "cells"),
-    (16, 2, "raster")])
+@pytest.mark.parametrize(
+    "layout",
+    [TokenLayout(GRID), TokenLayout(GRID, 7), TokenLayout(GRID, 0, 20), TokenLayout((1, 1, 200))],
+    ids=["video", "front", "back", "no grid"],
+)
+@pytest.mark.parametrize(
+    ("m", "n", "order"),
+    [
+        (128, 16, "cells"),
+        (64, 1, "cells"),
+        (64, 4, "raster"),
+        (128, 64, "hilbert"),
+        (32, 16, "cells"),
+        (16, 2, "raster"),
+    ],
+)
 @pytest.mark.parametrize("place", [MIDDLE, (1, 1, 1), (4, 6, 10), (2, 5, 3)], ids=str)
 def test_keys_are_those_of_the_tile_at_the_place(layout, m, n, order, place):
     """Against the scores that the plan computes, as stored, head by head."""
@@ -51,14 +65,28 @@ def test_queries_that_start_inside_the_sequence():
     layout = TokenLayout((4, 4, 8), 32, query_start=32)
     q, k, _ = tensors(1, 128, 160)
     one = Maps({"7": (4, 4, 8)})
-    one.keep(0, 0, build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=16), layout), layout, "cells")
+    one.keep(
+        0,
+        0,
+        build_plan(q, k, Settings(threshold=2.0, tile_queries=64, tile_keys=16), layout),
+        layout,
+        "cells",
+    )
     one.to_host()
     found = one.find(0, 0, 0)[1]
     assert found.queries(0)[159] and not found.queries(0)[:32].any() and found.keys(0)[:32].all()
 
 
-@pytest.mark.parametrize(("place", "token"), [
-    (MIDDLE, (2 * 6 + 3) * 10 + 5), ((1, 1, 1), 0), ((4, 6, 10), 239), ((99, 99, 99), 239), ((0, 1, 2), 121)])
+@pytest.mark.parametrize(
+    ("place", "token"),
+    [
+        (MIDDLE, (2 * 6 + 3) * 10 + 5),
+        ((1, 1, 1), 0),
+        ((4, 6, 10), 239),
+        ((99, 99, 99), 239),
+        ((0, 1, 2), 121),
+    ],
+)
 def test_places(place, token):
     """From 1; 0 is the middle; outside is the last."""
     assert token_at(place, TokenLayout(GRID)) == token
@@ -172,11 +200,14 @@ def test_find(run):
     assert Maps().find(-1, 0, 0)[1] == "no attention call reached FG-Attn"
 
 
-@pytest.mark.parametrize(("wanted", "message"), [
-    ((1, 3, 0), "block: got 3; allowed: 0 to 2. Blocks are counted from 0, as in reports."),
-    ((3, 0, 0), "step: got 4; allowed: 1 to 3. Steps are counted from 1; 0 is the last sparse one."),
-    ((1, 0, 2), "head: got 2; allowed: 0 to 1. Heads are counted from 0."),
-])
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ((1, 3, 0), "block: got 3; allowed: 0 to 2. Blocks are counted from 0, as in reports."),
+        ((3, 0, 0), "step: got 4; allowed: 1 to 3. Steps are counted from 1; 0 is the last sparse one."),
+        ((1, 0, 2), "head: got 2; allowed: 0 to 1. Heads are counted from 0."),
+    ],
+)
 def test_what_the_run_did_not_have_is_refused(run, wanted, message):
     with pytest.raises(InvalidArgument) as refused:
         run.find(*wanted)
@@ -191,7 +222,8 @@ def test_densities(run):
     assert run.densities(9) == {}
 
 
-@pytest.mark.parametrize(("numbers", "text"), [
-    ([], ""), ([3], "3"), ([3, 2, 1], "1 to 3"), ([0, 2, 3, 9], "0, 2 to 3, 9")])
+@pytest.mark.parametrize(
+    ("numbers", "text"), [([], ""), ([3], "3"), ([3, 2, 1], "1 to 3"), ([0, 2, 3, 9], "0, 2 to 3, 9")]
+)
 def test_listed(numbers, text):
     assert listed(numbers) == text

@@ -16,8 +16,12 @@ from makers import tensors as make
 TOO_CLOSE = 1e-4  # decisions closer than this may differ
 LAYOUT = TokenLayout((3, 7, 10), front=3, back=9)  # 222 tokens
 TILES = ((128, 16), (16, 1), (32, 4), (64, 64), (128, 128), (16, 32))
-STRENGTHS = {"top_k": (0.1, 0.3, 0.6, 1.0), "hierarchical": (0.1, 0.3, 0.6, 1.0),
-             "sol": (3.0, 1.5, 0.7, 0.01), "radial": (0.05, 0.2, 1.0, 8.0)}  # sparse to dense
+STRENGTHS = {
+    "top_k": (0.1, 0.3, 0.6, 1.0),
+    "hierarchical": (0.1, 0.3, 0.6, 1.0),
+    "sol": (3.0, 1.5, 0.7, 0.01),
+    "radial": (0.05, 0.2, 1.0, 8.0),
+}  # sparse to dense
 every_method = pytest.mark.parametrize("method", METHODS)
 every_tile = pytest.mark.parametrize(("m", "n"), TILES, ids=str)
 
@@ -28,11 +32,25 @@ def requested(q, k, settings, layout, scale=None):
     valid = None if layout.key_valid is None else layout.key_valid[:, geo.key_tokens]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     parameter = methods.strength(settings.method, settings.method_parameter)
-    return torch.stack([
-        methods.select(settings.method, common.Heads(
-            q[b][:, geo.query_tokens], k[b][:, geo.key_tokens], None if valid is None else valid[b], geo,
-            layout, settings.tile_queries, settings.tile_keys, parameter, scale))[0]
-        for b in range(len(q))])
+    return torch.stack(
+        [
+            methods.select(
+                settings.method,
+                common.Heads(
+                    q[b][:, geo.query_tokens],
+                    k[b][:, geo.key_tokens],
+                    None if valid is None else valid[b],
+                    geo,
+                    layout,
+                    settings.tile_queries,
+                    settings.tile_keys,
+                    parameter,
+                    scale,
+                ),
+            )[0]
+            for b in range(len(q))
+        ]
+    )
 
 
 def block_means(x, size):
@@ -69,7 +87,20 @@ def test_top_k_is_sla(share):
     layout, q, k, rows, keys = case_of((1, 12, 73), "raster")  # 876 tokens, the last block is short
     scores = block_means(rows, 64) @ block_means(keys.double() - keys.double().mean(0), 64).T
     chosen, unclear = (torch.stack(x) for x in zip(*(best(r, share) for r in scores), strict=True))
-    got = requested(q, k, Settings(threshold=1.0, tile_queries=64, tile_keys=64, tail=True, order="raster", method="top_k", method_parameter=share), layout)[0, 0]
+    got = requested(
+        q,
+        k,
+        Settings(
+            threshold=1.0,
+            tile_queries=64,
+            tile_keys=64,
+            tail=True,
+            order="raster",
+            method="top_k",
+            method_parameter=share,
+        ),
+        layout,
+    )[0, 0]
     assert_equal_where_clear(got, chosen | torch.eye(14, dtype=torch.bool), unclear)
 
 
@@ -82,11 +113,24 @@ def test_top_k_is_vsa():
         cubes.setdefault((z // 4, y // 4, x // 4), []).append(token)
     order = token_order(TokenLayout(grid), "hilbert").tolist()
     runs = sorted(cubes.values(), key=lambda c: min(order.index(token) for token in c))
-    assert [sorted(order[i:i + 64]) for i in range(0, len(order), 64)] == runs
+    assert [sorted(order[i : i + 64]) for i in range(0, len(order), 64)] == runs
     pooled = [torch.stack([x[0, 0, c].double().mean(0) for c in runs]) for x in (q, k)]
     scores = pooled[0] @ pooled[1].T
     chosen, unclear = (torch.stack(x) for x in zip(*(best(r, 0.4) for r in scores), strict=True))
-    got = requested(q, k, Settings(threshold=1.0, tile_queries=64, tile_keys=64, tail=True, order="hilbert", method="top_k", method_parameter=0.4), layout)[0, 0]
+    got = requested(
+        q,
+        k,
+        Settings(
+            threshold=1.0,
+            tile_queries=64,
+            tile_keys=64,
+            tail=True,
+            order="hilbert",
+            method="top_k",
+            method_parameter=0.4,
+        ),
+        layout,
+    )[0, 0]
     assert_equal_where_clear(got, chosen | torch.eye(len(runs), dtype=torch.bool), unclear)
 
 
@@ -100,11 +144,24 @@ def test_sol_is_sol_attn(tau):
     per_row = rows.double() @ centred.T * unit
     expected, unclear = torch.zeros(14, 14, dtype=torch.bool), torch.zeros(14, 14, dtype=torch.bool)
     for i, block in enumerate(rows.double().split(64)):
-        score = per_row[64 * i:64 * i + 64].mean(0)
+        score = per_row[64 * i : 64 * i + 64].mean(0)
         sigma = math.sqrt(float((block.mean(0) ** 2 * centred.square().mean(0)).sum()) * unit**2 + 1e-6)
         expected[i], unclear[i] = score > tau * sigma, (score - tau * sigma).abs() < TOO_CLOSE
-        expected[i, max(0, i - 1):i + 2] = True
-    got = requested(q, k, Settings(threshold=1.0, tile_queries=64, tile_keys=64, tail=True, order="raster", method="sol", method_parameter=tau), layout)[0, 0]
+        expected[i, max(0, i - 1) : i + 2] = True
+    got = requested(
+        q,
+        k,
+        Settings(
+            threshold=1.0,
+            tile_queries=64,
+            tile_keys=64,
+            tail=True,
+            order="raster",
+            method="sol",
+            method_parameter=tau,
+        ),
+        layout,
+    )[0, 0]
     assert_equal_where_clear(got, expected, unclear)
 
 
@@ -115,7 +172,20 @@ def test_hierarchical_is_dfsattn(share):
     pools = torch.softmax(block_means(rows, 16) @ block_means(keys, 16).T * 64**-0.5, 1)
     scores = torch.stack([torch.stack([b.sum() for b in r.split(8, 1)]) for r in pools.split(8)])
     chosen, unclear = (torch.stack(x) for x in zip(*(best(r, share) for r in scores), strict=True))
-    got = requested(q, k, Settings(threshold=1.0, tile_queries=128, tile_keys=128, tail=True, order="hilbert", method="hierarchical", method_parameter=share), layout)[0, 0]
+    got = requested(
+        q,
+        k,
+        Settings(
+            threshold=1.0,
+            tile_queries=128,
+            tile_keys=128,
+            tail=True,
+            order="hilbert",
+            method="hierarchical",
+            method_parameter=share,
+        ),
+        layout,
+    )[0, 0]
     assert_equal_where_clear(got, chosen | torch.eye(15, dtype=torch.bool), unclear)
 
 
@@ -142,7 +212,20 @@ def test_radial_is_radial_attention(grid, decay):
             share = mask.double().unflatten(0, (-1, 128)).mean(1).unflatten(1, (-1, 128))
             row.append((share > 1 / 3).sum(2) / ((share > 0).sum(2) + 1e-9) > 0.6)
         rows.append(torch.cat(row, 1))
-    got = requested(q, k, Settings(threshold=1.0, tile_queries=128, tile_keys=128, tail=True, order="raster", method="radial", method_parameter=decay), TokenLayout(grid))[0, 0]
+    got = requested(
+        q,
+        k,
+        Settings(
+            threshold=1.0,
+            tile_queries=128,
+            tile_keys=128,
+            tail=True,
+            order="raster",
+            method="radial",
+            method_parameter=decay,
+        ),
+        TokenLayout(grid),
+    )[0, 0]
     expected = torch.cat(rows)
     assert torch.equal(got, expected | torch.eye(len(expected), dtype=torch.bool))
     assert not expected.all()
@@ -151,8 +234,9 @@ def test_radial_is_radial_attention(grid, decay):
 PAIRS = list(itertools.product(METHODS, CASES))
 
 
-@pytest.mark.parametrize(("method", "why", "m", "n"), [
-    (method, why, *tile) for method, why in PAIRS for tile in TILES], ids=str)
+@pytest.mark.parametrize(
+    ("method", "why", "m", "n"), [(method, why, *tile) for method, why in PAIRS for tile in TILES], ids=str
+)
 def test_every_sequence(method, why, m, n):
     """Ragged grids, sinks, missing keys, any M x N: what must stay stays, what is not there is never kept."""
     case = CASES[why]
@@ -163,7 +247,7 @@ def test_every_sequence(method, why, m, n):
     got = requested(q, k, settings, layout)
     assert got.shape == (case.batch, 2, -(-case.query_count // m), -(-case.keys // n))
     geo = geometry(layout, order, case.query_count, q.device)
-    always = geo.always_kept(m).repeat_interleave(16, 1)[:, :case.keys]
+    always = geo.always_kept(m).repeat_interleave(16, 1)[:, : case.keys]
     valid = layout.key_valid if case.padded else torch.ones(case.batch, case.keys, dtype=torch.bool)
     for b in range(case.batch):
         there = valid[b, geo.key_tokens]
@@ -188,7 +272,23 @@ def test_stronger_keeps_a_superset(method, m, n):
     """The parameter is a slider."""
     layout, order = TokenLayout((4, 16, 32)), "raster" if method == "radial" else "cells"
     q, k, _ = make(2, layout.length, seed=n)
-    kept = [requested(q, k, Settings(threshold=1.0, tile_queries=m, tile_keys=n, tail=True, order=order, method=method, method_parameter=p), layout) for p in STRENGTHS[method]]
+    kept = [
+        requested(
+            q,
+            k,
+            Settings(
+                threshold=1.0,
+                tile_queries=m,
+                tile_keys=n,
+                tail=True,
+                order=order,
+                method=method,
+                method_parameter=p,
+            ),
+            layout,
+        )
+        for p in STRENGTHS[method]
+    ]
     for sparser, denser in itertools.pairwise(kept):
         assert not (sparser & ~denser).any()
     assert kept[0].sum() < kept[-1].sum()
@@ -199,8 +299,25 @@ def test_radial_in_any_order_only_gets_denser(m, n):
     """Where tiles span frames a slice at an edge may go, but never the density down."""
     q, k, _ = make(1, LAYOUT.length)
     for order in ("cells", "hilbert"):
-        shares = [requested(q, k, Settings(threshold=1.0, tile_queries=m, tile_keys=n, tail=True, order=order, method="radial", method_parameter=p), LAYOUT).double().mean()
-                  for p in STRENGTHS["radial"]]
+        shares = [
+            requested(
+                q,
+                k,
+                Settings(
+                    threshold=1.0,
+                    tile_queries=m,
+                    tile_keys=n,
+                    tail=True,
+                    order=order,
+                    method="radial",
+                    method_parameter=p,
+                ),
+                LAYOUT,
+            )
+            .double()
+            .mean()
+            for p in STRENGTHS["radial"]
+        ]
         assert shares == sorted(shares)
 
 
@@ -211,7 +328,20 @@ def test_share_is_exact(method, m, n):
     layout = TokenLayout((3, 7, 10), query_start=None)
     q, k, _ = make(2, 75, 210, seed=3)
     for keys in (k, k[:, :, :1].expand_as(k).contiguous()):
-        got = requested(q, keys, Settings(threshold=1.0, tile_queries=m, tile_keys=n, tail=True, order="cells", method=method, method_parameter=0.35), layout)
+        got = requested(
+            q,
+            keys,
+            Settings(
+                threshold=1.0,
+                tile_queries=m,
+                tile_keys=n,
+                tail=True,
+                order="cells",
+                method=method,
+                method_parameter=0.35,
+            ),
+            layout,
+        )
         assert (got.sum(3) == max(1, int(0.35 * -(-210 // n)))).all()
 
 
@@ -240,7 +370,12 @@ def test_equal_keys_and_one_huge_key(method):
         keys = k[:, :, :1].expand_as(k).contiguous() if change == "equal" else k.clone()
         if change == "huge":
             keys[:, :, 100] *= 1e4
-        made = build_plan(q, keys, Settings(threshold=1.0, tile_queries=64, tile_keys=16, tail=True, order="cells", method=method), LAYOUT)
+        made = build_plan(
+            q,
+            keys,
+            Settings(threshold=1.0, tile_queries=64, tile_keys=16, tail=True, order="cells", method=method),
+            LAYOUT,
+        )
         assert 0 < made.density <= 1 and attend(q, keys, v, made).isfinite().all()
 
 
@@ -266,8 +401,8 @@ def test_steps_rows_and_heads_are_independent(method, n, monkeypatch):
     release()
     assert torch.equal(requested(q, k, settings, layout), whole)
     for b, h in itertools.product(range(2), range(3)):
-        one = dataclasses.replace(layout, key_valid=layout.key_valid[b:b + 1])
-        alone = requested(q[b:b + 1, h:h + 1], k[b:b + 1, h:h + 1], settings, one)
+        one = dataclasses.replace(layout, key_valid=layout.key_valid[b : b + 1])
+        alone = requested(q[b : b + 1, h : h + 1], k[b : b + 1, h : h + 1], settings, one)
         assert torch.equal(alone[0, 0], whole[b, h])
 
 
@@ -300,6 +435,7 @@ def test_radial_without_frames_keeps_everything():
 @every_method
 def test_it_is_torch_code_whatever_the_backend(method, monkeypatch):
     """A backend plans by threshold alone: it is not asked."""
+
     def fail(call):
         raise AssertionError("the backend was asked for a plan")
 
@@ -312,15 +448,25 @@ def test_it_is_torch_code_whatever_the_backend(method, monkeypatch):
     assert torch.equal(other.bits, build_plan(q, k, settings, layout).bits)
 
 
-@pytest.mark.parametrize(("method", "parameter", "says"), [
-    ("topk", 0.0, "method: got 'topk'; allowed: threshold, top_k, sol, hierarchical, radial. threshold is"),
-    (None, 0.0, "method: got None; allowed: threshold, top_k"),
-    ("threshold", 0.3, "method_parameter: got 0.3; allowed: 0 with method threshold. Its strength is"),
-    ("top_k", 1.5, "got 1.5; allowed: above 0 up to 1 with top_k (share of the keys). 0 chooses 0.3."),
-    ("hierarchical", -0.1, "got -0.1; allowed: above 0 up to 1 with hierarchical"),
-    ("sol", math.nan, "got nan; allowed: above 0 up to 8 with sol (tau, standard deviations)"),
-    ("radial", math.inf, "got inf; allowed: above 0 up to 8 with radial (decay)"),
-    ("radial", True, "got True"), ("sol", "1", "got '1'")], ids=str)
+@pytest.mark.parametrize(
+    ("method", "parameter", "says"),
+    [
+        (
+            "topk",
+            0.0,
+            "method: got 'topk'; allowed: threshold, top_k, sol, hierarchical, radial. threshold is",
+        ),
+        (None, 0.0, "method: got None; allowed: threshold, top_k"),
+        ("threshold", 0.3, "method_parameter: got 0.3; allowed: 0 with method threshold. Its strength is"),
+        ("top_k", 1.5, "got 1.5; allowed: above 0 up to 1 with top_k (share of the keys). 0 chooses 0.3."),
+        ("hierarchical", -0.1, "got -0.1; allowed: above 0 up to 1 with hierarchical"),
+        ("sol", math.nan, "got nan; allowed: above 0 up to 8 with sol (tau, standard deviations)"),
+        ("radial", math.inf, "got inf; allowed: above 0 up to 8 with radial (decay)"),
+        ("radial", True, "got True"),
+        ("sol", "1", "got '1'"),
+    ],
+    ids=str,
+)
 def test_nonsense_is_refused(method, parameter, says):
     """What, got, allowed, remedy."""
     with pytest.raises(InvalidArgument) as caught:

@@ -10,8 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 RECORD = json.loads((ROOT / "tests" / "web" / "object_info.json").read_text(encoding="utf-8"))
 NODES = {name: said for name, said in RECORD.items() if name.startswith("FGAttn")}
-EN, ZH = (json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
-          for language in ("en", "zh"))
+EN, ZH = (
+    json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    for language in ("en", "zh")
+)
 
 
 def leaves(value, path=()):
@@ -30,15 +32,25 @@ def in_source():
             if not (isinstance(schema, ast.Call) and ast.unparse(schema.func) == "io.Schema"):
                 continue
             given = {k.arg: k.value for k in schema.keywords}
-            yield given["node_id"].value, {
-                call.args[0].value: next(k.value.value for k in call.keywords if k.arg == "tooltip")
-                for call in given["inputs"].elts}
+            yield (
+                given["node_id"].value,
+                {
+                    call.args[0].value: next(k.value.value for k in call.keywords if k.arg == "tooltip")
+                    for call in given["inputs"].elts
+                },
+            )
 
 
 def test_the_record_of_the_schemas_is_the_source():
     """tests/comfy writes it; whoever changes a tooltip without a ComfyUI is told here."""
-    recorded = {name: {i: spec[1]["tooltip"] for part in ("required", "optional")
-                       for i, spec in said["input"].get(part, {}).items()} for name, said in NODES.items()}
+    recorded = {
+        name: {
+            i: spec[1]["tooltip"]
+            for part in ("required", "optional")
+            for i, spec in said["input"].get(part, {}).items()
+        }
+        for name, said in NODES.items()
+    }
     assert recorded == dict(in_source()), "run tests/comfy/test_object_info.py"
 
 
@@ -46,12 +58,21 @@ def test_the_record_of_the_schemas_is_the_source():
 def test_english_is_the_schema(name):
     """Every input and output, with name and tooltip, and nothing else."""
     said = NODES[name]
-    inputs = {i: {"name": i, "tooltip": spec[1]["tooltip"]} for part in ("required", "optional")
-              for i, spec in said["input"].get(part, {}).items()}
-    outputs = {str(i): {"name": output, "tooltip": tip} for i, (output, tip) in enumerate(
-        zip(said["output_name"], said["output_tooltips"], strict=True))}
-    assert EN[name] == {"display_name": said["display_name"], "description": said["description"],
-                        "inputs": inputs, "outputs": outputs}
+    inputs = {
+        i: {"name": i, "tooltip": spec[1]["tooltip"]}
+        for part in ("required", "optional")
+        for i, spec in said["input"].get(part, {}).items()
+    }
+    outputs = {
+        str(i): {"name": output, "tooltip": tip}
+        for i, (output, tip) in enumerate(zip(said["output_name"], said["output_tooltips"], strict=True))
+    }
+    assert EN[name] == {
+        "display_name": said["display_name"],
+        "description": said["description"],
+        "inputs": inputs,
+        "outputs": outputs,
+    }
     assert set(EN) == set(NODES)
 
 

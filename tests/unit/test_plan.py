@@ -53,10 +53,12 @@ def test_slices_without_valid_keys_are_not_listed(n):
     layout = dataclasses.replace(layout, key_valid=valid)
     q, k, _ = make(1, LENGTH)
     everything = torch.ones(tiles_and_slices(64, n), dtype=torch.bool)
-    for made in (build_plan(q, k, Settings(threshold=0.0, tile_queries=64, tile_keys=n), layout),
-                 plan_from_mask(everything, 64, n, query_length=LENGTH, layout=layout)):
+    for made in (
+        build_plan(q, k, Settings(threshold=0.0, tile_queries=64, tile_keys=n), layout),
+        plan_from_mask(everything, 64, n, query_length=LENGTH, layout=layout),
+    ):
         kept = made.kept_slices(0, slice(None))[0]
-        assert kept[:, :-(-100 // n)].all() and not kept[:, -(-100 // n):].any()
+        assert kept[:, : -(-100 // n)].all() and not kept[:, -(-100 // n) :].any()
 
 
 def test_density_counts_short_tiles_by_their_size():
@@ -98,41 +100,74 @@ def test_mask_counts_in_the_order(order):
         assert tokens[80:96].tolist() == list(range(83, 99))  # the front sinks stand last
 
 
-@pytest.mark.parametrize(("mask", "options", "what"), [
-    (torch.ones(2, 14), {}, r"mask: got \(torch.float32, .*bool \[tiles, slices\].*Threshold scores"),
-    (torch.ones(14, dtype=torch.bool), {}, r"mask: got .*bool \[tiles, slices\]"),
-    (torch.ones(1, 1, 1, 2, 14, dtype=torch.bool), {}, r"mask: got .*bool \[tiles, slices\]"),
-    (torch.ones(2, 14, dtype=torch.bool), {"query_length": 300},
-     r"mask tiles and slices: got \(2, 14\); allowed: \(3, 14\) for L_q=300.*query_length and key_length"),
-    (torch.ones(2, 14, dtype=torch.bool), {"key_length": 240}, r"\(2, 14\); allowed: \(2, 15\) .* L_k=240"),
-    (torch.ones(2, 14, dtype=torch.bool), {"key_length": 200}, r"got \(2, 14\); allowed: \(2, 13\)"),
-    (torch.ones(2, 14, dtype=torch.bool), {"layout": LAYOUT}, r"query_start: got 0; allowed: at most .*None"),
-    (torch.ones(2, 14, dtype=torch.bool), {"layout": LAYOUT, "query_length": 222, "key_length": 210},
-     r"layout.length: got 222; allowed: L_k = 210"),
-    (torch.ones(2, 14, dtype=torch.bool), {"order": "morton"}, "order: got 'morton'"),
-    (torch.ones(2, 14, dtype=torch.bool), {"tail": None}, "tail: got None"),
-], ids=["floats", "1-D", "5-D", "too few tiles", "too few slices", "too many slices",
-        "queries beyond the keys", "length against layout", "order", "tail"])
+@pytest.mark.parametrize(
+    ("mask", "options", "what"),
+    [
+        (torch.ones(2, 14), {}, r"mask: got \(torch.float32, .*bool \[tiles, slices\].*Threshold scores"),
+        (torch.ones(14, dtype=torch.bool), {}, r"mask: got .*bool \[tiles, slices\]"),
+        (torch.ones(1, 1, 1, 2, 14, dtype=torch.bool), {}, r"mask: got .*bool \[tiles, slices\]"),
+        (
+            torch.ones(2, 14, dtype=torch.bool),
+            {"query_length": 300},
+            r"mask tiles and slices: got \(2, 14\); allowed: \(3, 14\) for L_q=300.*query_length and key_length",
+        ),
+        (
+            torch.ones(2, 14, dtype=torch.bool),
+            {"key_length": 240},
+            r"\(2, 14\); allowed: \(2, 15\) .* L_k=240",
+        ),
+        (torch.ones(2, 14, dtype=torch.bool), {"key_length": 200}, r"got \(2, 14\); allowed: \(2, 13\)"),
+        (
+            torch.ones(2, 14, dtype=torch.bool),
+            {"layout": LAYOUT},
+            r"query_start: got 0; allowed: at most .*None",
+        ),
+        (
+            torch.ones(2, 14, dtype=torch.bool),
+            {"layout": LAYOUT, "query_length": 222, "key_length": 210},
+            r"layout.length: got 222; allowed: L_k = 210",
+        ),
+        (torch.ones(2, 14, dtype=torch.bool), {"order": "morton"}, "order: got 'morton'"),
+        (torch.ones(2, 14, dtype=torch.bool), {"tail": None}, "tail: got None"),
+    ],
+    ids=[
+        "floats",
+        "1-D",
+        "5-D",
+        "too few tiles",
+        "too few slices",
+        "too many slices",
+        "queries beyond the keys",
+        "length against layout",
+        "order",
+        "tail",
+    ],
+)
 def test_mask_that_does_not_fit(mask, options, what):
     """A mask of the wrong grain would be a silently wrong picture."""
     with pytest.raises(InvalidArgument, match=what):
         plan_from_mask(mask, 128, 16, **options)
 
 
-@pytest.mark.parametrize(("m", "n", "what"), [
-    (48, 16, "tile_queries: got 48"), (128, 24, "tile_keys: got 24")])
+@pytest.mark.parametrize(
+    ("m", "n", "what"), [(48, 16, "tile_queries: got 48"), (128, 24, "tile_keys: got 24")]
+)
 def test_mask_with_other_tiles(m, n, what):
     """Only tiles the kernels have."""
     with pytest.raises(InvalidArgument, match=what):
         plan_from_mask(torch.ones(2, 2, dtype=torch.bool), m, n)
 
 
-@pytest.mark.parametrize(("valid", "what"), [
-    (torch.ones(1, 222), r"key_valid: got \(torch.float32, .*bool \(2, 222\).*one row per batch row"),
-    (torch.ones(1, 222, dtype=torch.bool), r"got \(torch.bool, \(1, 222\)\); allowed: bool \(2, 222\)"),
-    (torch.ones(2, 221, dtype=torch.bool), r"got \(torch.bool, \(2, 221\)\)"),
-    (torch.ones(222, dtype=torch.bool), r"got \(torch.bool, \(222,\)\)"),
-], ids=["floats", "too few rows", "too short", "no batch"])
+@pytest.mark.parametrize(
+    ("valid", "what"),
+    [
+        (torch.ones(1, 222), r"key_valid: got \(torch.float32, .*bool \(2, 222\).*one row per batch row"),
+        (torch.ones(1, 222, dtype=torch.bool), r"got \(torch.bool, \(1, 222\)\); allowed: bool \(2, 222\)"),
+        (torch.ones(2, 221, dtype=torch.bool), r"got \(torch.bool, \(2, 221\)\)"),
+        (torch.ones(222, dtype=torch.bool), r"got \(torch.bool, \(222,\)\)"),
+    ],
+    ids=["floats", "too few rows", "too short", "no batch"],
+)
 def test_key_valid_that_does_not_fit(valid, what):
     """A text mask of the wrong shape must not be broadcast by accident."""
     q, k, _ = make(1, 222, batch=2)
@@ -140,11 +175,15 @@ def test_key_valid_that_does_not_fit(valid, what):
         build_plan(q, k, Settings(), dataclasses.replace(LAYOUT, key_valid=valid))
 
 
-@pytest.mark.parametrize(("layout", "queries", "what"), [
-    (TokenLayout((3, 7, 10)), 222, r"layout.length: got 210; allowed: L_k = 222. Count every token"),
-    (TokenLayout((3, 7, 10), 3, 9, query_start=1), 222, r"query_start: got 1; allowed: at most .* = 0"),
-    (TokenLayout((1, 1, 222)), 230, r"query_start: got 0; allowed: at most .* = -8.*None"),
-], ids=["sinks forgotten", "shifted queries", "more queries than keys"])
+@pytest.mark.parametrize(
+    ("layout", "queries", "what"),
+    [
+        (TokenLayout((3, 7, 10)), 222, r"layout.length: got 210; allowed: L_k = 222. Count every token"),
+        (TokenLayout((3, 7, 10), 3, 9, query_start=1), 222, r"query_start: got 1; allowed: at most .* = 0"),
+        (TokenLayout((1, 1, 222)), 230, r"query_start: got 0; allowed: at most .* = -8.*None"),
+    ],
+    ids=["sinks forgotten", "shifted queries", "more queries than keys"],
+)
 def test_layout_that_does_not_fit(layout, queries, what):
     """A wrong grid would order the wrong tokens together."""
     q, k, _ = make(1, queries, 222)
@@ -159,8 +198,9 @@ def test_unsupported_tensors_are_declined_before_planning():
         build_plan(q, k[:, :2], Settings(), LAYOUT)
 
 
-@pytest.mark.parametrize(("queries", "keys", "batch", "heads"), [
-    (0, 100, 1, 2), (100, 0, 1, 2), (0, 0, 2, 1)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "batch", "heads"), [(0, 100, 1, 2), (100, 0, 1, 2), (0, 0, 2, 1)]
+)
 def test_empty_sides(queries, keys, batch, heads):
     """Nothing to attend is not an error; densities stay finite."""
     q, k, _ = make(heads, queries, keys, batch=batch)
@@ -197,8 +237,13 @@ def test_bits_of_slices_past_the_end_are_zero():
 def test_docstring_example():
     """The example of the docs compares with dense attention."""
     torch.manual_seed(0)
-    names = {"torch": torch, "attend": attend, "build_plan": build_plan, "Settings": Settings,
-             "TokenLayout": TokenLayout}
+    names = {
+        "torch": torch,
+        "attend": attend,
+        "build_plan": build_plan,
+        "Settings": Settings,
+        "TokenLayout": TokenLayout,
+    }
     found = doctest.DocTestFinder(recurse=False).find(build_plan, "build_plan", globs=names)
     runner = doctest.DocTestRunner()
     for test in found:

@@ -27,6 +27,7 @@ class Store:
 
     def __call__(self, key, nbytes=1000):
         """What became of a call's plan; checks that it is the right object."""
+
         def build():
             self.built.append(made(nbytes))
             return Planned(self.built[-1])
@@ -38,8 +39,11 @@ class Store:
         return outcome
 
 
-@pytest.mark.parametrize(("steps", "outcomes"), [
-    (1, "MMMMMMM"), (2, "MRMRMRM"), (3, "MRRMRRM"), (50, "MRRRRRR")], ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ("steps", "outcomes"),
+    [(1, "MMMMMMM"), (2, "MRMRMRM"), (3, "MRRMRRM"), (50, "MRRRRRR")],
+    ids=lambda x: str(x),
+)
 def test_a_plan_serves_so_many_steps(steps, outcomes):
     """Made at s, serves s to s + k - 1."""
     store, seen = Store(steps), []
@@ -53,7 +57,9 @@ def test_each_call_gets_its_own_plan_back():
     """Blocks and branches, in any order of calls."""
     store = Store(2)
     store.inner.begin_evaluation(0)
-    first = {key: store.inner.plan(key, lambda: Planned(made()))[0].plan for key in ("a", "b", ("c", 1), ("c", 2))}
+    first = {
+        key: store.inner.plan(key, lambda: Planned(made()))[0].plan for key in ("a", "b", ("c", 1), ("c", 2))
+    }
     store.inner.begin_evaluation(1)
     for key in reversed(first):
         assert store.inner.plan(key, made) == (Planned(first[key]), REUSED)
@@ -81,10 +87,16 @@ def test_evaluations_of_one_step_share():
         assert store("a") == outcome
 
 
-@pytest.mark.parametrize(("steps", "outcomes"), [
-    ((5, 2, 3), (MADE, MADE, REUSED)), ((0, 7, 8), (MADE, MADE, REUSED)), ((4, 5, 4), (MADE, REUSED, REUSED)),
-    ((4, 3, 4), (MADE, MADE, REUSED))],
-    ids=["back to an earlier step", "steps left out", "back to where it was made", "back and forth"])
+@pytest.mark.parametrize(
+    ("steps", "outcomes"),
+    [
+        ((5, 2, 3), (MADE, MADE, REUSED)),
+        ((0, 7, 8), (MADE, MADE, REUSED)),
+        ((4, 5, 4), (MADE, REUSED, REUSED)),
+        ((4, 3, 4), (MADE, MADE, REUSED)),
+    ],
+    ids=["back to an earlier step", "steps left out", "back to where it was made", "back and forth"],
+)
 def test_a_plan_serves_no_step_before_its_own(steps, outcomes):
     """Restart samplers add noise again: a plan made at less noise is none for more."""
     store = Store(2)
@@ -112,7 +124,12 @@ def test_a_full_store_admits_nothing_and_loses_nothing():
     store = Store(2, limit=3000)
     store.inner.begin_evaluation(0)
     assert [store("a"), store("b"), store("c", 1001), store("d"), store("e")] == [
-        MADE, MADE, NOT_KEPT, MADE, NOT_KEPT]
+        MADE,
+        MADE,
+        NOT_KEPT,
+        MADE,
+        NOT_KEPT,
+    ]
     assert store.inner.size == 3000
     store.inner.begin_evaluation(1)
     assert [store(key) for key in "abcde"] == [REUSED, REUSED, NOT_KEPT, REUSED, NOT_KEPT]
@@ -132,12 +149,20 @@ def test_nothing_fits_into_nothing():
 def test_size_is_that_of_the_tensors(m, n):
     """Bits, counts and cell order with all their storage; q, k and v are not held."""
     q, k, _ = tensors(3, 300, batch=2)
-    plan = build_plan(q.requires_grad_(), k.requires_grad_(), Settings(threshold=1.0, tile_queries=m, tile_keys=n), TokenLayout((3, 10, 10)))
+    plan = build_plan(
+        q.requires_grad_(),
+        k.requires_grad_(),
+        Settings(threshold=1.0, tile_queries=m, tile_keys=n),
+        TokenLayout((3, 10, 10)),
+    )
     tiles = -(-300 // max(m, 64))
     bits = 2 * 3 * tiles * 16 * -(-300 // (128 * n))
     assert size_of(plan) == bits + 2 * 2 * 3 * 8 + (2 * 3 * -(-300 // 16) * 4 if m == 16 else 0)
-    held = [f.name for f in dataclasses.fields(plan)
-            if not isinstance(getattr(plan, f.name), (int, float, bool, type(None), Geometry))]
+    held = [
+        f.name
+        for f in dataclasses.fields(plan)
+        if not isinstance(getattr(plan, f.name), (int, float, bool, type(None), Geometry))
+    ]
     assert set(held) <= {"bits", "requested", "executed", "cell_order"}
     assert all(getattr(plan, name).grad_fn is None for name in held)
 

@@ -48,19 +48,20 @@ def defined_slices(q, k, settings, layout, valid, scale):
 
     centroids = []
     for i in range(0, len(queries), 16):
-        c = q[queries[i:i + 16]].to(wide).mean(0)
+        c = q[queries[i : i + 16]].to(wide).mean(0)
         centroids.append((rounded(c), rounded(c * c)))
     cells = []  # keys of the cell, or None; mean, variance
     for j in range(0, len(tokens), 16):
-        rows = k[[t for t in tokens[j:j + 16] if valid[t]]].to(wide)
+        rows = k[[t for t in tokens[j : j + 16] if valid[t]]].to(wide)
         mean = rows.mean(0) if len(rows) else rows.sum(0)
         spread = ((rows - mean) ** 2).sum(0) / max(1, len(rows))
         cells.append((len(rows), rounded(mean), rounded(spread)))
 
     logits, bounds = [], []
     for c, c_squared in centroids:
-        row = [scale * float(c @ mean) + scale**2 / 2 * float(c_squared @ spread)
-               for _, mean, spread in cells]
+        row = [
+            scale * float(c @ mean) + scale**2 / 2 * float(c_squared @ spread) for _, mean, spread in cells
+        ]
         terms = [logit + math.log(n) for logit, (n, _, _) in zip(row, cells, strict=True) if n]
         peak = max(terms, default=0.0)
         lse = peak + math.log(sum(math.exp(t - peak) for t in terms)) if terms else -math.inf
@@ -71,7 +72,7 @@ def defined_slices(q, k, settings, layout, valid, scale):
     m, n = settings.tile_queries, settings.tile_keys
     result = []
     for first in range(0, len(queries), m):
-        tile = queries[first:first + m]
+        tile = queries[first : first + m]
         runs = range(first // 16, (first + len(tile) - 1) // 16 + 1)
         own = set() if start is None else {start + i for i in tile}
         everything = bool(own & sinks)
@@ -80,14 +81,19 @@ def defined_slices(q, k, settings, layout, valid, scale):
             kept = False
             for position in range(s, min(s + n, len(tokens))):
                 cell, token = position // 16, tokens[position]
-                members = set(tokens[16 * cell:16 * cell + 16])
+                members = set(tokens[16 * cell : 16 * cell + 16])
                 if not valid[token]:
                     continue
                 if everything or members & sinks or members & own:
                     kept = True
                 elif any(not logits[r][cell] < bounds[r] for r in runs):
-                    kept = kept or n >= 16 or any(
-                        not scale * float(centroids[r][0] @ k[token].double()) < bounds[r] for r in runs)
+                    kept = (
+                        kept
+                        or n >= 16
+                        or any(
+                            not scale * float(centroids[r][0] @ k[token].double()) < bounds[r] for r in runs
+                        )
+                    )
             row.append(kept)
         result.append(row)
     return torch.tensor(result)
@@ -101,8 +107,9 @@ SMALL = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("m", "n"), [(16, 1), (16, 16), (32, 4), (64, 32), (128, 2), (128, 128)],
-                         ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ("m", "n"), [(16, 1), (16, 16), (32, 4), (64, 32), (128, 2), (128, 128)], ids=lambda x: str(x)
+)
 @pytest.mark.parametrize("name", SMALL)
 def test_reference_is_the_definition(name, m, n, dtype):
     """The yardstick itself: restated key by key, without code of the library."""
@@ -115,8 +122,9 @@ def test_reference_is_the_definition(name, m, n, dtype):
     for threshold, scale in ((0.8, None), (4.0, None), (1.5, 0.11)):
         settings = Settings(threshold=threshold, tile_queries=m, tile_keys=n, order=order)
         values = reference.select(q, poisoned(k, valid), settings, layout, scale)[0, 0]
-        expected = defined_slices(q[0, 0], k[0, 0], settings, layout, valid[0].tolist(),
-                                  24**-0.5 if scale is None else scale)
+        expected = defined_slices(
+            q[0, 0], k[0, 0], settings, layout, valid[0].tolist(), 24**-0.5 if scale is None else scale
+        )
         sure = values.abs() >= (1e-9 if dtype == torch.float64 else 1e-4)
         assert torch.equal((values >= 0) & sure, expected & sure), threshold
         decided, kept = decided + sure.sum(), kept + expected.sum()
@@ -126,14 +134,18 @@ def test_reference_is_the_definition(name, m, n, dtype):
 PAIRS = list(itertools.product(CASES, TILE_QUERIES, TILE_KEYS))
 
 
-@pytest.mark.parametrize(("why", "m", "n", "dtype", "threshold"), [
-    (why, m, n, list(DTYPES)[i % 3], THRESHOLDS[i // 3 % 4]) for i, (why, m, n) in enumerate(PAIRS)],
-    ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ("why", "m", "n", "dtype", "threshold"),
+    [(why, m, n, list(DTYPES)[i % 3], THRESHOLDS[i // 3 % 4]) for i, (why, m, n) in enumerate(PAIRS)],
+    ids=lambda x: str(x),
+)
 def test_lists_are_those_of_the_reference(why, m, n, dtype, threshold):
     """Element for element, executed and requested, for every tile shape on every kind of sequence."""
     case = CASES[why]
     q, k, _ = case.tensors(dtype=DTYPES[dtype], seed=m + n)
-    settings = Settings(threshold=threshold, tile_queries=m, tile_keys=n, order="raster" if (m + n) % 3 == 0 else "cells")
+    settings = Settings(
+        threshold=threshold, tile_queries=m, tile_keys=n, order="raster" if (m + n) % 3 == 0 else "cells"
+    )
     made = build_plan(q, k, settings, case.layout())
     assert_lists_agree(made, reference.select(q, k, settings, case.layout()), m)
 
@@ -162,7 +174,10 @@ def test_requested_slices_before_the_union(n, dtype):
 def test_cases_are_sparse(case):
     """A table of cases that keep everything would prove nothing."""
     q, k, _ = case.tensors()
-    dense, sparse = (build_plan(q, k, Settings(threshold=t, tile_queries=64, tile_keys=16), case.layout()).density.item() for t in (0.7, 4.0))
+    dense, sparse = (
+        build_plan(q, k, Settings(threshold=t, tile_queries=64, tile_keys=16), case.layout()).density.item()
+        for t in (0.7, 4.0)
+    )
     assert 0.1 < sparse < min(dense - 0.05, 0.75)
 
 
@@ -171,7 +186,10 @@ def test_cases_are_sparse(case):
 def test_higher_threshold_keeps_a_subset(m, n):
     """The slider's promise: to the right is sparser, never different."""
     q, k, _ = make(2, 222, seed=n)
-    steps = [requested_of(q, k, Settings(threshold=t, tile_queries=m, tile_keys=n)) for t in (0.0, 0.3, 0.7, 1.0, 1.5, 2.5, 5.0, 1e9)]
+    steps = [
+        requested_of(q, k, Settings(threshold=t, tile_queries=m, tile_keys=n))
+        for t in (0.0, 0.3, 0.7, 1.0, 1.5, 2.5, 5.0, 1e9)
+    ]
     for denser, sparser in itertools.pairwise(steps):
         assert not (sparser & ~denser).any()
     assert steps[0].all() and (n == 128 or steps[-1].sum() < steps[0].sum())
@@ -201,10 +219,10 @@ def test_own_cells_and_sinks_are_kept(case, n):
     if case.start is not None:
         queries = [t for t in tokens if case.start <= t < case.start + case.query_count]
     for b, t, s in itertools.product(range(case.batch), range(got.shape[2]), range(got.shape[3])):
-        tile = set(queries[64 * t:64 * t + 64])
+        tile = set(queries[64 * t : 64 * t + 64])
         expected = False
         for position in range(n * s, min(n * s + n, case.keys)):
-            members = set(tokens[position // 16 * 16:position // 16 * 16 + 16])
+            members = set(tokens[position // 16 * 16 : position // 16 * 16 + 16])
             keeps = bool(tile & sinks or members & sinks or members & tile)
             expected |= keeps and bool(valid[b, tokens[position]])
         assert (got[b, :, t, s] == expected).all(), (b, t, s)
@@ -218,12 +236,19 @@ def test_equal_keys(n, dtype):
     k[:] = k[:, :, :1]
     assert kept_of(q, k, Settings(threshold=1.0, tile_queries=64, tile_keys=n)).all()
     assert kept_of(q, k, Settings(threshold=1.0009, tile_queries=64, tile_keys=n)).all()
-    assert torch.equal(kept_of(q, k, Settings(threshold=1.01, tile_queries=64, tile_keys=n)), kept_of(q, k, Settings(threshold=1e9, tile_queries=64, tile_keys=n)))
+    assert torch.equal(
+        kept_of(q, k, Settings(threshold=1.01, tile_queries=64, tile_keys=n)),
+        kept_of(q, k, Settings(threshold=1e9, tile_queries=64, tile_keys=n)),
+    )
 
 
 BAD = {
-    "NaN in a query": ("q", math.nan), "NaN in a key": ("k", math.nan), "inf in a query": ("q", math.inf),
-    "inf in a key": ("k", math.inf), "-inf in a key": ("k", -math.inf), "huge query": ("q", 6e4),
+    "NaN in a query": ("q", math.nan),
+    "NaN in a key": ("k", math.nan),
+    "inf in a query": ("q", math.inf),
+    "inf in a key": ("k", math.inf),
+    "-inf in a key": ("k", -math.inf),
+    "huge query": ("q", 6e4),
     "huge key": ("k", -6e4),
 }
 
@@ -257,8 +282,13 @@ def test_rows_and_heads_are_independent(n):
     together = kept_of(q, k, Settings(threshold=1.5, tile_queries=32, tile_keys=n), layout)
     for b in range(2):
         for h in range(3):
-            one = TokenLayout(LAYOUT.grid, 3, 9, 0, valid[b:b + 1])
-            alone = kept_of(q[b:b + 1, h:h + 1], k[b:b + 1, h:h + 1], Settings(threshold=1.5, tile_queries=32, tile_keys=n), one)
+            one = TokenLayout(LAYOUT.grid, 3, 9, 0, valid[b : b + 1])
+            alone = kept_of(
+                q[b : b + 1, h : h + 1],
+                k[b : b + 1, h : h + 1],
+                Settings(threshold=1.5, tile_queries=32, tile_keys=n),
+                one,
+            )
             assert torch.equal(together[b, h], alone[0, 0])
 
 
@@ -292,7 +322,9 @@ def test_scale(scale):
 def test_same_call_twice():
     """Two equal renders must be equal to the bit."""
     q, k, _ = make(2, 222, dtype=torch.bfloat16)
-    first, second = (build_plan(q, k, Settings(threshold=1.2, tile_queries=32, tile_keys=4), LAYOUT) for _ in range(2))
+    first, second = (
+        build_plan(q, k, Settings(threshold=1.2, tile_queries=32, tile_keys=4), LAYOUT) for _ in range(2)
+    )
     assert torch.equal(first.bits, second.bits) and torch.equal(first.requested, second.requested)
 
 

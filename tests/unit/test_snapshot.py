@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from fgattn.outcomes import Outcome, Reason
-from fgattn.runs.stats import BlockReport, CellReport, RunReport, StepReport
+from fgattn.runs.reports import BlockReport, CellReport, RunReport, StepReport
 from fgattn.show import snapshot
 from makers import CHOSEN, by_reason
 
@@ -20,13 +20,23 @@ EMPTY = RunReport(CHOSEN, 0, "torch", "cpu", 0.0, (), (), {}, None, None, None, 
 
 def report(steps=4, blocks=3, **changes):
     return dataclasses.replace(
-        EMPTY, steps=tuple(StepReport(i, 3.6e6 + i, 1.2345678e6, 0.1234567, 3, 0, estimated_error=0.0123456)
-                           for i in range(steps)),
+        EMPTY,
+        steps=tuple(
+            StepReport(i, 3.6e6 + i, 1.2345678e6, 0.1234567, 3, 0, estimated_error=0.0123456)
+            for i in range(steps)
+        ),
         blocks=tuple(BlockReport(i, 1 / 3, 0.5, 0.0123456) for i in range(blocks)),
         cells=tuple(CellReport(s, b, b / blocks) for s in range(steps) for b in range(blocks)),
-        estimated_error=0.0123456, calls=by_reason(sparse=steps * blocks),
-        density=1 / 3, executed_density=0.5, dense_call=2.0, sparse_call=1.0, scheduled=steps,
-        total=3.6e6 * steps, **changes)
+        estimated_error=0.0123456,
+        calls=by_reason(sparse=steps * blocks),
+        density=1 / 3,
+        executed_density=0.5,
+        dense_call=2.0,
+        sparse_call=1.0,
+        scheduled=steps,
+        total=3.6e6 * steps,
+        **changes,
+    )
 
 
 def make(given, state="running"):
@@ -35,8 +45,12 @@ def make(given, state="running"):
 
 def test_kinds_of_steps():
     """Warm-up and other dense steps, sparse ones, and sparse ones that planned nothing."""
-    steps = (StepReport(0, 1, 1, 0, 0, 4, True), StepReport(1, 1, 1, 0, 0, 4), StepReport(2, 1, 1, 0.5, 3, 1),
-             StepReport(3, 1, 1, 0.0, 4, 0))
+    steps = (
+        StepReport(0, 1, 1, 0, 0, 4, True),
+        StepReport(1, 1, 1, 0, 0, 4),
+        StepReport(2, 1, 1, 0.5, 3, 1),
+        StepReport(3, 1, 1, 0.0, 4, 0),
+    )
     made = make(dataclasses.replace(EMPTY, steps=steps, scheduled=9, calls=by_reason(sparse=1)))
     assert [s["kind"] for s in made["timeline"]] == ["warm-up", "dense", "sparse", "reused"]
     assert (made["step"], made["steps"]) == (4, 9)
@@ -58,11 +72,15 @@ def test_the_worst_run_fits():
     long = "\u6c49" * 1000
     worst = report(1000, 1000, failure=long)
     worst = dataclasses.replace(
-        worst, settings=dataclasses.replace(
-            CHOSEN, method="hierarchical", strength=1 / 3, moved_threshold=1 / 7, moved_warmup_steps=10**4),
-        calls={Reason(Outcome.MIN_TOKENS, f"{i}{long}"): 10**9 for i in range(50)}, tokens=10**7,
+        worst,
+        settings=dataclasses.replace(
+            CHOSEN, method="hierarchical", strength=1 / 3, moved_threshold=1 / 7, moved_warmup_steps=10**4
+        ),
+        calls={Reason(Outcome.MIN_TOKENS, f"{i}{long}"): 10**9 for i in range(50)},
+        tokens=10**7,
         sliders=tuple((1000 + i, 1.234567890123, 50) for i in range(500)),
-        steps=tuple(dataclasses.replace(s, sparse_calls=0, index=s.index + 1000) for s in worst.steps))
+        steps=tuple(dataclasses.replace(s, sparse_calls=0, index=s.index + 1000) for s in worst.steps),
+    )
     made = make(worst)
     assert len(json.dumps(made).encode()) < snapshot.MAX_BYTES
     assert made["timeline"][-1]["index"] == 1999 and made["step"] == 2000
@@ -70,23 +88,29 @@ def test_the_worst_run_fits():
 
 def test_settings_and_outcomes_are_fields():
     """A code that stays for programs, a text for people; settings are no sentence."""
-    made = make(dataclasses.replace(EMPTY, calls={
-        Reason(Outcome.SPARSE): 9, Reason(Outcome.MIN_TOKENS, "fewer than 4096 tokens"): 3}))
+    made = make(
+        dataclasses.replace(
+            EMPTY, calls={Reason(Outcome.SPARSE): 9, Reason(Outcome.MIN_TOKENS, "fewer than 4096 tokens"): 3}
+        )
+    )
     assert made["settings"] == dataclasses.asdict(CHOSEN)
-    assert made["calls"] == ({"outcome": "sparse", "text": "sparse", "number": 9},
-                             {"outcome": "min_tokens", "text": "fewer than 4096 tokens", "number": 3})
+    assert made["calls"] == (
+        {"outcome": "sparse", "text": "sparse", "number": 9},
+        {"outcome": "min_tokens", "text": "fewer than 4096 tokens", "number": 3},
+    )
 
 
 def heat(made):
     """[steps, blocks] of a message's heat map."""
     cells, rows = base64.b64decode(made["heat"]), len(made["blocks"])
-    return [list(cells[i:i + rows]) for i in range(0, len(cells), rows)]
+    return [list(cells[i : i + rows]) for i in range(0, len(cells), rows)]
 
 
 def test_heat_map():
     """A byte for each block in each step: 0 where nothing was sparse, else 1 to 255."""
     given = dataclasses.replace(
-        report(3, 2), cells=(CellReport(1, 0, 0.0), CellReport(1, 1, 0.5), CellReport(2, 1, 1.0)))
+        report(3, 2), cells=(CellReport(1, 0, 0.0), CellReport(1, 1, 0.5), CellReport(2, 1, 1.0))
+    )
     assert heat(make(given)) == [[0, 0], [1, 128], [0, 255]]
     assert heat(make(given, "interrupted")) == [[0, 0], [1, 128]]
     assert make(EMPTY)["heat"] == "" and make(report(0, 2))["heat"] == ""
@@ -112,16 +136,28 @@ def test_estimated_errors_have_two_digits():
     assert make(EMPTY)["estimated_error"] is None
 
 
-@pytest.mark.parametrize(("given", "state", "shown", "text"), [
-    (EMPTY, "running", "running", "waiting for the first step"),
-    (EMPTY, "done", "done", "attention never reached FG-Attn"),
-    (report(failure="OSError: x"), "done", "failed", "dense after an error: OSError: x"),
-    (report(failure="OSError: x"), "running", "running", "dense after an error: OSError: x"),
-    (report(), "interrupted", "interrupted",
-     "sparse: 33 % of scores, attention 2.00x faster, est. error 1.2 %"),
-    (dataclasses.replace(report(), density=None), "running", "running",
-     "sparse: attention 2.00x faster, est. error 1.2 %"),
-], ids=["start", "nothing", "failed", "failing", "stopped", "densities on their way"])
+@pytest.mark.parametrize(
+    ("given", "state", "shown", "text"),
+    [
+        (EMPTY, "running", "running", "waiting for the first step"),
+        (EMPTY, "done", "done", "attention never reached FG-Attn"),
+        (report(failure="OSError: x"), "done", "failed", "dense after an error: OSError: x"),
+        (report(failure="OSError: x"), "running", "running", "dense after an error: OSError: x"),
+        (
+            report(),
+            "interrupted",
+            "interrupted",
+            "sparse: 33 % of scores, attention 2.00x faster, est. error 1.2 %",
+        ),
+        (
+            dataclasses.replace(report(), density=None),
+            "running",
+            "running",
+            "sparse: attention 2.00x faster, est. error 1.2 %",
+        ),
+    ],
+    ids=["start", "nothing", "failed", "failing", "stopped", "densities on their way"],
+)
 def test_state_and_headline(given, state, shown, text):
     made = make(given, state)
     assert (made["state"], made["headline"]) == (shown, text)
@@ -138,7 +174,8 @@ def live(monkeypatch):
         monkeypatch.setitem(sys.modules, f"bare.{name}", sys.modules[name])
     module = importlib.import_module("bare.nodes.live")
     clock = types.SimpleNamespace(
-        now=100.0, perf_counter=lambda: clock.now, time_ns=lambda: int(clock.now * 1e9))
+        now=100.0, perf_counter=lambda: clock.now, time_ns=lambda: int(clock.now * 1e9)
+    )
     monkeypatch.setattr(module, "time", clock)
     module.clock = clock
     yield module
@@ -151,9 +188,12 @@ def server(monkeypatch, live):
     """A server with one client; `sent` has (time, event, data, client)."""
     sent = []
     instance = types.SimpleNamespace(
-        client_id="tab", sent=sent, texts=[],
+        client_id="tab",
+        sent=sent,
+        texts=[],
         send_sync=lambda *message: sent.append((live.clock.now, *message)),
-        send_progress_text=lambda *message, sid: instance.texts.append((*message, sid)))
+        send_progress_text=lambda *message, sid: instance.texts.append((*message, sid)),
+    )
     module = types.ModuleType("server")
     module.PromptServer = types.SimpleNamespace(instance=instance)
     monkeypatch.setitem(sys.modules, "server", module)
@@ -184,7 +224,8 @@ def test_slow_steps_are_all_told(live, server):
     """To the client that queued the prompt, with this node's id."""
     sample(live, live.Live("3", report), 4, 1.0, "interrupted")
     assert [(e, d["node"], d["state"], c) for _, e, d, c in server.sent] == [
-        ("fgattn.progress", "3", "running", "tab")] * 5 + [("fgattn.progress", "3", "interrupted", "tab")]
+        ("fgattn.progress", "3", "running", "tab")
+    ] * 5 + [("fgattn.progress", "3", "interrupted", "tab")]
     json.dumps(server.sent)
 
 
@@ -197,6 +238,7 @@ def test_the_node_says_what_it_does_without_javascript(live, server):
 
 def test_updates_cost_little(live, server):
     """Reading that takes long is done seldom: one per cent of the time."""
+
     def slow():
         live.clock.now += 0.1
         return report()
@@ -232,6 +274,7 @@ def test_no_run_sends_nothing(live, server):
 @pytest.mark.parametrize("where", ["reading", "sending"])
 def test_a_failure_never_reaches_the_render(live, server, caplog, where):
     """It is logged once, the next run tries again."""
+
     def broken(*args):
         raise RuntimeError("out of luck")
 
@@ -267,6 +310,7 @@ def test_few_runs_are_remembered(live, server):
 
 def test_a_message_that_cannot_be_sent_is_remembered(live, server):
     """The connection is what failed; the page asks when it is back."""
+
     def broken(*_):
         raise ConnectionError
 

@@ -5,7 +5,8 @@ import types
 import pytest
 import torch
 from fgattn.runs.clock import Clock
-from fgattn.runs.stats import CellReport, RunReport, RunStats, StepReport
+from fgattn.runs.reports import CellReport, RunReport, StepReport
+from fgattn.runs.stats import RunStats
 from makers import CHOSEN
 
 CPU = torch.device("cpu")
@@ -24,8 +25,11 @@ class Ticks(Clock):
 
 def plan(requested, executed, queries=10, keys=20):
     return types.SimpleNamespace(
-        requested=torch.tensor(requested, dtype=torch.float64), queries=queries, keys=keys,
-        executed=torch.tensor(executed, dtype=torch.float64))
+        requested=torch.tensor(requested, dtype=torch.float64),
+        queries=queries,
+        keys=keys,
+        executed=torch.tensor(executed, dtype=torch.float64),
+    )
 
 
 def test_no_step_at_all():
@@ -33,8 +37,15 @@ def test_no_step_at_all():
     report = RunStats(Clock(CPU)).report(CHOSEN, "torch")
     assert report.steps == () and report.blocks == () and report.calls == {} and report.remarks == ()
     assert report.total == 0 and report.planning == 0 and report.tokens == 0
-    for name in ("dense_call", "sparse_call", "density", "executed_density", "peak_memory", "failure",
-                 "speedup"):
+    for name in (
+        "dense_call",
+        "sparse_call",
+        "density",
+        "executed_density",
+        "peak_memory",
+        "failure",
+        "speedup",
+    ):
         assert getattr(report, name) is None
     assert (report.settings, report.implementation, report.device) == (CHOSEN, "torch", "cpu")
 
@@ -51,7 +62,8 @@ def test_times_add_up():
     report = stats.report(CHOSEN, "torch")
     assert report.steps == (
         StepReport(index=0, total=2000.0, attention=750.0, planning=0.0, sparse_calls=0, dense_calls=2),
-        StepReport(index=1, total=4500.0, attention=125.0, planning=125.0, sparse_calls=1, dense_calls=0))
+        StepReport(index=1, total=4500.0, attention=125.0, planning=125.0, sparse_calls=1, dense_calls=0),
+    )
     assert report.total == 6500.0 and report.planning == 125.0
     assert report.dense_call == 500.0 and report.sparse_call == 250.0 and report.speedup == 2.0
 
@@ -111,7 +123,9 @@ def test_densities_by_block_and_over_all():
     stats.add_plan(1, 5, plan([[0.0]], [[10.0]]))
     report = stats.report(CHOSEN, "torch")
     assert [(b.block, b.density, b.executed_density) for b in report.blocks] == [
-        (2, 0.5, 0.5), (5, 0.25, 310 / 600)]
+        (2, 0.5, 0.5),
+        (5, 0.25, 310 / 600),
+    ]
     assert report.density == 158 / 616 and report.executed_density == 318 / 616
     assert report.cells == (CellReport(0, 5, 150 / 400), CellReport(1, 2, 0.5), CellReport(1, 5, 0.0))
 

@@ -22,7 +22,7 @@ def defined_tail(q, k, v, executed, valid, scale):
     """One head, all rows in the order, float64: (sum of weights * v, sum of weights) per run, in logs."""
     outs, sums = [], []
     for first in range(0, len(q), 16):
-        centroid = q[first:first + 16].mean(0)
+        centroid = q[first : first + 16].mean(0)
         logits, values = [], []
         for start in range(0, len(k), 16):
             cell = torch.arange(start, min(start + 16, len(k)))
@@ -41,8 +41,9 @@ def defined_tail(q, k, v, executed, valid, scale):
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["all valid", "keys missing"])
-@pytest.mark.parametrize(("m", "n"), [(16, 1), (32, 16), (64, 4), (64, 128), (128, 16), (128, 2)],
-                         ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ("m", "n"), [(16, 1), (32, 16), (64, 4), (64, 128), (128, 16), (128, 2)], ids=lambda x: str(x)
+)
 def test_tail_by_brute_force(m, n, padded):
     """Counts per cell are those the tile does not execute; every run has its own centroid."""
     valid = random_valid(2, LENGTH, seed=n) if padded else torch.ones(2, LENGTH, dtype=torch.bool)
@@ -100,10 +101,14 @@ def test_merge_is_one_softmax():
     share = torch.sigmoid(lse[0, 0].repeat_interleave(16)[:LENGTH] - scores.logsumexp(1))[:, None]
     merged = (1 - share) * (scores.softmax(1) @ values) + share * out[0, 0].repeat_interleave(16, 0)[:LENGTH]
 
-    means = [x.unflatten(0, (-1, 16)).mean(1) for x in (
-        torch.cat((keys, keys[-14:].mean(0, keepdim=True).expand(2, -1))),
-        torch.cat((values, values[-14:].mean(0, keepdim=True).expand(2, -1))),
-        torch.cat((rows, rows[-14:].mean(0, keepdim=True).expand(2, -1))))]
+    means = [
+        x.unflatten(0, (-1, 16)).mean(1)
+        for x in (
+            torch.cat((keys, keys[-14:].mean(0, keepdim=True).expand(2, -1))),
+            torch.cat((values, values[-14:].mean(0, keepdim=True).expand(2, -1))),
+            torch.cat((rows, rows[-14:].mean(0, keepdim=True).expand(2, -1))),
+        )
+    ]
     left = torch.nn.functional.pad(~executed, (0, 2)).unflatten(1, (-1, 16)).sum(2).double()
     pooled = (means[2] @ means[0].T / 8).repeat_interleave(16, 0)[:LENGTH] + left.log()
     together = torch.cat((scores, pooled), 1).softmax(1) @ torch.cat((values, means[1]))

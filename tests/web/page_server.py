@@ -14,15 +14,37 @@ LOCALES = WEB.parent / "locales"
 TEXT = 3  # type of a binary message that holds text for a node
 # What the page asks for and does not need here; anything else is an error that a test shows.
 EMPTY = {
-    "/embeddings": [], "/models": [], "/experiment/models": [], "/workflow_templates": {}, "/users": {},
-    "/history": {}, "/queue": {"queue_running": [], "queue_pending": []}, "/global_subgraphs": {},
-    "/node_replacements": {}, "/features": {}, "/userdata": [], "/v2/userdata": [], "/assets": {"assets": []},
+    "/embeddings": [],
+    "/models": [],
+    "/experiment/models": [],
+    "/workflow_templates": {},
+    "/users": {},
+    "/history": {},
+    "/queue": {"queue_running": [], "queue_pending": []},
+    "/global_subgraphs": {},
+    "/node_replacements": {},
+    "/features": {},
+    "/userdata": [],
+    "/v2/userdata": [],
+    "/assets": {"assets": []},
     "/jobs": {"jobs": [], "pagination": {"total": 0, "offset": 0, "limit": 0, "has_more": False}},
-    "/internal/logs": "", "/internal/logs/raw": {"entries": [], "size": {"cols": 80, "rows": 24}},
-    "/internal/folder_paths": {}, "/prompt": {"exec_info": {"queue_remaining": 0}},
-    "/system_stats": {"system": {
-        "os": "linux", "python_version": "3", "embedded_python": False, "comfyui_version": "0.19.3",
-        "pytorch_version": "2", "argv": [], "ram_total": 1, "ram_free": 1}, "devices": []},
+    "/internal/logs": "",
+    "/internal/logs/raw": {"entries": [], "size": {"cols": 80, "rows": 24}},
+    "/internal/folder_paths": {},
+    "/prompt": {"exec_info": {"queue_remaining": 0}},
+    "/system_stats": {
+        "system": {
+            "os": "linux",
+            "python_version": "3",
+            "embedded_python": False,
+            "comfyui_version": "0.19.3",
+            "pytorch_version": "2",
+            "argv": [],
+            "ram_total": 1,
+            "ram_free": 1,
+        },
+        "devices": [],
+    },
 }
 
 
@@ -95,11 +117,18 @@ class Server:
         if path == "/object_info":
             return web.json_response(NODES)
         if path == "/i18n":
-            return web.json_response({folder.name: {"nodeDefs": json.loads(
-                (folder / "nodeDefs.json").read_text(encoding="utf-8"))} for folder in LOCALES.iterdir()})
+            return web.json_response(
+                {
+                    folder.name: {
+                        "nodeDefs": json.loads((folder / "nodeDefs.json").read_text(encoding="utf-8"))
+                    }
+                    for folder in LOCALES.iterdir()
+                }
+            )
         if path == "/extensions":
             return web.json_response(
-                [f"/extensions/fg-attn/{p.relative_to(WEB).as_posix()}" for p in sorted(WEB.rglob("*.js"))])
+                [f"/extensions/fg-attn/{p.relative_to(WEB).as_posix()}" for p in sorted(WEB.rglob("*.js"))]
+            )
         if path.startswith("/extensions/fg-attn/"):
             return web.FileResponse(WEB / path.removeprefix("/extensions/fg-attn/"))
         if path.startswith("/settings"):
@@ -141,8 +170,9 @@ class Server:
         await socket.prepare(request)
         client = request.query.get("clientId") or f"page{len(self._sockets)}"
         self._sockets[client] = socket
-        await socket.send_json({"type": "status", "data": {
-            "status": {"exec_info": {"queue_remaining": 0}}, "sid": client}})
+        await socket.send_json(
+            {"type": "status", "data": {"status": {"exec_info": {"queue_remaining": 0}}, "sid": client}}
+        )
         async for message in socket:
             if message.type == WSMsgType.ERROR:
                 break

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pages
 import pytest
-from fgattn.runs.stats import BlockReport, RunReport, StepReport
+from fgattn.runs.reports import BlockReport, RunReport, StepReport
 from fgattn.show import snapshot
 from fgattn.show.text import headline
 from makers import CHOSEN, by_reason
@@ -22,11 +22,14 @@ EXAMPLE = Path(__file__).parents[2] / "example_workflows" / "wan2.1_t2v.json"
 FRONTENDS = sorted((Path(sys.prefix) / "frontends").glob("*/comfyui_frontend_package/static"))
 MISSING = [*pages.MISSING, *(["frontends"] if len(FRONTENDS) < 2 else [])]
 pytestmark = pytest.mark.skipif(
-    bool(MISSING), reason=f"no {', no '.join(MISSING)}: the real page is not tested (make browser)")
+    bool(MISSING), reason=f"no {', no '.join(MISSING)}: the real page is not tested (make browser)"
+)
 
 
-@pytest.fixture(params=[(f, vue) for f in FRONTENDS or [Path("none/x/static")] for vue in (False, True)],
-                ids=lambda p: f"{p[0].parts[-3]}-{'vue' if p[1] else 'canvas'}")
+@pytest.fixture(
+    params=[(f, vue) for f in FRONTENDS or [Path("none/x/static")] for vue in (False, True)],
+    ids=lambda p: f"{p[0].parts[-3]}-{'vue' if p[1] else 'canvas'}",
+)
 def page(request, browser):
     """ComfyUI's page with the example workflow; an error in its console fails the test."""
     server_of = runpy.run_path(str(Path(__file__).parent / "page_server.py"))["Server"]
@@ -39,12 +42,28 @@ def page(request, browser):
 
 def report(steps):
     """A run of 8 steps, 2 of them warm-up."""
-    done = tuple(StepReport(i, 900.0, 500.0, 0.0, 0, 8, True) if i < 2 else
-                 StepReport(i, 900.0, 200.0, 20.0, 8, 0) for i in range(steps))
+    done = tuple(
+        StepReport(i, 900.0, 500.0, 0.0, 0, 8, True) if i < 2 else StepReport(i, 900.0, 200.0, 20.0, 8, 0)
+        for i in range(steps)
+    )
     return RunReport(
-        CHOSEN, 32760, "triton", "GPU", 900.0 * steps, done,
-        tuple(BlockReport(b, 0.2 + b / 100, 0.3) for b in range(8)), by_reason(sparse=8 * steps),
-        5.0, 2.0, 0.26, 0.3, None, None, scheduled=8, sliders=((0, 1.0, 2),))
+        CHOSEN,
+        32760,
+        "triton",
+        "GPU",
+        900.0 * steps,
+        done,
+        tuple(BlockReport(b, 0.2 + b / 100, 0.3) for b in range(8)),
+        by_reason(sparse=8 * steps),
+        5.0,
+        2.0,
+        0.26,
+        0.3,
+        None,
+        None,
+        scheduled=8,
+        sliders=((0, 1.0, 2),),
+    )
 
 
 def play(page, node, steps=8, last="done"):
@@ -79,7 +98,8 @@ def test_move_save_reload_run(page):
     saved = page.evaluate("JSON.stringify(app.graph.serialize())")
     stored, made = (
         next(n["widgets_values"] for n in json.loads(graph)["nodes"] if n["type"] == "FGAttnPatch")
-        for graph in (saved, EXAMPLE.read_text(encoding="utf-8")))
+        for graph in (saved, EXAMPLE.read_text(encoding="utf-8"))
+    )
     assert len(stored) == len(made), "buttons are not saved"
     page.evaluate("app.graph.clear()")
     load(page, json.loads(saved))
@@ -126,7 +146,10 @@ def test_live_slider(page):
     page.wait_for_timeout(500)
     last = page.server.moved[-1]
     assert (last["node"], last["threshold"], last["warmup_steps"]) == (
-        patch_id(page), value(page, "threshold"), value(page, "warmup_steps"))
+        patch_id(page),
+        value(page, "threshold"),
+        value(page, "warmup_steps"),
+    )
     assert 3 < last["threshold"] < 6
     assert last["client"] == page.evaluate("import('/scripts/api.js').then(m => m.api.clientId)")
     assert len(page.server.moved) < 9, "moves are gathered"
@@ -194,10 +217,13 @@ def test_a_thousand_events(page):
     page.server.send("fgattn.progress", {"version": 1, "node": []})
     page.wait_for_timeout(1000)
     assert page.locator(".fgattn-runs tbody tr").count() == 6
-    assert page.evaluate("""() => new Promise(done => {
+    assert (
+        page.evaluate("""() => new Promise(done => {
         const start = performance.now();
         requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - start)));
-    })""") < 1000
+    })""")
+        < 1000
+    )
 
 
 def test_chinese(page):

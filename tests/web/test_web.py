@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 
 import pytest
-from fgattn.runs.stats import BlockReport, CellReport, RunReport, StepReport
+from fgattn.runs.reports import BlockReport, CellReport, RunReport, StepReport
 from fgattn.show import snapshot
 from fgattn.show.text import describe, percent
 from makers import CHOSEN, by_reason
@@ -55,14 +55,25 @@ def fits(value, shape):
 def reports():
     empty = RunReport(CHOSEN, 0, "torch", "cpu", 0.0, (), (), {}, None, None, None, None, None, None)
     full = dataclasses.replace(
-        empty, tokens=9, total=12.34,
-        steps=(StepReport(0, 9.0, 5.0, 0.0, 0, 4, True),
-               StepReport(1, 8.0, 3.0, 1.0, 4, 0, estimated_error=0.0123)),
+        empty,
+        tokens=9,
+        total=12.34,
+        steps=(
+            StepReport(0, 9.0, 5.0, 0.0, 0, 4, True),
+            StepReport(1, 8.0, 3.0, 1.0, 4, 0, estimated_error=0.0123),
+        ),
         blocks=(BlockReport(-1, 0.5, 0.6), BlockReport(2, 1 / 3, 0.6, 0.0123)),
-        cells=(CellReport(1, -1, 0.5), CellReport(1, 2, 1 / 3)), estimated_error=0.0123,
-        calls=by_reason(sparse=4, warm_up=4), dense_call=1.25, sparse_call=1.0, density=0.4,
-        executed_density=0.6, scheduled=4, sliders=((0, 1.0, 2), (1, 0.7, 0)))
-    return [empty, full, dataclasses.replace(full, failure="RuntimeError: \u00e9 \u6c49 \n \"quoted\"")]
+        cells=(CellReport(1, -1, 0.5), CellReport(1, 2, 1 / 3)),
+        estimated_error=0.0123,
+        calls=by_reason(sparse=4, warm_up=4),
+        dense_call=1.25,
+        sparse_call=1.0,
+        density=0.4,
+        executed_density=0.6,
+        scheduled=4,
+        sliders=((0, 1.0, 2), (1, 0.7, 0)),
+    )
+    return [empty, full, dataclasses.replace(full, failure='RuntimeError: \u00e9 \u6c49 \n "quoted"')]
 
 
 def test_the_page_has_the_same_definition():
@@ -98,18 +109,45 @@ def test_the_server_would_send_what_the_page_is_tested_with():
 @needs_node
 def test_page_and_server_write_the_same_words():
     """Shares, with halves, powers of ten and what is far below any use; and settings."""
-    shares = [0, 1, 1e-9, 9.9e-5, 1e-4, 1.05e-4, 0.00995, 0.0999, 0.125, 0.145, 0.995, 0.9949, 2.345, 1e6,
-              *(i / 1000 for i in range(999)), *(i / 512 for i in range(512)), *(1.3**-i for i in range(40))]
-    moved = [{"moved_threshold": 0.0}, {"moved_warmup_steps": 0}, {},
-             {"moved_threshold": 1.35, "moved_warmup_steps": 3, "reuse_steps": 4}]
-    changes = [{}, {"method": "top_k", "strength": 0.3, "tail": False}, {"strength": 1 / 3, "reuse_steps": 2},
-               *({"moved": True, **change} for change in moved)]
+    shares = [
+        0,
+        1,
+        1e-9,
+        9.9e-5,
+        1e-4,
+        1.05e-4,
+        0.00995,
+        0.0999,
+        0.125,
+        0.145,
+        0.995,
+        0.9949,
+        2.345,
+        1e6,
+        *(i / 1000 for i in range(999)),
+        *(i / 512 for i in range(512)),
+        *(1.3**-i for i in range(40)),
+    ]
+    moved = [
+        {"moved_threshold": 0.0},
+        {"moved_warmup_steps": 0},
+        {},
+        {"moved_threshold": 1.35, "moved_warmup_steps": 3, "reuse_steps": 4},
+    ]
+    changes = [
+        {},
+        {"method": "top_k", "strength": 0.3, "tail": False},
+        {"strength": 1 / 3, "reuse_steps": 2},
+        *({"moved": True, **change} for change in moved),
+    ]
     settings = [dataclasses.replace(CHOSEN, **change) for change in changes]
     given = {"percent": shares, "settings": [dataclasses.asdict(one) for one in settings]}
     answer = node(HERE / "words.mjs", given=json.dumps(given))
     assert not answer.stderr
     assert json.loads(answer.stdout) == {
-        "percent": [percent(share) for share in shares], "settings": [describe(one) for one in settings]}
+        "percent": [percent(share) for share in shares],
+        "settings": [describe(one) for one in settings],
+    }
 
 
 @needs_node

@@ -15,6 +15,8 @@ from ..shared.costs import costs
 from .boxes import boxes_for
 
 CAPABILITY = (9, 0)
+# The self-test of each way to bring keys.
+BY_BOXES, BY_ROWS = Settings(threshold=1.5), Settings(threshold=1.5, tile_keys=1)
 
 
 @functools.cache
@@ -33,7 +35,7 @@ def device_reason(device: torch.device) -> str | None:
 
 
 def _plan(call: Call) -> Planned:
-    from ..shared.select import plan_bits
+    from ..shared.planning import plan_bits
 
     return plan_bits(call)
 
@@ -51,6 +53,12 @@ def _attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) 
 
 
 BACKEND = Backend(
-    name="hopper", reason=lambda call: device_reason(call.device) or available.reason(call),
-    plan=_plan, tail=_tail, attend=_attend, gains_on=lambda device: device.type == "cuda", costs=costs,
-    probe=lambda call: Settings(threshold=1.5, tile_keys=1 if boxes_for(call) is None else 16))
+    name="hopper",
+    reason=lambda call: device_reason(call.device) or available.reason(call),
+    plan=_plan,
+    tail=_tail,
+    attend=_attend,
+    gains_on=lambda device: device.type == "cuda",
+    costs=costs,
+    probe=lambda call: BY_ROWS if boxes_for(call) is None else BY_BOXES,
+)

@@ -25,6 +25,7 @@ from ...plan import SparsePlan
 from ..base import Tail
 from ..shared.launch import COUNTS, LOG2_E, key_rows
 from ..shared.lists import Lists, execution_rows, scaled_tail
+from ..shared.prepared import launch_kernel
 from .boxes import boxes_for
 from .consumer import consume
 from .lister import BIT_STRIDES, SLOTS, Counts, enlist
@@ -55,11 +56,49 @@ BOX_REGISTERS = (232, 40)  # of a thread: second consumer, producers
 # compile variants for are single numbers, as it heeds do_not_specialize for these only.
 @gluon.jit(do_not_specialize=["stride_queries", *BIT_STRIDES, *COUNTS])
 def hopper_kernel(
-    q, k, v, k_flat, k_wide, k_deep, v_flat, v_wide, v_deep, out, lists, bits, valid, listed, query_rows,
-    key_rows, tail_out, tail_lse, stride_q, stride_k, stride_v, stride_out, stride_queries, stride_list,
-    stride_bits_b, stride_bits_h, stride_valid, heads, first_head, queries, keys, tiles, query_cells, n_bytes,
-    scale, CONSUMERS: gl.constexpr, BLOCK_KEYS: gl.constexpr, SLICE_KEYS: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, GATHERERS: gl.constexpr, REGISTERS: gl.constexpr, HAS_TAIL: gl.constexpr,
+    q,
+    k,
+    v,
+    k_flat,
+    k_wide,
+    k_deep,
+    v_flat,
+    v_wide,
+    v_deep,
+    out,
+    lists,
+    bits,
+    valid,
+    listed,
+    query_rows,
+    key_rows,
+    tail_out,
+    tail_lse,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_out,
+    stride_queries,
+    stride_list,
+    stride_bits_b,
+    stride_bits_h,
+    stride_valid,
+    heads,
+    first_head,
+    queries,
+    keys,
+    tiles,
+    query_cells,
+    n_bytes,
+    scale,
+    CONSUMERS: gl.constexpr,
+    BLOCK_KEYS: gl.constexpr,
+    SLICE_KEYS: gl.constexpr,
+    D: gl.constexpr,
+    STAGES: gl.constexpr,
+    GATHERERS: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    HAS_TAIL: gl.constexpr,
     GATHERS: gl.constexpr,
 ):
     """Attention of one tile of CONSUMERS * 64 queries over the keys that the plan keeps.
@@ -112,11 +151,24 @@ def hopper_kernel(
         mbarrier.init(v_full.index(i), count=32 * GATHERERS if GATHERS else PRODUCERS)
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
     ring = Ring(k_tiles, v_tiles, k_full, k_empty, v_full, v_empty)
-    task = Queries(q, out, query_rows, tail_out, tail_lse, stride_q[2], stride_out[2],
-                   tile * (64 * CONSUMERS), queries, n_listed, scale, q_tiles)
+    task = Queries(
+        q,
+        out,
+        query_rows,
+        tail_out,
+        tail_lse,
+        stride_q[2],
+        stride_out[2],
+        tile * (64 * CONSUMERS),
+        queries,
+        n_listed,
+        scale,
+        q_tiles,
+    )
     if GATHERS:
         slot_rows = gl.allocate_shared_memory(
-            gl.int32, [SLOTS, BLOCK_KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+            gl.int32, [SLOTS, BLOCK_KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        )
         slot_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
         slot_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(SLOTS):
@@ -129,43 +181,63 @@ def hopper_kernel(
             valid += b * stride_valid
         source = Bits(bits, valid, n_bytes, keys)
     else:
-        boxes = Boxes(Kinds(k_flat, k_wide, k_deep), Kinds(v_flat, v_wide, v_deep), h.to(gl.int32),
-                      lists + listed_at * stride_list, n_listed)
+        boxes = Boxes(
+            Kinds(k_flat, k_wide, k_deep),
+            Kinds(v_flat, v_wide, v_deep),
+            h.to(gl.int32),
+            lists + listed_at * stride_list,
+            n_listed,
+        )
     if GATHERS and CONSUMERS == 1:
-        gl.warp_specialize([
-            (consume, (task, ring, 0, HAS_TAIL, True)),
-            (gather, (rows, slots, ring, GATHERERS)),
-            (enlist, (key_rows, n_listed, source, slots, 0, 2, SLICE_KEYS)),
-            (enlist, (key_rows, n_listed, source, slots, 1, 2, SLICE_KEYS)),
-        ], [GATHERERS, 1, 1], [REGISTERS[1], REGISTERS[2], REGISTERS[2]])
+        gl.warp_specialize(
+            [
+                (consume, (task, ring, 0, HAS_TAIL, True)),
+                (gather, (rows, slots, ring, GATHERERS)),
+                (enlist, (key_rows, n_listed, source, slots, 0, 2, SLICE_KEYS)),
+                (enlist, (key_rows, n_listed, source, slots, 1, 2, SLICE_KEYS)),
+            ],
+            [GATHERERS, 1, 1],
+            [REGISTERS[1], REGISTERS[2], REGISTERS[2]],
+        )
     elif GATHERS:
-        gl.warp_specialize([
-            (consume, (task, ring, 0, HAS_TAIL, True)),
-            (consume, (task, ring, 1, HAS_TAIL, True)),
-            (gather, (rows, slots, ring, GATHERERS)),
-            (enlist, (key_rows, n_listed, source, slots, 0, 4, SLICE_KEYS)),
-            (enlist, (key_rows, n_listed, source, slots, 1, 4, SLICE_KEYS)),
-            (enlist, (key_rows, n_listed, source, slots, 2, 4, SLICE_KEYS)),
-            (enlist, (key_rows, n_listed, source, slots, 3, 4, SLICE_KEYS)),
-        ], [4, GATHERERS, 1, 1, 1, 1],
-            [REGISTERS[0], REGISTERS[1], REGISTERS[2], REGISTERS[2], REGISTERS[2], REGISTERS[2]])
+        gl.warp_specialize(
+            [
+                (consume, (task, ring, 0, HAS_TAIL, True)),
+                (consume, (task, ring, 1, HAS_TAIL, True)),
+                (gather, (rows, slots, ring, GATHERERS)),
+                (enlist, (key_rows, n_listed, source, slots, 0, 4, SLICE_KEYS)),
+                (enlist, (key_rows, n_listed, source, slots, 1, 4, SLICE_KEYS)),
+                (enlist, (key_rows, n_listed, source, slots, 2, 4, SLICE_KEYS)),
+                (enlist, (key_rows, n_listed, source, slots, 3, 4, SLICE_KEYS)),
+            ],
+            [4, GATHERERS, 1, 1, 1, 1],
+            [REGISTERS[0], REGISTERS[1], REGISTERS[2], REGISTERS[2], REGISTERS[2], REGISTERS[2]],
+        )
     elif CONSUMERS == 1:
-        gl.warp_specialize([
-            (consume, (task, ring, 0, HAS_TAIL, False)),
-            (fetch, (boxes, ring, 0)),
-            (fetch, (boxes, ring, 1)),
-            (fetch, (boxes, ring, 2)),
-            (fetch, (boxes, ring, 3)),
-        ], [1, 1, 1, 1], [REGISTERS[1], REGISTERS[1], REGISTERS[1], REGISTERS[1]])
+        gl.warp_specialize(
+            [
+                (consume, (task, ring, 0, HAS_TAIL, False)),
+                (fetch, (boxes, ring, 0)),
+                (fetch, (boxes, ring, 1)),
+                (fetch, (boxes, ring, 2)),
+                (fetch, (boxes, ring, 3)),
+            ],
+            [1, 1, 1, 1],
+            [REGISTERS[1], REGISTERS[1], REGISTERS[1], REGISTERS[1]],
+        )
     else:
-        gl.warp_specialize([
-            (consume, (task, ring, 0, HAS_TAIL, False)),
-            (consume, (task, ring, 1, HAS_TAIL, False)),
-            (fetch, (boxes, ring, 0)),
-            (fetch, (boxes, ring, 1)),
-            (fetch, (boxes, ring, 2)),
-            (fetch, (boxes, ring, 3)),
-        ], [4, 1, 1, 1, 1], [REGISTERS[0], REGISTERS[1], REGISTERS[1], REGISTERS[1], REGISTERS[1]])
+        gl.warp_specialize(
+            [
+                (consume, (task, ring, 0, HAS_TAIL, False)),
+                (consume, (task, ring, 1, HAS_TAIL, False)),
+                (fetch, (boxes, ring, 0)),
+                (fetch, (boxes, ring, 1)),
+                (fetch, (boxes, ring, 2)),
+                (fetch, (boxes, ring, 3)),
+            ],
+            [4, 1, 1, 1, 1],
+            [REGISTERS[0], REGISTERS[1], REGISTERS[1], REGISTERS[1], REGISTERS[1]],
+        )
 
 
 def attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -> None:
@@ -179,24 +251,56 @@ def attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -
     tokens, stride_queries = execution_rows(plan, batch, heads)
     launch = TABLE[dim, plan.tile_rows]
     boxes = boxes_for(call)
-    with torch.cuda.device(q.device):
-        if boxes is None:
-            counts, rows = Counts(plan, batch, heads), key_rows(plan.geometry)
-            bits, bit_strides, registers = (counts.bits, counts.valid), counts.strides, launch.registers
-            launches = [((None,) * 6, None, counts.listed, 0, 0, batch * heads)]
-        else:
-            rows, bits, bit_strides, registers = None, (None, None), (0, 0, 0), BOX_REGISTERS
-            launches = _boxed(k, v, plan, boxes)
-        for described, lists, listed, stride_list, first, launch_heads in launches:
-            hopper_kernel[tiles, launch_heads](
-                q, k, v, *described, out, lists, *bits, listed, tokens, rows, tail_out, tail_lse,
-                q.stride()[:3], k.stride()[:3], v.stride()[:3], out.stride()[:3], stride_queries,
-                stride_list, *bit_strides, heads, first, queries, plan.keys, tiles, -(-queries // CELL),
-                n_bytes, scale, CONSUMERS=plan.tile_rows // 64,
-                BLOCK_KEYS=launch.block_keys, SLICE_KEYS=plan.tile_keys if boxes is None else None, D=dim,
-                STAGES=launch.stages, GATHERERS=launch.gatherers, REGISTERS=registers,
-                HAS_TAIL=tail is not None, GATHERS=boxes is None, num_warps=4,
-                maxnreg=launch.max_registers)
+    if boxes is None:
+        counts, rows = Counts(plan, batch, heads), key_rows(plan.geometry)
+        bits, bit_strides, registers = (counts.bits, counts.valid), counts.strides, launch.registers
+        launches = [((None,) * 6, None, counts.listed, 0, 0, batch * heads)]
+    else:
+        rows, bits, bit_strides, registers = None, (None, None), (0, 0, 0), BOX_REGISTERS
+        launches = _boxed(k, v, plan, boxes)
+    for described, lists, listed, stride_list, first, launch_heads in launches:
+        launch_kernel(
+            hopper_kernel,
+            (tiles, launch_heads),
+            q,
+            k,
+            v,
+            *described,
+            out,
+            lists,
+            *bits,
+            listed,
+            tokens,
+            rows,
+            tail_out,
+            tail_lse,
+            q.stride()[:3],
+            k.stride()[:3],
+            v.stride()[:3],
+            out.stride()[:3],
+            stride_queries,
+            stride_list,
+            *bit_strides,
+            heads,
+            first,
+            queries,
+            plan.keys,
+            tiles,
+            -(-queries // CELL),
+            n_bytes,
+            scale,
+            CONSUMERS=plan.tile_rows // 64,
+            BLOCK_KEYS=launch.block_keys,
+            SLICE_KEYS=plan.tile_keys if boxes is None else None,
+            D=dim,
+            STAGES=launch.stages,
+            GATHERERS=launch.gatherers,
+            REGISTERS=registers,
+            HAS_TAIL=tail is not None,
+            GATHERS=boxes is None,
+            num_warps=4,
+            maxnreg=launch.max_registers,
+        )
 
 
 def _boxed(k, v, plan: SparsePlan, boxes: torch.Tensor):

@@ -19,8 +19,7 @@ def boxes_for(call: Call) -> torch.Tensor | None:
     """
     if call.settings.tile_keys < OCTET or call.key_valid is not None:
         return None
-    if any(n > 1 and stride == 0 for x in (call.k, call.v) if x is not None
-           for n, stride in zip(x.shape, x.stride(), strict=True)):
+    if any(_is_expanded(x) for x in (call.k, call.v) if x is not None):
         return None
     geometry = call.geometry
 
@@ -29,6 +28,12 @@ def boxes_for(call: Call) -> torch.Tensor | None:
         return None if boxes is None else torch.from_numpy(boxes).to(geometry.key_tokens.device)
 
     return geometry.table("boxes", build)
+
+
+def _is_expanded(x: torch.Tensor) -> bool:
+    """Whether rows lie on top of each other."""
+    strides = x.stride()
+    return 0 in strides and any(n > 1 and stride == 0 for n, stride in zip(x.shape, strides, strict=True))
 
 
 def octet_boxes(tokens: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray | None:
@@ -41,7 +46,7 @@ def octet_boxes(tokens: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray | 
     """
     (_, h, w), missing, four = grid, -len(tokens) % OCTET, np.arange(4)
     whole = tokens[: len(tokens) // OCTET * OCTET].reshape(-1, OCTET)
-    short = tokens[len(whole) * OCTET:]
+    short = tokens[len(whole) * OCTET :]
     if missing:
         whole = np.vstack((whole, short[0] - missing + np.arange(OCTET)))
         if short[0] < missing or (short != whole[-1, missing:]).any():

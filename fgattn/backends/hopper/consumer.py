@@ -43,8 +43,9 @@ def _step(i, m_i, l_i, acc, p, q_tile, zero, scale, ring, GATHERS: gl.constexpr)
     mbarrier.wait(ring.k_full.index(i % STAGES), (i // STAGES) & 1)
     if GATHERS:  # cp.async and WGMMA see shared memory through different proxies
         fence_async_shared()
-    s_token = warpgroup_mma(q_tile, ring.k_tiles.index(i % STAGES).permute((1, 0)), zero, use_acc=False,
-                            is_async=True)
+    s_token = warpgroup_mma(
+        q_tile, ring.k_tiles.index(i % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True
+    )
     acc_token = warpgroup_mma(p, ring.v_tiles.index(before % STAGES), acc, is_async=True)
     s = warpgroup_mma_wait(num_outstanding=1, deps=(s_token,))
     mbarrier.arrive(ring.k_empty.index(i % STAGES), count=1)
@@ -60,9 +61,7 @@ def _step(i, m_i, l_i, acc, p, q_tile, zero, scale, ring, GATHERS: gl.constexpr)
 
 
 @gluon.jit
-def consume(
-    task, ring, WARPGROUP: gl.constexpr, HAS_TAIL: gl.constexpr, GATHERS: gl.constexpr,
-):
+def consume(task, ring, WARPGROUP: gl.constexpr, HAS_TAIL: gl.constexpr, GATHERS: gl.constexpr):
     """Attention of the WARPGROUP-th 64 queries of a tile, over the keys that come through the ring.
 
     task: records.Queries; ring: records.Ring; HAS_TAIL: the tail is added; GATHERS: `producers.gather` fills
@@ -118,13 +117,19 @@ def consume(
         CELLS: gl.constexpr = gl.SliceLayout(1, by_cell.type.layout)
         query_cell = begin // 16 + gl.arange(0, 4, gl.SliceLayout(1, CELLS))
         column = gl.arange(0, D, gl.SliceLayout(0, CELLS))
-        tail = gl.load(task.tail_out + query_cell[:, None] * D + column[None, :],
-                       mask=(query_cell * 16 < queries)[:, None], other=0.0)
+        tail = gl.load(
+            task.tail_out + query_cell[:, None] * D + column[None, :],
+            mask=(query_cell * 16 < queries)[:, None],
+            other=0.0,
+        )
         tail, _ = gl.broadcast(gl.expand_dims(tail, 1), by_cell)
         tail = gl.convert_layout(tail.reshape([64, D]), ACC, assert_trivial=True)
         acc = acc * alpha[:, None] + tail * beta[:, None]
         l_row = l_row * alpha + beta
     acc = acc / gl.where(l_row == 0.0, 1.0, l_row)[:, None]  # nothing kept and no tail: zeros
     q_tile.store(acc.to(q_tile.dtype))  # by way of shared memory, so that rows are stored whole
-    gl.store(task.out + token[:, None] * task.stride_out + dim[None, :],
-             q_tile.load(IO).to(task.out.dtype.element_ty), mask=has_query[:, None])
+    gl.store(
+        task.out + token[:, None] * task.stride_out + dim[None, :],
+        q_tile.load(IO).to(task.out.dtype.element_ty),
+        mask=has_query[:, None],
+    )

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ...plan import SparsePlan
 from ..shared.launch import COUNTS, shared_stride
+from ..shared.prepared import launch_kernel
 from .records import Bits
 
 WINDOW = gl.constexpr(1024)  # keys
@@ -108,7 +109,7 @@ def _find(kept, up_to, rank):
 
 @gluon.jit
 def enlist(
-    key_rows, listed, source, slots, PART: gl.constexpr, PARTS: gl.constexpr, SLICE_KEYS: gl.constexpr,
+    key_rows, listed, source, slots, PART: gl.constexpr, PARTS: gl.constexpr, SLICE_KEYS: gl.constexpr
 ):
     """Lister of the PART-th of PARTS parts of every step: writes rows of k and v to the slots.
 
@@ -154,7 +155,16 @@ def enlist(
 
 @gluon.jit(do_not_specialize=[*BIT_STRIDES, *COUNTS])
 def count_kernel(
-    bits, valid, listed, stride_bits_b, stride_bits_h, stride_valid, heads, tiles, keys, n_bytes,
+    bits,
+    valid,
+    listed,
+    stride_bits_b,
+    stride_bits_h,
+    stride_valid,
+    heads,
+    tiles,
+    keys,
+    n_bytes,
     SLICE_KEYS: gl.constexpr,
 ):
     """Number of keys that each tile keeps.
@@ -193,6 +203,17 @@ class Counts:
             self.valid = (words << torch.arange(32, device=device)).sum(2).to(torch.int32)
         self.strides = shared_stride(bits, 0), shared_stride(bits, 1), shared_stride(self.valid)
         self.listed = torch.empty(batch * heads, tiles, dtype=torch.int32, device=device)
-        count_kernel[tiles, batch * heads](
-            bits, self.valid, self.listed, *self.strides, heads, tiles, plan.keys, n_bytes,
-            SLICE_KEYS=plan.tile_keys, num_warps=4)
+        launch_kernel(
+            count_kernel,
+            (tiles, batch * heads),
+            bits,
+            self.valid,
+            self.listed,
+            *self.strides,
+            heads,
+            tiles,
+            plan.keys,
+            n_bytes,
+            SLICE_KEYS=plan.tile_keys,
+            num_warps=4,
+        )

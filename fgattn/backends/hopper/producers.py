@@ -9,6 +9,8 @@ The step that is not full comes first; `fetch` takes it from the end of its list
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -16,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..shared.prepared import like, template
 from .boxes import DEEP, OCTET, WIDE
 from .lister import SLOTS
 
@@ -26,9 +29,7 @@ TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 @gluon.jit
-def gather(
-    task, slots, ring, WARPS: gl.constexpr,
-):
+def gather(task, slots, ring, WARPS: gl.constexpr):
     """Producer: copies the rows of each slot with cp.async; the copies of each thread arrive by themselves.
 
     task: records.Rows; slots: records.Slots; ring: records.Ring; WARPS: of this producer.
@@ -73,7 +74,7 @@ def _boxes(unit_list, step, PART: gl.constexpr, BLOCK_KEYS: gl.constexpr):
 
 @gluon.jit
 def _copy(
-    kinds, boxes, head, tiles, full, stage, PART: gl.constexpr, BLOCK_KEYS: gl.constexpr, D: gl.constexpr,
+    kinds, boxes, head, tiles, full, stage, PART: gl.constexpr, BLOCK_KEYS: gl.constexpr, D: gl.constexpr
 ):
     """Has TMA copy a quarter of a tile, octet by octet, in halves of 64 columns.
 
@@ -82,7 +83,8 @@ def _copy(
     OCTETS: gl.constexpr = BLOCK_KEYS // ROWS
     MINE: gl.constexpr = OCTETS // PRODUCERS
     tiles = tiles._reinterpret(
-        tiles.dtype, [tiles.shape[0] * OCTETS * (D // HALF), 1, 1, 2, ROWS // 2, HALF], kinds.flat.layout)
+        tiles.dtype, [tiles.shape[0] * OCTETS * (D // HALF), 1, 1, 2, ROWS // 2, HALF], kinds.flat.layout
+    )
     mbarrier.expect(full, MINE * ROWS * D * 2)
     for i in gl.static_range(MINE):
         kind = kinds.flat
@@ -97,9 +99,7 @@ def _copy(
 
 
 @gluon.jit
-def fetch(
-    task, ring, PART: gl.constexpr,
-):
+def fetch(task, ring, PART: gl.constexpr):
     """Producer of the PART-th quarter of every tile: the boxes of a step are looked up a step ahead.
 
     task: records.Boxes; ring: records.Ring.
@@ -126,10 +126,27 @@ def descriptors(x: torch.Tensor, grid: tuple[int, int, int]) -> list[TensorDescr
     Each is a view of x whose tokens overlap: [H, L, 2, 4, D], the third dimension being the next four
     tokens, those below, or those of the next frame.
     """
-    (heads, length, dim), stride = x.shape, x.stride(1)
-    stride_h = x.stride(0) if heads > 1 else OCTET
+    return [like(one, x) for one in _templates(x.shape, x.stride(), x.dtype, grid)]
+
+
+@functools.lru_cache(maxsize=32)
+def _templates(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, grid: tuple[int, int, int]
+) -> list[TensorDescriptor]:
+    (heads, length, dim), (stride_h, stride, _) = shape, strides
+    if heads == 1:
+        stride_h = OCTET
     block = [1, 1, 2, OCTET // 2, HALF.value]
-    layout = gl.NVMMASharedLayout.get_default_for(block, TYPES[x.dtype])
-    return [TensorDescriptor(x, [heads, length, 2, OCTET // 2, dim],
-                             [stride_h, stride, step * stride, stride, 1], block, layout)
-            for step in (OCTET // 2, max(1, grid[2]), max(1, grid[1] * grid[2]))]
+    layout = gl.NVMMASharedLayout.get_default_for(block, TYPES[dtype])
+    return [
+        template(
+            TensorDescriptor(
+                torch.empty(0, dtype=dtype),
+                [heads, length, 2, OCTET // 2, dim],
+                [stride_h, stride, step * stride, stride, 1],
+                block,
+                layout,
+            )
+        )
+        for step in (OCTET // 2, max(1, grid[2]), max(1, grid[1] * grid[2]))
+    ]

@@ -8,10 +8,10 @@ of the keys and values of STEP cells into a ring of shared tiles, and with them 
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -26,6 +26,7 @@ from ...call import Call
 from ...layout import CELL
 from ..base import Planned, Tail
 from ..shared.launch import COUNTS, LOG2_E, shared_stride
+from ..shared.prepared import launch_kernel, like, template
 from ..shared.summarise import tail_room
 from .producers import TYPES
 from .softmax import own_sums
@@ -134,12 +135,41 @@ def _consume(task, ring, WARPGROUP: gl.constexpr, TILE_CELLS: gl.constexpr):
     gl.store(task.lse + place, (m_row + gl.log2(l_row)) * LN_2, mask=place < query_cells)
 
 
-@gluon.jit(do_not_specialize=[
-    "stride_bits_b", "stride_bits_h", "stride_valid", "stride_order_b", "stride_order_h", *COUNTS])
+@gluon.jit(
+    do_not_specialize=[
+        "stride_bits_b",
+        "stride_bits_h",
+        "stride_valid",
+        "stride_order_b",
+        "stride_order_h",
+        *COUNTS,
+    ]
+)
 def tail_hopper_kernel(
-    centroid, mean, value, bits, valid, order, out, lse, stride_bits_b, stride_bits_h, stride_valid,
-    stride_order_b, stride_order_h, heads, query_cells, key_cells, keys, tiles, n_bytes, scale,
-    D: gl.constexpr, TILE_CELLS: gl.constexpr, SLICE_KEYS: gl.constexpr, STAGES: gl.constexpr,
+    centroid,
+    mean,
+    value,
+    bits,
+    valid,
+    order,
+    out,
+    lse,
+    stride_bits_b,
+    stride_bits_h,
+    stride_valid,
+    stride_order_b,
+    stride_order_h,
+    heads,
+    query_cells,
+    key_cells,
+    keys,
+    tiles,
+    n_bytes,
+    scale,
+    D: gl.constexpr,
+    TILE_CELLS: gl.constexpr,
+    SLICE_KEYS: gl.constexpr,
+    STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     """The tail of CONSUMERS * 64 query cells of one head, for executed tiles of TILE_CELLS query cells.
@@ -183,32 +213,66 @@ def tail_hopper_kernel(
         mbarrier.init(empty.index(i), count=CONSUMERS)
     ring = Ring(m_tiles, v_tiles, weights, full, empty)
     task = Centroids(centroid, order, out, lse, begin, query_cells, key_cells, scale, c_tiles)
-    skipped = Skipped(mean, value, bits, valid, head.to(gl.int32), begin // TILE_CELLS, tiles, key_cells,
-                      keys, n_bytes)
-    gl.warp_specialize([
-        (_consume, (task, ring, 0, TILE_CELLS)),
-        (_consume, (task, ring, 1, TILE_CELLS)),
-        (_consume, (task, ring, 2, TILE_CELLS)),
-        (produce, (skipped, ring, TILE_CELLS, SLICE_KEYS)),
-    ], [4, 4, 4], REGISTERS)
+    skipped = Skipped(
+        mean, value, bits, valid, head.to(gl.int32), begin // TILE_CELLS, tiles, key_cells, keys, n_bytes
+    )
+    gl.warp_specialize(
+        [
+            (_consume, (task, ring, 0, TILE_CELLS)),
+            (_consume, (task, ring, 1, TILE_CELLS)),
+            (_consume, (task, ring, 2, TILE_CELLS)),
+            (produce, (skipped, ring, TILE_CELLS, SLICE_KEYS)),
+        ],
+        [4, 4, 4],
+        REGISTERS,
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _template(shape: tuple[int, ...], dtype: torch.dtype) -> TensorDescriptor:
+    """Of means [B * H, key cells, D]: STEP cells of a head at a time."""
+    (_, key_cells, dim), block = shape, [1, STEP.value, shape[2]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, TYPES[dtype])
+    return template(
+        TensorDescriptor(torch.empty(0, dtype=dtype), [*shape], [key_cells * dim, dim, 1], block, layout)
+    )
 
 
 def tail(call: Call, planned: Planned) -> Tail:
     """The tail of a call under a plan."""
     plan, (made, key_rows, (out, lse)) = planned.plan, tail_room(call, planned)
     (batch, heads, query_cells, dim), bits, order = out.shape, plan.bits, plan.cell_order
-    block, valid = [1, STEP.value, dim], None
-    layout = gl.NVMMASharedLayout.get_default_for(block, TYPES[made.mean.dtype])
-    described = (TensorDescriptor.from_tensor(x, block, layout) for x in (made.mean, made.value))
+    described, valid = (like(_template(x.shape, x.dtype), x) for x in (made.mean, made.value)), None
     if plan.key_valid is not None:
         places = torch.arange(CELL, dtype=torch.int32, device=out.device)
         valid = ((key_rows >= 0).view(len(key_rows), -1, CELL) << places).sum(2, dtype=torch.int32)
-    with torch.cuda.device(out.device):
-        tail_hopper_kernel[triton.cdiv(query_cells, 64 * CONSUMERS.value), batch * heads](
-            made.centroid, *described, bits, valid, order, out, lse,
-            shared_stride(bits, 0), shared_stride(bits, 1), shared_stride(valid), shared_stride(order, 0),
-            shared_stride(order, 1), heads, query_cells, made.mean.shape[1],
-            plan.keys, bits.shape[2], bits.shape[3], plan.softmax_scale(dim) * LOG2_E, D=dim,
-            TILE_CELLS=plan.tile_rows // CELL, SLICE_KEYS=plan.tile_keys, STAGES=STAGES, REGISTERS=REGISTERS,
-            num_warps=4)
+    launch_kernel(
+        tail_hopper_kernel,
+        (-(-query_cells // (64 * CONSUMERS.value)), batch * heads),
+        made.centroid,
+        *described,
+        bits,
+        valid,
+        order,
+        out,
+        lse,
+        shared_stride(bits, 0),
+        shared_stride(bits, 1),
+        shared_stride(valid),
+        shared_stride(order, 0),
+        shared_stride(order, 1),
+        heads,
+        query_cells,
+        made.mean.shape[1],
+        plan.keys,
+        bits.shape[2],
+        bits.shape[3],
+        plan.softmax_scale(dim) * LOG2_E,
+        D=dim,
+        TILE_CELLS=plan.tile_rows // CELL,
+        SLICE_KEYS=plan.tile_keys,
+        STAGES=STAGES,
+        REGISTERS=REGISTERS,
+        num_warps=4,
+    )
     return out, lse

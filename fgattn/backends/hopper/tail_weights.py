@@ -19,7 +19,12 @@ def _log2_of_ones(x):
     """log2 of the number of bits set, fp32; -inf for none."""
     return gl.inline_asm_elementwise(
         "{.reg .b32 n; .reg .f32 f; popc.b32 n, $1; cvt.rn.f32.u32 f, n; lg2.approx.ftz.f32 $0, f;}",
-        "=f,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+        "=f,r",
+        [x],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @gluon.jit
@@ -58,9 +63,7 @@ def _weights(tile_bits, there, first, place, n_bytes, N: gl.constexpr):
 
 
 @gluon.jit
-def produce(
-    task, ring, TILE_CELLS: gl.constexpr, SLICE_KEYS: gl.constexpr,
-):
+def produce(task, ring, TILE_CELLS: gl.constexpr, SLICE_KEYS: gl.constexpr):
     """Producer: has TMA copy the means of each step's key cells to the ring, and adds their weights.
 
     task: tail.Skipped; ring: tail.Ring.

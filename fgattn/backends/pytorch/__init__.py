@@ -15,8 +15,11 @@ from . import attend, select, tail
 
 
 def _plan(call: Call) -> Planned:
-    return Planned(plan_selected(call, lambda q, k, valid: select.select(
-        q, k, valid, call.geometry, call.settings, call.scale)))
+    return Planned(
+        plan_selected(
+            call, lambda q, k, valid: select.select(q, k, valid, call.geometry, call.settings, call.scale)
+        )
+    )
 
 
 def _attend_by_reference(call: Call, plan: SparsePlan, given: Tail | None, out: torch.Tensor) -> None:
@@ -24,8 +27,13 @@ def _attend_by_reference(call: Call, plan: SparsePlan, given: Tail | None, out: 
 
 
 BACKEND = Backend(
-    name="torch", reason=lambda call: None, plan=_plan,
+    name="torch",
+    reason=lambda call: None,
+    plan=_plan,
     tail=lambda call, planned: tail.tail(call, planned.plan),
-    attend=attend.attend, gains_on=lambda device: device.type == "cpu")
+    attend=attend.attend,
+    gains_on=lambda device: device.type == "cpu",
+)
 SPECIFICATION = dataclasses.replace(
-    BACKEND, name="reference", tail=None, attend=_attend_by_reference, gains_on=lambda device: False)
+    BACKEND, name="reference", tail=None, attend=_attend_by_reference, gains_on=lambda device: False
+)

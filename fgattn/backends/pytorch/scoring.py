@@ -48,8 +48,11 @@ def summarise(x: torch.Tensor, valid: torch.Tensor | None = None, *, variance: b
 
 
 def cell_logits(
-    query_mean: torch.Tensor, key_mean: torch.Tensor, key_variance: torch.Tensor | None,
-    scale: float, dtype: torch.dtype,
+    query_mean: torch.Tensor,
+    key_mean: torch.Tensor,
+    key_variance: torch.Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Logits of every query cell against every key cell, [G, query cells, key cells] in fp32 (or float64).
 

@@ -19,8 +19,12 @@ REFINE_ELEMENTS = 16 << 20  # size of the largest temporary of the key-by-key pa
 
 
 def select(
-    q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None, geo: Geometry,
-    settings: Settings, scale: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    valid: torch.Tensor | None,
+    geo: Geometry,
+    settings: Settings,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Kept slices, bool [G, tiles, slices], and what tiles are joined by: the same, or cells where N < 16.
 

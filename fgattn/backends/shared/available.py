@@ -30,7 +30,7 @@ def missing() -> str | None:
     """Why there is no Triton kernel at all, or None."""
     if not importlib.util.find_spec("triton"):
         return "Triton is not installed"
-    if error := loading_error(f"{__package__}.select"):
+    if error := loading_error(f"{__package__}.planning"):
         return f"Triton is installed but does not load: {error}"
     return None
 
@@ -39,7 +39,7 @@ def missing() -> str | None:
 def device_reason(device: torch.device) -> str | None:
     """Why no Triton kernel can run on a device, or None."""
     if device.type != "cuda":
-        from .select import IS_INTERPRETED
+        from .launch import IS_INTERPRETED
 
         return None if IS_INTERPRETED else f"no Triton kernel for device type {device.type}"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST:

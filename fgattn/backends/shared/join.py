@@ -15,15 +15,32 @@ from ...joining import FARTHEST, WINDOW
 from ...layout import CELL
 from ...plan import KERNEL_ROWS
 from .launch import COUNTS, shared_stride
+from .prepared import launch_kernel
 
 BLOCK_BYTES, WARPS = 16, 2
 
 
 @triton.jit(do_not_specialize=["stride_order", "stride_widths_b", *COUNTS])
 def join_kernel(
-    bits, order, widths, joined_bits, joined_order, executed_pairs, stride_order, stride_widths_b, heads,
-    queries, query_cells, tiles, slices, n_bytes, WINDOW: tl.constexpr, TILE_CELLS: tl.constexpr,
-    FARTHEST: tl.constexpr, BLOCK_BYTES: tl.constexpr, COUNT: tl.constexpr,
+    bits,
+    order,
+    widths,
+    joined_bits,
+    joined_order,
+    executed_pairs,
+    stride_order,
+    stride_widths_b,
+    heads,
+    queries,
+    query_cells,
+    tiles,
+    slices,
+    n_bytes,
+    WINDOW: tl.constexpr,
+    TILE_CELLS: tl.constexpr,
+    FARTHEST: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+    COUNT: tl.constexpr,
 ):
     """Joins the WINDOW tiles of a window two by two: the closest two that are left, over and over.
 
@@ -47,8 +64,11 @@ def join_kernel(
     common = tl.zeros([WINDOW, WINDOW], tl.float32)
     for j in range(0, n_bytes, BLOCK_BYTES):
         part = j * 8 + tl.arange(0, BLOCK_BYTES * 8)
-        octet = tl.load(bits + tile[:, None].to(tl.int64) * n_bytes + (part // 8)[None, :],
-                        mask=(tile < tiles)[:, None] & (part // 8 < n_bytes)[None, :], other=0).to(tl.int32)
+        octet = tl.load(
+            bits + tile[:, None].to(tl.int64) * n_bytes + (part // 8)[None, :],
+            mask=(tile < tiles)[:, None] & (part // 8 < n_bytes)[None, :],
+            other=0,
+        ).to(tl.int32)
         kept = ((octet >> (part % 8)[None, :]) & 1).to(tl.float16)
         common = tl.dot(kept, tl.trans(kept), common)
     diagonal = tl.where(place[:, None] == place[None, :], common, 0.0)
@@ -84,12 +104,21 @@ def join_kernel(
     for j in range(0, n_bytes, BLOCK_BYTES):
         byte = j + tl.arange(0, BLOCK_BYTES)
         inside = (byte < n_bytes)[None, :]
-        octet = tl.load(bits + one[:, None].to(tl.int64) * n_bytes + byte[None, :],
-                        mask=(one < tiles)[:, None] & inside, other=0)
-        octet |= tl.load(bits + two[:, None].to(tl.int64) * n_bytes + byte[None, :],
-                         mask=(two < tiles)[:, None] & inside, other=0)
-        tl.store(joined_bits + joined[:, None].to(tl.int64) * n_bytes + byte[None, :], octet,
-                 mask=(joined < joined_tiles)[:, None] & inside)
+        octet = tl.load(
+            bits + one[:, None].to(tl.int64) * n_bytes + byte[None, :],
+            mask=(one < tiles)[:, None] & inside,
+            other=0,
+        )
+        octet |= tl.load(
+            bits + two[:, None].to(tl.int64) * n_bytes + byte[None, :],
+            mask=(two < tiles)[:, None] & inside,
+            other=0,
+        )
+        tl.store(
+            joined_bits + joined[:, None].to(tl.int64) * n_bytes + byte[None, :],
+            octet,
+            mask=(joined < joined_tiles)[:, None] & inside,
+        )
         if COUNT:
             for i in tl.static_range(8):
                 width = tl.load(widths + byte * 8 + i, mask=byte * 8 + i < slices, other=0)
@@ -99,7 +128,7 @@ def join_kernel(
         tl.store(executed_pairs + head * tl.num_programs(0) + window, tl.sum(keys.to(tl.int64) * rows, 0))
 
 
-def grouped(bits: torch.Tensor, widths: torch.Tensor, tile_queries: int, queries: int):
+def joined_on_device(bits: torch.Tensor, widths: torch.Tensor, tile_queries: int, queries: int):
     """Join tiles until they have KERNEL_ROWS queries; inside the tensors' device context.
 
     Args:
@@ -109,17 +138,36 @@ def grouped(bits: torch.Tensor, widths: torch.Tensor, tile_queries: int, queries
         The joined tiles' bits, their pairs int64 [B, H, n] in parts, and a plan's order of query cells.
     """
     (batch, heads, tiles, n_bytes), device = bits.shape, bits.device
-    rows, query_cells, stride = tile_queries, triton.cdiv(queries, CELL), 0
+    rows, query_cells, stride = tile_queries, -(-queries // CELL), 0
     order = torch.arange(query_cells, dtype=torch.int32, device=device)
     while rows < KERNEL_ROWS:
-        windows, joined_tiles = triton.cdiv(tiles, WINDOW), triton.cdiv(tiles, 2)
+        windows, joined_tiles = -(-tiles // WINDOW), -(-tiles // 2)
         joined_bits = torch.empty(batch, heads, joined_tiles, n_bytes, dtype=torch.uint8, device=device)
         joined_order = torch.empty(batch, heads, query_cells, dtype=torch.int32, device=device)
         executed_pairs = torch.empty(batch, heads, windows, dtype=torch.int64, device=device)
-        join_kernel[(windows, batch * heads)](
-            bits, order, widths, joined_bits, joined_order, executed_pairs, stride,
-            shared_stride(widths), heads, queries, query_cells, tiles, widths.shape[1], n_bytes,
-            WINDOW=WINDOW, TILE_CELLS=rows // CELL, FARTHEST=FARTHEST, BLOCK_BYTES=BLOCK_BYTES,
-            COUNT=2 * rows == KERNEL_ROWS, num_warps=WARPS)
+        launch_kernel(
+            join_kernel,
+            (windows, batch * heads),
+            bits,
+            order,
+            widths,
+            joined_bits,
+            joined_order,
+            executed_pairs,
+            stride,
+            shared_stride(widths),
+            heads,
+            queries,
+            query_cells,
+            tiles,
+            widths.shape[1],
+            n_bytes,
+            WINDOW=WINDOW,
+            TILE_CELLS=rows // CELL,
+            FARTHEST=FARTHEST,
+            BLOCK_BYTES=BLOCK_BYTES,
+            COUNT=2 * rows == KERNEL_ROWS,
+            num_warps=WARPS,
+        )
         bits, order, stride, tiles, rows = joined_bits, joined_order, query_cells, joined_tiles, 2 * rows
     return bits, executed_pairs, order

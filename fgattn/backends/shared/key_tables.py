@@ -43,5 +43,6 @@ def _made(geo: Geometry, valid: torch.Tensor | None) -> KeyTables:
     if valid is not None:
         itself = torch.arange(counts.shape[1], dtype=torch.int32, device=rows.device)
         sources = torch.where(has_keys, itself, has_keys.int().argmax(1, keepdim=True).int())
-    return KeyTables(rows, counts, weights, sources, pack(has_keys),
-                     pack(rows[:, : len(geo.key_tokens)] >= 0))
+    return KeyTables(
+        rows, counts, weights, sources, pack(has_keys), pack(rows[:, : len(geo.key_tokens)] >= 0)
+    )

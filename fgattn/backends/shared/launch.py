@@ -1,10 +1,9 @@
-"""What the launches of all kernels share: the context, strides of broadcast tensors, rows of positions."""
+"""What the launches of all kernels share: strides of broadcast tensors, rows of positions."""
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
+import triton
 
 from ...layout import CELL, Geometry
 
@@ -12,13 +11,28 @@ LOG2_E = 1.4426950408889634
 # Arguments that Triton shall not compile variants for (being 1, or divisible by 16): each video length and
 # number of heads would cost its own seconds.
 COUNTS = [
-    "heads", "first_head", "first_tensor", "queries", "query_cells", "keys", "key_cells", "tiles", "units",
-    "slices", "span", "n_bytes", "cell_bytes"]
+    "heads",
+    "first_head",
+    "first_tensor",
+    "queries",
+    "query_cells",
+    "keys",
+    "key_cells",
+    "tiles",
+    "units",
+    "slices",
+    "span",
+    "n_bytes",
+    "cell_bytes",
+]
 
 
-def on_device(x: torch.Tensor):
-    """Context in which Triton launches on x's GPU; nothing in the interpreter."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+@triton.jit
+def _nothing():
+    """A kernel by which the interpreter is recognised: it is then none of Triton's own type."""
+
+
+IS_INTERPRETED = not isinstance(_nothing, triton.JITFunction)
 
 
 def shared_stride(x: torch.Tensor | None, dim: int = 0) -> int:

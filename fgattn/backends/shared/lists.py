@@ -16,6 +16,7 @@ import triton.language as tl
 from ...layout import CELL
 from ...plan import SparsePlan
 from .launch import COUNTS, LOG2_E, key_rows, shared_stride
+from .prepared import launch_kernel
 
 LIST_BYTES = 208 << 20  # scratch for lists; heads that do not fit at once run in several launches
 LIST_BLOCK, LIST_SPAN = 256, 4096  # units: of a step, of a program
@@ -35,9 +36,27 @@ def _ones_up_to(octet):
 
 @triton.jit(do_not_specialize=["stride_bits_b", "stride_bits_h", *COUNTS])
 def list_kernel(
-    bits, entries, lists, listed, stride_bits_b, stride_bits_h, stride_entries_b, stride_list, heads,
-    first_head, tiles, slices, units, keys, span, n_bytes, SLICE_UNITS: tl.constexpr, UNIT: tl.constexpr,
-    HAS_ENTRIES: tl.constexpr, CHECKED: tl.constexpr, BLOCK: tl.constexpr,
+    bits,
+    entries,
+    lists,
+    listed,
+    stride_bits_b,
+    stride_bits_h,
+    stride_entries_b,
+    stride_list,
+    heads,
+    first_head,
+    tiles,
+    slices,
+    units,
+    keys,
+    span,
+    n_bytes,
+    SLICE_UNITS: tl.constexpr,
+    UNIT: tl.constexpr,
+    HAS_ENTRIES: tl.constexpr,
+    CHECKED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Lists the units of UNIT keys whose slice (unit // SLICE_UNITS) has its bit set, in order, for one tile.
 
@@ -138,11 +157,31 @@ class Lists:
         strides = shared_stride(bits, 0), shared_stride(bits, 1)
         for b, first in itertools.product(range(self.batch), range(0, self.heads, most)):
             launch_heads = min(most, self.heads - first)
-            list_kernel[self.tiles, launch_heads, triton.cdiv(self.units, self.span)](
-                bits, self.entries, self.lists, self.listed, *strides, self.stride_rows, self.stride,
-                self.heads, b * self.heads + first, self.tiles, self.slices, self.units, self.keys, self.span,
-                bits.shape[3], SLICE_UNITS=self.slice_units, UNIT=self.unit,
-                HAS_ENTRIES=self.entries is not None, CHECKED=self.is_checked, BLOCK=LIST_BLOCK, num_warps=1)
+            launch_kernel(
+                list_kernel,
+                (self.tiles, launch_heads, -(-self.units // self.span)),
+                bits,
+                self.entries,
+                self.lists,
+                self.listed,
+                *strides,
+                self.stride_rows,
+                self.stride,
+                self.heads,
+                b * self.heads + first,
+                self.tiles,
+                self.slices,
+                self.units,
+                self.keys,
+                self.span,
+                bits.shape[3],
+                SLICE_UNITS=self.slice_units,
+                UNIT=self.unit,
+                HAS_ENTRIES=self.entries is not None,
+                CHECKED=self.is_checked,
+                BLOCK=LIST_BLOCK,
+                num_warps=1,
+            )
             yield b, first, launch_heads
 
 

@@ -6,7 +6,6 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 
 
 class PlanLaunch(NamedTuple):
@@ -28,6 +27,7 @@ START = 0.01  # what starting a share of a program costs, as a part of a program
 MAX_SHARES = 8
 
 
+@functools.cache
 def plan_launch(device: torch.device) -> PlanLaunch:
     """The settings of select.py and refine.py on a device."""
     return PLAN_TABLE[max(row for row in PLAN_TABLE if row <= capability(device))]
@@ -41,11 +41,14 @@ def capability(device: torch.device) -> int:
     return major * 10 + minor
 
 
+@functools.lru_cache(maxsize=256)
 def shares(programs: int, steps: int, device: torch.device) -> int:
     """Into how many programs each is split, so that the last wave of them is nearly full."""
     processors = _processors(device)
-    return min(range(1, min(MAX_SHARES, steps) + 1),
-               key=lambda n: triton.cdiv(programs * n, processors) / n * (1 + START * n))
+    return min(
+        range(1, min(MAX_SHARES, steps) + 1),
+        key=lambda n: -(-(programs * n) // processors) / n * (1 + START * n),
+    )
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from ...layout import CELL
 from ...plan import KERNEL_ROWS, row_bytes
 from .launch import COUNTS, shared_stride
 from .plan_table import plan_launch, shares
+from .prepared import launch_kernel
 from .words import (
     WORDS,
     column_order,
@@ -36,8 +37,24 @@ SLICE_TILES, SLICE_WORDS = 4, 256  # of a program and of its step
 
 @triton.jit(do_not_specialize=["row_words", *COUNTS])
 def refine_kernel(
-    centroid, k, rows, limits, order, bits, stride_kb, stride_kh, stride_kl, stride_rows_b, row_words, heads,
-    query_cells, keys, tiles, BLOCK_QUERY_CELLS: tl.constexpr, BLOCK_KEYS: tl.constexpr, D: tl.constexpr,
+    centroid,
+    k,
+    rows,
+    limits,
+    order,
+    bits,
+    stride_kb,
+    stride_kh,
+    stride_kl,
+    stride_rows_b,
+    row_words,
+    heads,
+    query_cells,
+    keys,
+    tiles,
+    BLOCK_QUERY_CELLS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    D: tl.constexpr,
     TILE_CELLS: tl.constexpr,
 ):
     """Which keys each tile would keep for their score; query cells and tiles in the order of execution.
@@ -57,8 +74,11 @@ def refine_kernel(
     if order is not None:
         query_cell = tl.load(order + head * query_cells + place, mask=place < query_cells, other=0)
     dim = tl.arange(0, D)
-    c = tl.load(centroid + (head * query_cells + query_cell[:, None]) * D + dim[None, :],
-                mask=place[:, None] < query_cells, other=0.0)
+    c = tl.load(
+        centroid + (head * query_cells + query_cell[:, None]) * D + dim[None, :],
+        mask=place[:, None] < query_cells,
+        other=0.0,
+    )
     limit = tl.load(limits + head * query_cells + query_cell, mask=place < query_cells, other=0.0)
     k += head // heads * stride_kb + head % heads * stride_kh
     rows += head // heads * stride_rows_b
@@ -77,9 +97,27 @@ def refine_kernel(
 
 @triton.jit(do_not_specialize=["stride_exists_b", "row_words", "cell_bytes", *COUNTS])
 def key_slice_kernel(
-    words, order, always, cell_bits, exists, bits, requested_pairs, executed_pairs, stride_exists_b, heads,
-    queries, query_cells, tiles, row_words, cell_bytes, n_bytes, TILE_CELLS: tl.constexpr,
-    JOINED: tl.constexpr, SLICE_KEYS: tl.constexpr, TILES: tl.constexpr, WORDS: tl.constexpr,
+    words,
+    order,
+    always,
+    cell_bits,
+    exists,
+    bits,
+    requested_pairs,
+    executed_pairs,
+    stride_exists_b,
+    heads,
+    queries,
+    query_cells,
+    tiles,
+    row_words,
+    cell_bytes,
+    n_bytes,
+    TILE_CELLS: tl.constexpr,
+    JOINED: tl.constexpr,
+    SLICE_KEYS: tl.constexpr,
+    TILES: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     """Slices of SLICE_KEYS < 16 keys inside kept cells that are kept for a key's score or always.
 
@@ -101,8 +139,10 @@ def key_slice_kernel(
     place = tl.program_id(0) * TILES + tl.arange(0, TILES)
     tile = place
     if order is not None:
-        tile = tl.load(order + head * query_cells + place * TILE_CELLS, mask=place < tiles,
-                       other=0) // TILE_CELLS
+        tile = (
+            tl.load(order + head * query_cells + place * TILE_CELLS, mask=place < tiles, other=0)
+            // TILE_CELLS
+        )
     E: tl.constexpr = TILES // JOINED  # executed tiles of this program
     executed = tl.program_id(0) * E + tl.arange(0, E)
     executed_tiles = tl.cdiv(tiles, JOINED)
@@ -131,8 +171,11 @@ def key_slice_kernel(
             kept = tl.sum(tl.reshape(kept, (E, WORDS // 2, 2)) << (4 * tl.arange(0, 2))[None, None, :], 2)
         WIDE: tl.constexpr = kept.shape[1]
         at = j * WIDE // WORDS + tl.arange(0, WIDE)
-        tl.store(bits + at[None, :], kept.to(bits.dtype.element_ty),
-                 mask=(executed[:, None] < executed_tiles) & (at < n_bytes)[None, :])
+        tl.store(
+            bits + at[None, :],
+            kept.to(bits.dtype.element_ty),
+            mask=(executed[:, None] < executed_tiles) & (at < n_bytes)[None, :],
+        )
     at = head * tl.num_programs(0) + tl.program_id(0)
     tl.store(requested_pairs + at, pairs_of(tl.sum(alone, 1), place, queries, TILE_CELLS * 16))
     tl.store(executed_pairs + at, pairs_of(tl.sum(together, 1), executed, queries, JOINED * TILE_CELLS * 16))
@@ -169,21 +212,62 @@ def refine(call: Call, chosen: Chosen, table):
     tiles, launch, together = cells.shape[2], plan_launch(device), max(1, KERNEL_ROWS // m)
     words = torch.empty(batch, heads, tiles, row_bytes(keys), dtype=torch.uint8, device=device)
     out = words.view(WORDS[launch.keys])
-    blocks = triton.cdiv(query_cells, launch.query_cells)
-    refine_kernel[blocks, shares(blocks * all_heads, triton.cdiv(keys, launch.keys), device), all_heads](
-        centroid, k, table.rows, limits, order, out, *k.stride()[:3], shared_stride(table.rows), out.shape[3],
-        heads, query_cells, keys, tiles, BLOCK_QUERY_CELLS=launch.query_cells, BLOCK_KEYS=launch.keys, D=dim,
-        TILE_CELLS=m // CELL, num_warps=launch.key_warps, num_stages=launch.key_stages)
+    blocks = -(-query_cells // launch.query_cells)
+    launch_kernel(
+        refine_kernel,
+        (blocks, shares(blocks * all_heads, -(-keys // launch.keys), device), all_heads),
+        centroid,
+        k,
+        table.rows,
+        limits,
+        order,
+        out,
+        *k.stride()[:3],
+        shared_stride(table.rows),
+        out.shape[3],
+        heads,
+        query_cells,
+        keys,
+        tiles,
+        BLOCK_QUERY_CELLS=launch.query_cells,
+        BLOCK_KEYS=launch.keys,
+        D=dim,
+        TILE_CELLS=m // CELL,
+        num_warps=launch.key_warps,
+        num_stages=launch.key_stages,
+    )
     bits = words
     if n > 1 or together > 1:
-        bits = words.new_empty(batch, heads, triton.cdiv(tiles, together), row_bytes(triton.cdiv(keys, n)))
+        bits = words.new_empty(batch, heads, -(-tiles // together), row_bytes(-(-keys // n)))
     out = bits.view({1: torch.int32, 2: torch.int16}.get(n, torch.uint8))
-    programs = triton.cdiv(tiles, SLICE_TILES)
+    programs = -(-tiles // SLICE_TILES)
     requested_pairs, executed_pairs = (
-        torch.empty(batch, heads, programs, dtype=torch.float64, device=device) for _ in range(2))
-    key_slice_kernel[programs, all_heads](
-        words.view(torch.int32), order, always, cells, table.keys.view(torch.int32), out, requested_pairs,
-        executed_pairs, shared_stride(table.keys) // 4, heads, queries, query_cells, tiles,
-        words.shape[3] // 4, cells.shape[3], out.shape[3], TILE_CELLS=m // CELL, JOINED=together,
-        SLICE_KEYS=n, TILES=SLICE_TILES, WORDS=SLICE_WORDS, num_warps=4)
+        torch.empty(batch, heads, programs, dtype=torch.float64, device=device) for _ in range(2)
+    )
+    launch_kernel(
+        key_slice_kernel,
+        (programs, all_heads),
+        words.view(torch.int32),
+        order,
+        always,
+        cells,
+        table.keys.view(torch.int32),
+        out,
+        requested_pairs,
+        executed_pairs,
+        shared_stride(table.keys) // 4,
+        heads,
+        queries,
+        query_cells,
+        tiles,
+        words.shape[3] // 4,
+        cells.shape[3],
+        out.shape[3],
+        TILE_CELLS=m // CELL,
+        JOINED=together,
+        SLICE_KEYS=n,
+        TILES=SLICE_TILES,
+        WORDS=SLICE_WORDS,
+        num_warps=4,
+    )
     return bits, requested_pairs, executed_pairs

@@ -12,24 +12,11 @@ slice_kernel then makes lists of slices of 16 keys and more; refine.py those of 
 
 from __future__ import annotations
 
-import dataclasses
-
-import torch
 import triton
 import triton.language as tl
-from torch.nn.functional import pad
 
-from ...call import Call
-from ...layout import CELL
-from ...plan import KERNEL_ROWS, SparsePlan, pack, row_bytes
-from ..base import Planned
-from .join import grouped
-from .key_tables import KeyTables, key_tables
-from .launch import COUNTS, LOG2_E, on_device, query_rows, shared_stride
-from .plan_table import plan_launch, shares
-from .refine import Chosen, refine
-from .summarise import summarise
-from .words import WORDS, column_order, pairs_of, share, tile_words
+from .launch import COUNTS
+from .words import column_order, pairs_of, share, tile_words
 
 SLICE_TILES, SLICE_BYTES = 4, 128  # of a program and of its step
 
@@ -38,8 +25,10 @@ SLICE_TILES, SLICE_BYTES = 4, 128  # of a program and of its step
 def _centroids(centroid, square, head, query_cell, query_cells, D: tl.constexpr):
     """Centroids of a head and their squares, each [BLOCK_QUERY_CELLS, D]; zeros past the end."""
     at = (head * query_cells + query_cell[:, None]) * D + tl.arange(0, D)[None, :]
-    return (tl.load(centroid + at, mask=query_cell[:, None] < query_cells, other=0.0),
-            tl.load(square + at, mask=query_cell[:, None] < query_cells, other=0.0))
+    return (
+        tl.load(centroid + at, mask=query_cell[:, None] < query_cells, other=0.0),
+        tl.load(square + at, mask=query_cell[:, None] < query_cells, other=0.0),
+    )
 
 
 @triton.jit
@@ -58,9 +47,23 @@ def _scaled(c, c2, mean, variance, sources, at, j, key_cells, half, D: tl.conste
 
 @triton.jit(do_not_specialize=["stride_weights_b", "stride_sources_b", *COUNTS])
 def total_kernel(
-    centroid, square, mean, variance, weights, sources, totals, stride_weights_b, stride_sources_b, heads,
-    query_cells, key_cells, scale, half,
-    BLOCK_QUERY_CELLS: tl.constexpr, BLOCK_KEY_CELLS: tl.constexpr, D: tl.constexpr,
+    centroid,
+    square,
+    mean,
+    variance,
+    weights,
+    sources,
+    totals,
+    stride_weights_b,
+    stride_sources_b,
+    heads,
+    query_cells,
+    key_cells,
+    scale,
+    half,
+    BLOCK_QUERY_CELLS: tl.constexpr,
+    BLOCK_KEY_CELLS: tl.constexpr,
+    D: tl.constexpr,
 ):
     """Log-sum-exp of a share of the key cells for each centroid: log2(sum n 2^(scale * scaled logit)).
 
@@ -92,14 +95,33 @@ def total_kernel(
         p = tl.exp2(logits * scale - m_new[:, None])
         l_i = l_i * tl.exp2(m_i - m_new) + tl.sum(p * n[None, :], 1)
         m_i = m_new
-    tl.store(totals + (head * tl.num_programs(1) + tl.program_id(1)) * query_cells + query_cell,
-             m_i + tl.log2(l_i), mask=query_cell < query_cells)
+    tl.store(
+        totals + (head * tl.num_programs(1) + tl.program_id(1)) * query_cells + query_cell,
+        m_i + tl.log2(l_i),
+        mask=query_cell < query_cells,
+    )
 
 
 @triton.jit(do_not_specialize=["parts", "row_words", *COUNTS])
 def select_kernel(
-    centroid, square, mean, variance, totals, limits, bits, query_cells, key_cells, tiles, parts, row_words,
-    scale, half, bound, BLOCK_QUERY_CELLS: tl.constexpr, BLOCK_KEY_CELLS: tl.constexpr, D: tl.constexpr,
+    centroid,
+    square,
+    mean,
+    variance,
+    totals,
+    limits,
+    bits,
+    query_cells,
+    key_cells,
+    tiles,
+    parts,
+    row_words,
+    scale,
+    half,
+    bound,
+    BLOCK_QUERY_CELLS: tl.constexpr,
+    BLOCK_KEY_CELLS: tl.constexpr,
+    D: tl.constexpr,
     TILE_CELLS: tl.constexpr,
 ):
     """Which key cells each tile of TILE_CELLS query cells would keep for their score.
@@ -122,14 +144,18 @@ def select_kernel(
     m_i = tl.full([BLOCK_QUERY_CELLS], -1e30, tl.float32)
     l_i = tl.zeros([BLOCK_QUERY_CELLS], tl.float32)
     for i in range(parts):
-        total = tl.load(totals + (head * parts + i) * query_cells + query_cell, mask=query_cell < query_cells,
-                        other=0.0)
+        total = tl.load(
+            totals + (head * parts + i) * query_cells + query_cell, mask=query_cell < query_cells, other=0.0
+        )
         m_new = tl.minimum(tl.maximum(m_i, total), 3e38)
         l_i = l_i * tl.exp2(m_i - m_new) + tl.exp2(total - m_new)
         m_i = m_new
     limit = (m_i + tl.log2(l_i) + bound) / scale
-    tl.store(limits + head * query_cells + query_cell, limit,
-             mask=(query_cell < query_cells) & (tl.program_id(1) == 0))
+    tl.store(
+        limits + head * query_cells + query_cell,
+        limit,
+        mask=(query_cell < query_cells) & (tl.program_id(1) == 0),
+    )
 
     T: tl.constexpr = BLOCK_QUERY_CELLS // TILE_CELLS  # tiles of this program
     tile = tl.program_id(0) * T + tl.arange(0, T)
@@ -140,15 +166,31 @@ def select_kernel(
         logits = _scaled(c, c2, mean, variance, None, at, j, key_cells, half, D)
         kept = ~(logits < limit[:, None])  # a NaN is kept
         kept = tile_words(kept, query_cell < query_cells, T, TILE_CELLS)
-        tl.store(bits + j // (BLOCK_KEY_CELLS // 4), kept.to(bits.dtype.element_ty),
-                 mask=tile[:, None] < tiles)
+        tl.store(
+            bits + j // (BLOCK_KEY_CELLS // 4), kept.to(bits.dtype.element_ty), mask=tile[:, None] < tiles
+        )
 
 
 @triton.jit(do_not_specialize=["stride_widths_b", "stride_exists_b", "cell_bytes", *COUNTS])
 def slice_kernel(
-    cell_bits, always, exists, bits, widths, requested_pairs, stride_widths_b, stride_exists_b, heads,
-    queries, tiles, slices, cell_bytes, n_bytes,
-    TILE_QUERIES: tl.constexpr, SLICE_CELLS: tl.constexpr, TILES: tl.constexpr, BYTES: tl.constexpr,
+    cell_bits,
+    always,
+    exists,
+    bits,
+    widths,
+    requested_pairs,
+    stride_widths_b,
+    stride_exists_b,
+    heads,
+    queries,
+    tiles,
+    slices,
+    cell_bytes,
+    n_bytes,
+    TILE_QUERIES: tl.constexpr,
+    SLICE_CELLS: tl.constexpr,
+    TILES: tl.constexpr,
+    BYTES: tl.constexpr,
 ):
     """Slices of SLICE_CELLS key cells that are kept for a cell's score or always.
 
@@ -184,86 +226,10 @@ def slice_kernel(
             kept |= (part > 0).to(tl.int32) << i
             width = tl.load(widths + byte * 8 + i, mask=byte * 8 + i < slices, other=0)
             keys += tl.where(part > 0, width[None, :], 0)
-        tl.store(bits + byte[None, :], kept.to(tl.uint8),
-                 mask=(tile[:, None] < tiles) & (byte < n_bytes)[None, :])
-    tl.store(requested_pairs + head * tl.num_programs(0) + tl.program_id(0),
-             pairs_of(tl.sum(keys, 1), tile, queries, TILE_QUERIES))
-
-
-IS_INTERPRETED = not isinstance(total_kernel, triton.JITFunction)
-
-
-def plan_bits(call: Call) -> Planned:
-    """The plan of a call, and the Summaries that its tail needs; none under a negative scale."""
-    (q, k, v), geo, settings, scale = call.tensors, call.geometry, call.settings, call.scale
-    v = v if settings.tail else None
-    is_negative = scale < 0  # limits are divided by it
-    if is_negative:
-        q, scale = -q, -scale
-    m, n = settings.tile_queries, settings.tile_keys
-    table = key_tables(geo, call.key_valid)
-    always, order = geo.table(("always kept, bits", m), lambda: pack(geo.always_kept(m))), None
-    with on_device(q):
-        summaries, limits, cells = _select_cells(dataclasses.replace(call, q=q, k=k, v=v, scale=scale), table)
-        bits, widths, requested = _slices(cells, always, table, call)
-        executed = requested
-        if m < KERNEL_ROWS:
-            bits, executed, order = grouped(bits, widths, m, call.queries)
-        if n < CELL:
-            bits, requested, executed = refine(
-                call, Chosen(summaries.centroid, limits, cells, always, order), table)
-        requested = requested.sum(2)
-        executed = executed.sum(2) if m < KERNEL_ROWS else requested
-    plan = SparsePlan(
-        bits, requested, executed, order, geometry=geo, key_valid=call.key_valid,
-        tile_rows=max(m, KERNEL_ROWS), tile_keys=n, tail=settings.tail, scale=call.scale)
-    return Planned(plan, None if is_negative else summaries)
-
-
-def _select_cells(call: Call, table: KeyTables):
-    """Summaries, limits fp32 [B * H, query_cells], and bits [B, H, tiles, bytes] of the cells above."""
-    (batch, heads, _, dim), device, scale = call.q.shape, call.device, call.scale
-    tiles = triton.cdiv(call.queries, call.settings.tile_queries)
-    summaries = summarise(call.q, call.k, call.v, query_rows(call.geometry), table.rows, second=True)
-    centroid, square, mean, variance, _ = summaries
-    (all_heads, query_cells, _), key_cells = centroid.shape, mean.shape[1]
-    launch = plan_launch(device)
-    blocks = triton.cdiv(query_cells, launch.query_cells)
-    parts = shares(blocks * all_heads, triton.cdiv(key_cells, launch.key_cells), device)
-    totals = torch.empty(all_heads, parts, query_cells, dtype=torch.float32, device=device)
-    limits = torch.empty(all_heads, query_cells, dtype=torch.float32, device=device)
-    bits = torch.empty(batch, heads, tiles, row_bytes(key_cells), dtype=torch.uint8, device=device)
-    words = bits.view(WORDS[launch.key_cells])
-    common = {"BLOCK_QUERY_CELLS": launch.query_cells, "BLOCK_KEY_CELLS": launch.key_cells, "D": dim,
-              "num_warps": launch.warps, "num_stages": launch.stages}
-    total_kernel[blocks, parts, all_heads](
-        centroid, square, mean, variance, table.weights, table.sources, totals, shared_stride(table.weights),
-        shared_stride(table.sources), heads, query_cells, key_cells, scale * LOG2_E,
-        scale / 2, **common)
-    select_kernel[blocks, parts, all_heads](
-        centroid, square, mean, variance, totals, limits, words, query_cells, key_cells, tiles, parts,
-        words.shape[3], scale * LOG2_E, scale / 2,
-        call.settings.log_bound(call.keys) * LOG2_E,
-        TILE_CELLS=call.settings.tile_queries // CELL, **common)
-    return summaries._replace(square=None, variance=None), limits, bits
-
-
-def _slices(cells: torch.Tensor, always: torch.Tensor, table: KeyTables, call: Call):
-    """Bits of slices of whole cells, the keys in each int32 [B or 1, slices], and pairs [B, H, programs].
-
-    `cells`, the bits of cells kept for their score, become those of kept cells where slices are no larger.
-    """
-    (batch, heads, tiles, cell_bytes), counts, bits = cells.shape, table.counts, cells
-    settings = call.settings
-    span = max(1, settings.tile_keys // CELL)
-    if span > 1:
-        counts = pad(counts, (0, -counts.shape[1] % span)).unflatten(1, (-1, span)).sum(2, dtype=torch.int32)
-        bits = cells.new_empty(batch, heads, tiles, row_bytes(counts.shape[1]))
-    programs = triton.cdiv(tiles, SLICE_TILES)
-    pairs = torch.empty(batch, heads, programs, dtype=torch.float64, device=cells.device)
-    slice_kernel[programs, batch * heads](
-        cells, always, table.cells, bits, counts, pairs, shared_stride(counts), shared_stride(table.cells),
-        heads, call.queries, tiles, counts.shape[1], cell_bytes, bits.shape[3],
-        TILE_QUERIES=settings.tile_queries, SLICE_CELLS=span, TILES=SLICE_TILES, BYTES=SLICE_BYTES,
-        num_warps=1)
-    return bits, counts, pairs
+        tl.store(
+            bits + byte[None, :], kept.to(tl.uint8), mask=(tile[:, None] < tiles) & (byte < n_bytes)[None, :]
+        )
+    tl.store(
+        requested_pairs + head * tl.num_programs(0) + tl.program_id(0),
+        pairs_of(tl.sum(keys, 1), tile, queries, TILE_QUERIES),
+    )

@@ -15,7 +15,8 @@ import triton.language as tl
 from ...call import Call
 from ...layout import CELL
 from ..base import Planned, Tail
-from .launch import COUNTS, key_rows, on_device, query_rows, shared_stride
+from .launch import COUNTS, key_rows, query_rows, shared_stride
+from .prepared import launch_kernel
 
 CHANNELS = 1024  # of a program, all its cells together: eight a thread
 
@@ -39,8 +40,17 @@ class Summaries(NamedTuple):
 
 @triton.jit
 def _moments(
-    x, rows, average, second, head, cells, stride_l, CELLS: tl.constexpr, D: tl.constexpr,
-    SQUARE: tl.constexpr, VARIANCE: tl.constexpr,
+    x,
+    rows,
+    average,
+    second,
+    head,
+    cells,
+    stride_l,
+    CELLS: tl.constexpr,
+    D: tl.constexpr,
+    SQUARE: tl.constexpr,
+    VARIANCE: tl.constexpr,
 ):
     """Summaries of CELLS of a head's `cells`: `average`, and its square or the variance as `second`.
 
@@ -84,9 +94,33 @@ def _moments(
 
 @triton.jit(do_not_specialize=COUNTS)
 def summarise_kernel(
-    q, k, v, query_rows, key_rows, centroid, square, mean, variance, value, stride_qb, stride_qh, stride_ql,
-    stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_rows_b, heads, query_cells,
-    key_cells, first_tensor, CELLS: tl.constexpr, D: tl.constexpr, SECOND: tl.constexpr,
+    q,
+    k,
+    v,
+    query_rows,
+    key_rows,
+    centroid,
+    square,
+    mean,
+    variance,
+    value,
+    stride_qb,
+    stride_qh,
+    stride_ql,
+    stride_kb,
+    stride_kh,
+    stride_kl,
+    stride_vb,
+    stride_vh,
+    stride_vl,
+    stride_rows_b,
+    heads,
+    query_cells,
+    key_cells,
+    first_tensor,
+    CELLS: tl.constexpr,
+    D: tl.constexpr,
+    SECOND: tl.constexpr,
 ):
     """Means of the cells of v, q and k; with SECOND also the squares of those of q and the variances of k.
 
@@ -104,14 +138,47 @@ def summarise_kernel(
     key_rows += b * stride_rows_b
     which = first_tensor + tl.program_id(2)
     if which == 0:
-        _moments(v + b * stride_vb + h * stride_vh, key_rows, value, value, head, key_cells, stride_vl, CELLS,
-                 D, False, False)
+        _moments(
+            v + b * stride_vb + h * stride_vh,
+            key_rows,
+            value,
+            value,
+            head,
+            key_cells,
+            stride_vl,
+            CELLS,
+            D,
+            False,
+            False,
+        )
     elif which == 1:
-        _moments(q + b * stride_qb + h * stride_qh, query_rows, centroid, square, head, query_cells,
-                 stride_ql, CELLS, D, SECOND, False)
+        _moments(
+            q + b * stride_qb + h * stride_qh,
+            query_rows,
+            centroid,
+            square,
+            head,
+            query_cells,
+            stride_ql,
+            CELLS,
+            D,
+            SECOND,
+            False,
+        )
     else:
-        _moments(k + b * stride_kb + h * stride_kh, key_rows, mean, variance, head, key_cells, stride_kl,
-                 CELLS, D, False, SECOND)
+        _moments(
+            k + b * stride_kb + h * stride_kh,
+            key_rows,
+            mean,
+            variance,
+            head,
+            key_cells,
+            stride_kl,
+            CELLS,
+            D,
+            False,
+            SECOND,
+        )
 
 
 def summarise(q, k, v, query_rows: torch.Tensor, key_rows: torch.Tensor, second: bool = False) -> Summaries:
@@ -131,16 +198,37 @@ def summarise(q, k, v, query_rows: torch.Tensor, key_rows: torch.Tensor, second:
         return torch.empty(batch * heads, length, dim, dtype=x.dtype, device=x.device) if is_wanted else None
 
     planned = q is not None
-    made = Summaries(room(query_cells, planned), room(query_cells, planned and second),
-                     room(key_cells, planned), room(key_cells, planned and second),
-                     room(key_cells, v is not None))
+    made = Summaries(
+        room(query_cells, planned),
+        room(query_cells, planned and second),
+        room(key_cells, planned),
+        room(key_cells, planned and second),
+        room(key_cells, v is not None),
+    )
     q, k, v = (x if y is None else y for y in (q, k, v))
     tensors = (made.value is not None) + 2 * (made.centroid is not None)  # v comes first
-    with on_device(x):
-        summarise_kernel[(triton.cdiv(max(query_cells, key_cells) * dim, CHANNELS), batch * heads, tensors)](
-            q, k, v, query_rows, key_rows, *(x if y is None else y for y in made),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], shared_stride(key_rows), heads, query_cells,
-            key_cells, int(made.value is None), CELLS=CHANNELS // dim, D=dim, SECOND=second, num_warps=4)
+    launch_kernel(
+        summarise_kernel,
+        (-(-(max(query_cells, key_cells) * dim) // CHANNELS), batch * heads, tensors),
+        q,
+        k,
+        v,
+        query_rows,
+        key_rows,
+        *(x if y is None else y for y in made),
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        shared_stride(key_rows),
+        heads,
+        query_cells,
+        key_cells,
+        int(made.value is None),
+        CELLS=CHANNELS // dim,
+        D=dim,
+        SECOND=second,
+        num_warps=4,
+    )
     return made
 
 
@@ -157,7 +245,7 @@ def tail_room(call: Call, planned: Planned) -> tuple[Summaries, torch.Tensor, Ta
         made = summarise(q, k, v, query_rows(call.geometry), rows)
     elif made.value is None:
         made = made._replace(value=summarise(None, None, v, query_rows(call.geometry), rows).value)
-    query_cells = triton.cdiv(call.queries, CELL)
+    query_cells = -(-call.queries // CELL)
     out = torch.empty(batch, heads, query_cells, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, heads, query_cells, dtype=torch.float32, device=q.device)
     return made, rows, (out, lse)

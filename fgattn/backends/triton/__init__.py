@@ -11,11 +11,12 @@ from ..base import Backend, Planned, Tail
 from ..shared import available
 from ..shared.costs import costs
 
+PROBE = Settings(threshold=1.5)
 SPEED = 0.55  # of dense cuDNN on an H200; on other GPUs neither this kernel nor dense attention is measured
 
 
 def _plan(call: Call) -> Planned:
-    from ..shared.select import plan_bits
+    from ..shared.planning import plan_bits
 
     return plan_bits(call)
 
@@ -33,6 +34,12 @@ def _attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) 
 
 
 BACKEND = Backend(
-    name="triton", reason=available.reason, plan=_plan, tail=_tail, attend=_attend,
-    gains_on=lambda device: device.type == "cuda", costs=lambda call: costs(call, SPEED),
-    probe=lambda call: Settings(threshold=1.5))
+    name="triton",
+    reason=available.reason,
+    plan=_plan,
+    tail=_tail,
+    attend=_attend,
+    gains_on=lambda device: device.type == "cuda",
+    costs=lambda call: costs(call, SPEED),
+    probe=lambda call: PROBE,
+)

@@ -22,16 +22,32 @@ from ...call import Call
 from ...layout import CELL
 from ...plan import SparsePlan
 from ..base import Tail
-from ..shared.launch import COUNTS, LOG2_E, on_device
+from ..shared.launch import COUNTS, LOG2_E
 from ..shared.lists import Lists, execution_rows, scaled_tail
 from ..shared.plan_table import capability
+from ..shared.prepared import launch_kernel
 from .launch_table import launch_for
 
 
 @triton.jit
 def _step(
-    i, count, q, acc, m_i, l_i, k_base, v_base, stride_k, stride_v, units, key_rows, scale,
-    BLOCK_KEYS: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, IS_MASKED: tl.constexpr,
+    i,
+    count,
+    q,
+    acc,
+    m_i,
+    l_i,
+    k_base,
+    v_base,
+    stride_k,
+    stride_v,
+    units,
+    key_rows,
+    scale,
+    BLOCK_KEYS: tl.constexpr,
+    UNIT: tl.constexpr,
+    D: tl.constexpr,
+    IS_MASKED: tl.constexpr,
 ):
     """One step of the online softmax: BLOCK_KEYS keys, from the i-th of the list's `count` units on.
 
@@ -73,11 +89,42 @@ def _step(
 # Strides are single numbers here: the oldest Triton that runs this kernel takes no tuples.
 @triton.jit(do_not_specialize=["stride_queries", *COUNTS])
 def attend_kernel(
-    q, k, v, out, lists, listed, query_rows, key_rows, tail_out, tail_lse,
-    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
-    stride_ob, stride_oh, stride_ol, stride_queries, stride_rows_b, stride_list, heads, first_head, queries,
-    tiles, query_cells, scale, TILE_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, UNIT: tl.constexpr,
-    D: tl.constexpr, HAS_TAIL: tl.constexpr,
+    q,
+    k,
+    v,
+    out,
+    lists,
+    listed,
+    query_rows,
+    key_rows,
+    tail_out,
+    tail_lse,
+    stride_qb,
+    stride_qh,
+    stride_ql,
+    stride_kb,
+    stride_kh,
+    stride_kl,
+    stride_vb,
+    stride_vh,
+    stride_vl,
+    stride_ob,
+    stride_oh,
+    stride_ol,
+    stride_queries,
+    stride_rows_b,
+    stride_list,
+    heads,
+    first_head,
+    queries,
+    tiles,
+    query_cells,
+    scale,
+    TILE_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    UNIT: tl.constexpr,
+    D: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
 ):
     """Attention of one tile over its list, by the formula above.
 
@@ -103,8 +150,11 @@ def attend_kernel(
     dim = tl.arange(0, D)
     exists = position < queries
     token = tl.load(query_rows + head * stride_queries + position, mask=exists, other=0).to(tl.int64)
-    q_tile = tl.load(q + b * stride_qb + h * stride_qh + token[:, None] * stride_ql + dim[None, :],
-                     mask=exists[:, None], other=0.0)
+    q_tile = tl.load(
+        q + b * stride_qb + h * stride_qh + token[:, None] * stride_ql + dim[None, :],
+        mask=exists[:, None],
+        other=0.0,
+    )
     k_base = k + b * stride_kb + h * stride_kh
     v_base = v + b * stride_vb + h * stride_vh
     key_rows += b * stride_rows_b
@@ -118,11 +168,45 @@ def attend_kernel(
     # The last step may be short and may hold the short last unit of the sequence: masked apart.
     full = tl.maximum(count - 1, 0) // (BLOCK_KEYS // UNIT) * (BLOCK_KEYS // UNIT)
     for i in range(0, full, BLOCK_KEYS // UNIT):
-        acc, m_i, l_i = _step(i, count, q_tile, acc, m_i, l_i, k_base, v_base, stride_kl, stride_vl,
-                              unit_list, key_rows, scale, BLOCK_KEYS, UNIT, D, False)
+        acc, m_i, l_i = _step(
+            i,
+            count,
+            q_tile,
+            acc,
+            m_i,
+            l_i,
+            k_base,
+            v_base,
+            stride_kl,
+            stride_vl,
+            unit_list,
+            key_rows,
+            scale,
+            BLOCK_KEYS,
+            UNIT,
+            D,
+            False,
+        )
     if count > 0:
-        acc, m_i, l_i = _step(full, count, q_tile, acc, m_i, l_i, k_base, v_base, stride_kl, stride_vl,
-                              unit_list, key_rows, scale, BLOCK_KEYS, UNIT, D, True)
+        acc, m_i, l_i = _step(
+            full,
+            count,
+            q_tile,
+            acc,
+            m_i,
+            l_i,
+            k_base,
+            v_base,
+            stride_kl,
+            stride_vl,
+            unit_list,
+            key_rows,
+            scale,
+            BLOCK_KEYS,
+            UNIT,
+            D,
+            True,
+        )
     if HAS_TAIL:  # the queries of a cell share it
         query_cell = head * query_cells + position // 16
         tail_l = tl.load(tail_lse + query_cell, mask=exists, other=float("-inf"))
@@ -132,8 +216,11 @@ def attend_kernel(
         acc = acc * alpha[:, None] + tail * beta[:, None]
         l_i = l_i * alpha + beta
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]  # nothing kept and no tail: zeros
-    tl.store(out + b * stride_ob + h * stride_oh + token[:, None] * stride_ol + dim[None, :],
-             acc.to(out.dtype.element_ty), mask=exists[:, None])
+    tl.store(
+        out + b * stride_ob + h * stride_oh + token[:, None] * stride_ol + dim[None, :],
+        acc.to(out.dtype.element_ty),
+        mask=exists[:, None],
+    )
 
 
 def attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -> None:
@@ -142,13 +229,39 @@ def attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -
     (batch, heads, _, dim), queries, tiles = q.shape, plan.queries, plan.bits.shape[2]
     tail_out, tail_lse = scaled_tail(tail)
     launch = launch_for(capability(q.device), dim, plan.tile_rows)
-    with on_device(q):
-        lists, (tokens, stride_queries) = Lists(plan, batch, heads), execution_rows(plan, batch, heads)
-        for b, first, launch_heads in lists.launches():
-            attend_kernel[tiles, launch_heads](
-                q, k, v, out, lists.lists, lists.listed, tokens, lists.key_rows, tail_out, tail_lse,
-                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                stride_queries, lists.stride_rows, lists.stride, heads, b * heads + first, queries,
-                tiles, -(-queries // CELL), plan.softmax_scale(dim) * LOG2_E,
-                TILE_QUERIES=plan.tile_rows, BLOCK_KEYS=launch.block_keys, UNIT=lists.unit, D=dim,
-                HAS_TAIL=tail is not None, num_warps=launch.warps, num_stages=launch.stages)
+    lists, (tokens, stride_queries) = Lists(plan, batch, heads), execution_rows(plan, batch, heads)
+    for b, first, launch_heads in lists.launches():
+        launch_kernel(
+            attend_kernel,
+            (tiles, launch_heads),
+            q,
+            k,
+            v,
+            out,
+            lists.lists,
+            lists.listed,
+            tokens,
+            lists.key_rows,
+            tail_out,
+            tail_lse,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *out.stride()[:3],
+            stride_queries,
+            lists.stride_rows,
+            lists.stride,
+            heads,
+            b * heads + first,
+            queries,
+            tiles,
+            -(-queries // CELL),
+            plan.softmax_scale(dim) * LOG2_E,
+            TILE_QUERIES=plan.tile_rows,
+            BLOCK_KEYS=launch.block_keys,
+            UNIT=lists.unit,
+            D=dim,
+            HAS_TAIL=tail is not None,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+        )

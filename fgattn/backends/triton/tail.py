@@ -16,7 +16,8 @@ import triton.language as tl
 from ...call import Call
 from ...layout import CELL
 from ..base import Planned, Tail
-from ..shared.launch import COUNTS, on_device, shared_stride
+from ..shared.launch import COUNTS, shared_stride
+from ..shared.prepared import launch_kernel
 from ..shared.summarise import tail_room
 
 # Larger steps spill before sm_90, and are slower on it.
@@ -25,10 +26,32 @@ BLOCK_QUERY_CELLS, BLOCK_KEY_CELLS, WARPS, STAGES = 64, 32, 4, 2
 
 @triton.jit(do_not_specialize=["stride_bits_b", "stride_bits_h", "stride_widths_b", *COUNTS])
 def tail_kernel(
-    centroid, mean, value, bits, widths, order, out, lse, stride_bits_b, stride_bits_h, stride_widths_b,
-    stride_order_b, stride_order_h, heads, query_cells, key_cells, tiles, slices, n_bytes, scale,
-    BLOCK_QUERY_CELLS: tl.constexpr, BLOCK_KEY_CELLS: tl.constexpr, D: tl.constexpr, TILE_CELLS: tl.constexpr,
-    CELL_SLICES: tl.constexpr, SLICE_CELLS: tl.constexpr,
+    centroid,
+    mean,
+    value,
+    bits,
+    widths,
+    order,
+    out,
+    lse,
+    stride_bits_b,
+    stride_bits_h,
+    stride_widths_b,
+    stride_order_b,
+    stride_order_h,
+    heads,
+    query_cells,
+    key_cells,
+    tiles,
+    slices,
+    n_bytes,
+    scale,
+    BLOCK_QUERY_CELLS: tl.constexpr,
+    BLOCK_KEY_CELLS: tl.constexpr,
+    D: tl.constexpr,
+    TILE_CELLS: tl.constexpr,
+    CELL_SLICES: tl.constexpr,
+    SLICE_CELLS: tl.constexpr,
 ):
     """The tail of a block of query cells of one head, with an online softmax over all key cells.
 
@@ -51,8 +74,11 @@ def tail_kernel(
         order += head // heads * stride_order_b + head % heads * stride_order_h
         query_cell = tl.load(order + place, mask=place < query_cells, other=0)
     dim = tl.arange(0, D)
-    c = tl.load(centroid + (head * query_cells + query_cell[:, None]) * D + dim[None, :],
-                mask=place[:, None] < query_cells, other=0.0)
+    c = tl.load(
+        centroid + (head * query_cells + query_cell[:, None]) * D + dim[None, :],
+        mask=place[:, None] < query_cells,
+        other=0.0,
+    )
     bits += head // heads * stride_bits_b + head % heads * stride_bits_h
     widths += head // heads * stride_widths_b
     T: tl.constexpr = BLOCK_QUERY_CELLS // TILE_CELLS
@@ -69,8 +95,9 @@ def tail_kernel(
             there = (key_cell < key_cells) & (part < slices)
             # above 16 keys a slice holds SLICE_CELLS cells: its width here is that of the cell
             width = tl.load(widths + key_cell * CELL_SLICES + i, mask=there, other=0).to(tl.int32)
-            octet = tl.load(bits_of + (part // 8)[None, :], mask=(tile < tiles)[:, None] & there[None, :],
-                            other=0)
+            octet = tl.load(
+                bits_of + (part // 8)[None, :], mask=(tile < tiles)[:, None] & there[None, :], other=0
+            )
             skipped += (1 - ((octet.to(tl.int32) >> (part % 8)[None, :]) & 1)) * width[None, :]
         weight = tl.log(skipped.to(tl.float32))[:, None, :]  # -inf where everything is executed
         weight = tl.broadcast_to(weight, (T, TILE_CELLS, BLOCK_KEY_CELLS))
@@ -86,8 +113,9 @@ def tail_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
         m_i = m_new
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
-    tl.store(out + (head * query_cells + place[:, None]) * D + dim[None, :], acc,
-             mask=place[:, None] < query_cells)
+    tl.store(
+        out + (head * query_cells + place[:, None]) * D + dim[None, :], acc, mask=place[:, None] < query_cells
+    )
     tl.store(lse + head * query_cells + place, m_i + tl.log(l_i), mask=place < query_cells)
 
 
@@ -97,13 +125,36 @@ def tail(call: Call, planned: Planned) -> Tail:
     (batch, heads, query_cells, dim), bits, order = out.shape, plan.bits, plan.cell_order
     width, key_cells = min(plan.tile_keys, CELL), made.mean.shape[1]
     widths = (rows >= 0).view(len(rows), -1, width).sum(2, dtype=torch.uint8)
-    with on_device(out):
-        tail_kernel[(triton.cdiv(query_cells, BLOCK_QUERY_CELLS), batch * heads)](
-            made.centroid, made.mean, made.value, bits, widths, order, out, lse,
-            shared_stride(bits, 0), shared_stride(bits, 1), shared_stride(widths, 0), shared_stride(order, 0),
-            shared_stride(order, 1), heads, query_cells, key_cells, bits.shape[2],
-            triton.cdiv(plan.keys, plan.tile_keys), bits.shape[3], plan.softmax_scale(dim),
-            BLOCK_QUERY_CELLS=BLOCK_QUERY_CELLS, BLOCK_KEY_CELLS=BLOCK_KEY_CELLS, D=dim,
-            TILE_CELLS=plan.tile_rows // CELL, CELL_SLICES=CELL // width,
-            SLICE_CELLS=max(1, plan.tile_keys // CELL), num_warps=WARPS, num_stages=STAGES)
+    launch_kernel(
+        tail_kernel,
+        (-(-query_cells // BLOCK_QUERY_CELLS), batch * heads),
+        made.centroid,
+        made.mean,
+        made.value,
+        bits,
+        widths,
+        order,
+        out,
+        lse,
+        shared_stride(bits, 0),
+        shared_stride(bits, 1),
+        shared_stride(widths, 0),
+        shared_stride(order, 0),
+        shared_stride(order, 1),
+        heads,
+        query_cells,
+        key_cells,
+        bits.shape[2],
+        -(-plan.keys // plan.tile_keys),
+        bits.shape[3],
+        plan.softmax_scale(dim),
+        BLOCK_QUERY_CELLS=BLOCK_QUERY_CELLS,
+        BLOCK_KEY_CELLS=BLOCK_KEY_CELLS,
+        D=dim,
+        TILE_CELLS=plan.tile_rows // CELL,
+        CELL_SLICES=CELL // width,
+        SLICE_CELLS=max(1, plan.tile_keys // CELL),
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
     return out, lse

@@ -1,0 +1,136 @@
+"""Prepared launches: what Triton works out for a launch is kept, and serves later launches that are like it.
+
+Triton examines every argument of every launch for the variant of the kernel that fits, which takes the host
+longer than to queue it. `launch_kernel` only compares: scalars by type and value, tuples of whole numbers by
+value, tensors by type of element, tensor maps by kind. Launches that agree in these, in their options and in
+the device run one variant, if all pointers are divisible by 16. All others, and the first of each kind, go
+the ordinary way; so does everything where Triton launches otherwise than is assumed here, which `_prepare`
+tries.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.runtime import driver
+
+LIMIT = 1024  # kinds of launches that are kept; when there are more, all are forgotten
+SCALARS = (int, float, bool, type(None))
+_knobs = getattr(getattr(triton, "knobs", None), "runtime", None)
+
+
+class _Prepared(NamedTuple):
+    queue: Any  # the compiled function that queues launches of a kernel with this signature
+    head: tuple  # its arguments between the stream and the kernel's own
+    constants: tuple  # constexprs, which come after all other arguments
+    kernel: Any  # held, since keys have its id
+
+
+_kept: dict[tuple, _Prepared | None] = {}  # None: not to be prepared
+
+
+def launch_kernel(kernel, grid: tuple[int, ...], *args, **options) -> None:
+    """`kernel[grid](*args, **options)`, where args are all arguments of the kernel but its constexprs."""
+    known = _key(kernel, args, options)
+    if known is None:
+        kernel[grid](*args, **options)
+        return
+    key, values, device = known
+    prepared = _kept.get(key)
+    if prepared is not None:
+        x, y, z = (*grid, 1, 1)[:3]
+        prepared.queue(
+            x, y, z, driver.active.get_current_stream(device), *prepared.head, *values, *prepared.constants
+        )
+        return
+    compiled = kernel[grid](*args, **options)
+    if key not in _kept:
+        if len(_kept) >= LIMIT:
+            _kept.clear()
+        _kept[key] = _prepare(kernel, compiled, args, options)
+
+
+def _key(kernel, args: tuple, options: dict) -> tuple[tuple, list, int] | None:
+    """What tells launches apart, args with pointers as numbers, and the device; None: launch ordinarily."""
+    if _knobs is None or not isinstance(kernel, triton.JITFunction) or kernel.pre_run_hooks or _is_hooked():
+        return None
+    types = (*map(type, args),)
+    if (places := _places(types)) is None:
+        return None
+    device, pointers = driver.active.get_current_device(), 0
+    kinds, values = [*args], [*args]
+    for i in places[0]:
+        x = args[i]
+        if x.get_device() != device:
+            return None
+        kinds[i], values[i] = x.dtype, x.data_ptr()
+        pointers |= values[i]
+    for i in places[1]:
+        kinds[i] = getattr(args[i], "kind", None)
+        if kinds[i] is None:
+            return None
+    for i in places[2]:
+        for number in args[i]:
+            if type(number) is not int:
+                return None
+    if pointers % 16:
+        return None
+    given = (*options.values(),)
+    key = id(kernel), device, _knobs.debug, types, *kinds, *options, *given, *map(type, given)
+    return key, values, device
+
+
+def _is_hooked() -> bool:
+    """Whether somebody, such as a profiler, has asked Triton to be told of launches."""
+    enter, leave = _knobs.launch_enter_hook, _knobs.launch_exit_hook
+    return bool(
+        (enter is not None and getattr(enter, "calls", True))
+        or (leave is not None and getattr(leave, "calls", True))
+    )
+
+
+@functools.lru_cache(maxsize=LIMIT)
+def _places(types: tuple[type, ...]) -> tuple[tuple[int, ...], ...] | None:
+    """Where among arguments of these types tensors, tensor maps and tuples stand; None if there are others."""
+    tensors = tuple(i for i, t in enumerate(types) if t is torch.Tensor)
+    maps = tuple(i for i, t in enumerate(types) if t.__name__ == "TensorDescriptor")
+    tuples = tuple(i for i, t in enumerate(types) if t is tuple)
+    others = len(types) - len(tensors) - len(maps) - len(tuples)
+    return (tensors, maps, tuples) if sum(t in SCALARS for t in types) == others else None
+
+
+def _prepare(kernel, compiled, args: tuple, options: dict) -> _Prepared | None:
+    """What launches like this one, which was made, shall pass on; None if Triton passes on something else."""
+    passed: list[tuple] = []
+    try:
+        constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
+        run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+        none = (None, None, None)  # metadata of the launch, hooks
+        head = function, run.launch_cooperative_grid, run.launch_pdl, None, None, packed, *none  # no scratch
+        trial = copy.copy(run)
+        trial.launch = lambda *given: passed.append(given)
+        trial(1, 2, 3, 4, function, packed, *none, *args, *constants)
+        is_alike = passed == [(1, 2, 3, 4, *head, *args, *constants)]
+    except Exception:  # another Triton, or an argument without a value here
+        is_alike = False
+    return _Prepared(run.launch, head, constants, kernel) if is_alike else None
+
+
+def template(described):
+    """A tensor map, such as of an empty tensor, that others can be made `like`."""
+    described.kind = described.base.dtype, tuple(described.block_shape), repr(described.layout)
+    return described
+
+
+def like(described, x: torch.Tensor):
+    """The tensor map of x with the shape, strides and boxes of a template, which were checked there."""
+    if x.dtype != described.base.dtype or x.data_ptr() % 16:
+        raise ValueError("a tensor map is made like one of the same type, and of aligned tensors")
+    made = object.__new__(type(described))
+    made.__dict__.update(described.__dict__)
+    made.base = x
+    return made
