@@ -2,7 +2,7 @@
 head size and density, beside dense cuDNN attention.
 
 `ms` is GPU time with launches hidden, `host_ms` what the host takes to queue the call; a stream of such calls
-takes the longer one for each. fgattn/break_even.py is the rule that follows.
+takes the longer one for each. fgattn/runs/break_even.py is the rule that follows.
 """
 
 from __future__ import annotations

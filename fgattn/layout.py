@@ -159,9 +159,9 @@ def token_order(layout: TokenLayout, order: str) -> np.ndarray:
     """Token at each position, int64: the video in `order`, then the sinks that are there.
 
     "cells": stable sort by brick (t//4, h//4, w//8), cell (t%4//2, h%4//2, w%8//4) and place in the
-    cell (t%2, h%2, w%4); where the grid is divisible, runs of 16 are 2x2x4 cells.
+    cell (t%2, h%2, w%4); where the grid is divisible, a cell is 2x2x4 tokens.
     "hilbert": by the index on the 3-D Hilbert curve of the smallest cube of side 2^b that holds the
-    grid; where 2^i divides the grid, runs of 8^i are cubes of side 2^i.
+    grid; where 2^i divides the grid, 8^i neighbours are a cube of side 2^i.
     """
     front, back = layout.front, layout.back
     t, h, w = (a.ravel() for a in np.indices(layout.grid))

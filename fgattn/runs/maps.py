@@ -29,7 +29,7 @@ class TileMap:
     |---|---|---|
     | bits | [H, bytes] uint8 | bit s%8 of byte s//8: the tile computes slice s |
     | rows | [H or 1, M] int32 | the tile's tokens; the last one repeats where the tile is short |
-    | density | [H] float64 | share of all scores that the head asks for |
+    | density | [H] float64 | share of all pairs that the head asks for |
     | layout, order, tile_keys | | where tokens stand; N |
     """
 

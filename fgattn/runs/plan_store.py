@@ -1,4 +1,4 @@
-"""Plans that serve several steps of one run, bounded in memory."""
+"""Keeps plans, so that calls of later steps need not plan again (`Policy.reuse_steps`), within a bound."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class _Kept:
 
 
 class PlanStore:
-    """A plan made in step s serves the calls with its key in steps s to s + steps - 1.
+    """Plans by the key of the calls that they serve.
 
-    The calls of one evaluation never share: the second one with a key has a plan of its own (models
-    such as VACE run two attentions under one block number).
+    A plan that is made in step s serves calls with the same key in steps s to s + steps - 1. Calls of one
+    evaluation of the model never share a plan: models such as VACE run two attentions under one block number,
+    so the second call with a key has a second plan.
 
     Args:
         steps: that a plan serves.

@@ -91,12 +91,12 @@ class RunStats:
         Asked at the start of a step, when samplers have waited anyway, so that runs repeat exactly.
         """
         blocks = _totals((block, _Cell(*sums)) for (_, block), sums in self._sums.read().items())
-        return {block: cell.executed_density for block, cell in blocks.items() if cell.scores}
+        return {block: cell.executed_density for block, cell in blocks.items() if cell.pairs}
 
     def so_far(self, settings: RunSettings, implementation: str) -> RunReport:
         """Report of the steps that are finished; never waits, so densities may be those of a while ago."""
         self._read_calls()
-        self._read_scores()
+        self._read_counts()
         part = copy.copy(self)
         part._timed = self._timed[: self._read]
         passed = [(step, mark) for step, mark in self._steps.items() if self.clock.passed(mark)]
@@ -120,7 +120,7 @@ class RunStats:
             sum(self.clock.milliseconds(planned, end) for _, planned, end in spans),
         )
 
-    def _read_scores(self) -> None:
+    def _read_counts(self) -> None:
         """Take the copy of the counts that has arrived, if any, and send the next one on its way."""
         if self._copy is not None and self.clock.passed(self._copy):
             self._arrived, self._copy = self._sums.arrived(), None
@@ -198,21 +198,21 @@ class RunStats:
 
 
 class _Cell(NamedTuple):
-    """Sums over calls: scores asked for, computed, all; relative errors, and how many of them."""
+    """Sums over calls: pairs requested, executed, and all; relative errors, and how many of them."""
 
     requested: float = 0.0
     executed: float = 0.0
-    scores: float = 0.0
+    pairs: float = 0.0
     errors: float = 0.0
     estimates: float = 0.0
 
     @property
     def density(self) -> float | None:
-        return self.requested / self.scores if self.scores else None
+        return self.requested / self.pairs if self.pairs else None
 
     @property
     def executed_density(self) -> float | None:
-        return self.executed / self.scores if self.scores else None
+        return self.executed / self.pairs if self.pairs else None
 
     @property
     def estimated_error(self) -> float | None:

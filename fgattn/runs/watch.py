@@ -1,4 +1,7 @@
-"""Looks at the calls of a run beside computing them: maps, and estimates of the error."""
+"""Watches the calls of a run for people who want to know more than the time: maps and estimated errors.
+
+The engine tells it what became of each call. It changes no output, and a failure of it costs no render.
+"""
 
 from __future__ import annotations
 

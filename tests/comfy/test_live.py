@@ -54,7 +54,7 @@ def test_the_end_is_told_however_it_comes(wan, sample, patched, told, monkeypatc
     """Stopped by the user, failed elsewhere, failed in our path."""
     from comfy.model_management import InterruptProcessingException
 
-    engine = sys.modules["fgattn_pack.fgattn.runs.engine"]
+    execute = sys.modules["fgattn_pack.fgattn.backends.execute"]
 
     def raising(error):
         def broken(*args, **kwargs):
@@ -62,10 +62,10 @@ def test_the_end_is_told_however_it_comes(wan, sample, patched, told, monkeypatc
 
         return broken
 
-    monkeypatch.setattr(engine, "plan_call", raising(InterruptProcessingException()))
+    monkeypatch.setattr(execute, "plan_of", raising(InterruptProcessingException()))
     with pytest.raises(InterruptProcessingException):
         sample(patched(wan))
-    monkeypatch.setattr(engine, "plan_call", raising(RuntimeError("out of luck")))
+    monkeypatch.setattr(execute, "plan_of", raising(RuntimeError("out of luck")))
     sample(patched(wan), steps=4)
     model = wan.clone()
     model.model_options["transformer_options"]["optimized_attention_override"] = raising(ZeroDivisionError())

@@ -51,7 +51,7 @@ MAY_IMPORT = {
 # Words that had several meanings, or several words for one meaning: what is said instead.
 GONE = {
     r"\brun_order\b|\bRUNS\b|\bTILE_RUNS\b|\bBLOCK_RUNS\b|\bruns? of 16\b": "query cell",
-    r"\bgrouping\b|\bgrouped\b": "joining; folded for reshaping",
+    r"\bgrouping\b|\bgrouped\((?!.*heads)": "joining; folded for reshaping",
     r"\bpooled_tail\b|\bpooled tail\b|\bpooled_hopper\b": "tail",
     r"\bcopy engine\b": "TMA",
     r"\bplan_call\b|\bgpu_kernel\b|\bhopper_missing\b": "Call, and one answer from the registry",

@@ -103,7 +103,7 @@ def hopper_kernel(
 ):
     """Attention of one tile of CONSUMERS * 64 queries over the keys that the plan keeps.
 
-    Launched by `attend_hopper`, with the four warps of the first consumer; the other warps are started here.
+    Launched by `attend`, with the four warps of the first consumer; the other warps are started here.
     Grid: (tiles, heads of the launch); head `first_head` of all B * H comes first.
 
     Reads

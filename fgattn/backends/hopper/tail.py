@@ -174,7 +174,7 @@ def tail_hopper_kernel(
 ):
     """The tail of CONSUMERS * 64 query cells of one head, for executed tiles of TILE_CELLS query cells.
 
-    Launched by `tail_hopper`, with the four warps of the first consumer; the other warps are started here.
+    Launched by `tail`, with the four warps of the first consumer; the other warps are started here.
     Grid: (blocks of CONSUMERS * 64 query cells, B * H).
 
     Reads

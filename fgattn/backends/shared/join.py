@@ -44,7 +44,7 @@ def join_kernel(
 ):
     """Joins the WINDOW tiles of a window two by two: the closest two that are left, over and over.
 
-    Launched by `grouped`, once for each doubling. Grid: (windows, B * H).
+    Launched by `joined_on_device`, once for each doubling. Grid: (windows, B * H).
 
     Reads
         bits: uint8 [B * H, tiles, n_bytes], the tiles' lists.

@@ -128,7 +128,7 @@ def attend_kernel(
 ):
     """Attention of one tile over its list, by the formula above.
 
-    Launched by `attend_triton`. Grid: (tiles, heads of the launch); head `first_head` of all B * H comes
+    Launched by `attend`. Grid: (tiles, heads of the launch); head `first_head` of all B * H comes
     first.
 
     Reads

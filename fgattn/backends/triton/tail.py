@@ -55,7 +55,7 @@ def tail_kernel(
 ):
     """The tail of a block of query cells of one head, with an online softmax over all key cells.
 
-    Launched by `tail_triton`. Grid: (blocks of BLOCK_QUERY_CELLS, B * H).
+    Launched by `tail`. Grid: (blocks of BLOCK_QUERY_CELLS, B * H).
 
     Reads
         centroid, mean, value: of Summaries, 16 bits or fp32.
