@@ -93,7 +93,7 @@ def draw_density(maps: Maps, step: int, block: int, head: int, title: str) -> Im
         pen,
         image.width,
         title,
-        f"share of scores requested: mean {percent(whole.mean())}, from "
+        f"share of scores asked for: mean {percent(whole.mean())}, from "
         f"{percent(whole.min())} to {percent(whole.max())}",
         f"{len(shares)} of {len(blocks)} blocks have a map",
     )

@@ -55,7 +55,7 @@ GONE = {
     r"\bpooled_tail\b|\bpooled tail\b|\bpooled_hopper\b": "tail",
     r"\bcopy engine\b": "TMA",
     r"\bplan_call\b|\bgpu_kernel\b|\bhopper_missing\b": "Call, and one answer from the registry",
-    r"\bscores? (that are )?(asked for|computed)\b|\bnumber of scores\b": "pairs",
+    r"\bscores_of\b|\bnumbers? of scores\b|\bscores computed\b": "pairs",
 }
 BACKENDS = {"hopper", "triton", "torch", "reference"}
 # ComfyUI calls this one: its parameters are not ours to choose.
