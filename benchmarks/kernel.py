@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from fgattn import Settings, TokenLayout, attend, plan_from_mask
 from fgattn.backends import registry
+from fgattn.backends.base import Planned
 from fgattn.call import Call
 
 from . import peers
@@ -107,7 +108,7 @@ def given_tail(shape: Shape, dim: int, impl: str) -> list[Run]:
 
     def call(tail):
         out = torch.empty_like(q)
-        backend.attend(Call.under(plan, q, k, v), plan, tail, out)
+        backend.attend(Call.under(plan, q, k, v), Planned(plan), tail, out)
         return out
 
     return [

@@ -42,7 +42,7 @@ HOT = (
     "backends/shared/select",
     "backends/shared/summarise",
     "backends/triton/attend",
-    "backends/triton/tail",
+    "backends/shared/tail",
     "joining",
     "methods/__init__",
     "methods/common",

@@ -1,6 +1,6 @@
-"""Backend: the record behind which the code of one kind of device stands.
+"""Backend: what the library needs to know of the code for one kind of device.
 
-A backend is a folder with such a record, and a line in `registry`. Nothing else in the library names one.
+A backend is a folder with such a record, and a line in `registry`. No other code of the library names one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ Tail = tuple[torch.Tensor, torch.Tensor]
 
 
 class Planned(NamedTuple):
-    """A plan, and what its backend made on the way that serves the tail of the same call."""
+    """A plan, and what its backend made on the way that serves tail and attention of the same call.
+
+    `made` is None for a plan that was made for an earlier call, by another method, or from a mask: tail and
+    attention then make what they need.
+    """
 
     plan: SparsePlan
     made: object = None
@@ -45,8 +49,11 @@ class Backend:
         name: for `impl` and for reports.
         reason: why it cannot run a call, or None; cheap, and does not wait for the device.
         plan: selects by threshold what of a call is computed. The call is not empty.
-        tail: what a plan skips; None leaves the tail to `attend`.
+        tail: what a plan skips; None if `attend` computes it by itself.
         attend: writes the output [B, H, L_q, D] of a call under a plan, its tail joined in if there is one.
+            It takes every plan of a call that `reason` lets through: any N, executed tiles of 64 or 128
+            queries in the plan's `cell_order`, missing keys, bits that all batch rows or heads share.
+            Rows of absent tokens are zeroed before.
         gains_on: whether a run can gain on a device. Elsewhere only library calls take the backend.
         costs: figures of a call on a GPU; None where no figures are known, and the call is taken to gain.
         probe: settings of the self-test that stands for a call; None for code that needs no test at first
@@ -57,7 +64,7 @@ class Backend:
     reason: Callable[[Call], str | None]
     plan: Callable[[Call], Planned]
     tail: Callable[[Call, Planned], Tail] | None
-    attend: Callable[[Call, SparsePlan, Tail | None, torch.Tensor], None]
+    attend: Callable[[Call, Planned, Tail | None, torch.Tensor], None]
     gains_on: Callable[[torch.device], bool]
     costs: Callable[[Call], Costs] | None = None
     probe: Callable[[Call], Settings] | None = None

@@ -30,7 +30,7 @@ def attend(call: Call, backend: Backend, planned: Planned, out: torch.Tensor) ->
         return out.zero_()
     with _current(call.device):
         tail = backend.tail(call, planned) if plan.tail and backend.tail else None
-        backend.attend(call, plan, tail, out)
+        backend.attend(call, planned, tail, out)
     return out
 
 

@@ -278,12 +278,12 @@ def no_kernel(*_):
     raise RuntimeError("no kernel image\n  for this device")
 
 
-def right(call, plan, tail, out):
-    pytorch.BACKEND.attend(call, plan, tail, out)
+def right(call, planned, tail, out):
+    pytorch.BACKEND.attend(call, planned, tail, out)
 
 
-def off(call, plan, tail, out):
-    right(call, plan, tail, out)
+def off(call, planned, tail, out):
+    right(call, planned, tail, out)
     out *= 1.02
 
 
@@ -304,9 +304,9 @@ def toy(attend=right, **fields):
     [
         (right, None),
         (off, "the kernels' self-test is off by 2."),
-        (lambda call, plan, tail, out: out.fill_(torch.nan), "the kernels' self-test is off by nan"),
+        (lambda call, planned, tail, out: out.fill_(torch.nan), "the kernels' self-test is off by nan"),
         (
-            lambda call, plan, tail, out: out.copy_(scaled_dot_product_attention(call.q, call.k, call.v)),
+            lambda call, planned, tail, out: out.copy_(scaled_dot_product_attention(call.q, call.k, call.v)),
             "the kernels' self-test is off by",
         ),
         (no_kernel, "the kernels do not compile or run here: RuntimeError: no kernel image for this device"),
@@ -382,9 +382,9 @@ def test_a_backend_is_one_record(fresh, monkeypatch):
     """Chosen, named, self-tested, reported and refused with its reason: nothing else has to know it."""
     ran = []
 
-    def kernel(call, plan, tail, out):
+    def kernel(call, planned, tail, out):
         ran.append(call.q.shape[2])
-        right(call, plan, tail, out)
+        right(call, planned, tail, out)
 
     record = toy(kernel, reason=lambda call: "only even heads" if call.q.shape[1] % 2 else None)
     monkeypatch.setattr(registry, "BACKENDS", [record, *registry.BACKENDS])
@@ -427,9 +427,9 @@ def test_impl_reaches_planning_and_attention(monkeypatch):
         seen.append("plan")
         return pytorch.BACKEND.plan(call)
 
-    def kernel(call, plan, tail, out):
+    def kernel(call, planned, tail, out):
         seen.append("attend")
-        right(call, plan, tail, out)
+        right(call, planned, tail, out)
 
     monkeypatch.setattr(registry, "BACKENDS", [*registry.BACKENDS, toy(kernel, plan=plan)])
     q, k, v = torch.randn(3, 1, 2, 256, 64).unbind()

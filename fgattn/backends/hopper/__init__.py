@@ -7,7 +7,6 @@ import functools
 import torch
 
 from ...call import Call
-from ...plan import SparsePlan
 from ...settings import Settings
 from ..base import Backend, Planned, Tail
 from ..shared import available
@@ -46,10 +45,10 @@ def _tail(call: Call, planned: Planned) -> Tail:
     return tail(call, planned)
 
 
-def _attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -> None:
+def _attend(call: Call, planned: Planned, tail: Tail | None, out: torch.Tensor) -> None:
     from .attend import attend
 
-    attend(call, plan, tail, out)
+    attend(call, planned.plan, tail, out)
 
 
 BACKEND = Backend(

@@ -9,7 +9,6 @@ import torch
 from ... import reference
 from ...call import Call
 from ...packing import plan_selected
-from ...plan import SparsePlan
 from ..base import Backend, Planned, Tail
 from . import attend, select, tail
 
@@ -22,8 +21,12 @@ def _plan(call: Call) -> Planned:
     )
 
 
-def _attend_by_reference(call: Call, plan: SparsePlan, given: Tail | None, out: torch.Tensor) -> None:
-    out.copy_(reference.attend(call.q, call.k, call.v, plan))
+def _attend(call: Call, planned: Planned, given: Tail | None, out: torch.Tensor) -> None:
+    attend.attend(call, planned.plan, given, out)
+
+
+def _attend_by_reference(call: Call, planned: Planned, given: Tail | None, out: torch.Tensor) -> None:
+    out.copy_(reference.attend(call.q, call.k, call.v, planned.plan))
 
 
 BACKEND = Backend(
@@ -31,7 +34,7 @@ BACKEND = Backend(
     reason=lambda call: None,
     plan=_plan,
     tail=lambda call, planned: tail.tail(call, planned.plan),
-    attend=attend.attend,
+    attend=_attend,
     gains_on=lambda device: device.type == "cpu",
 )
 SPECIFICATION = dataclasses.replace(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from ...call import Call
-from ...plan import SparsePlan
 from ...settings import Settings
 from ..base import Backend, Planned, Tail
 from ..shared import available
@@ -22,15 +21,15 @@ def _plan(call: Call) -> Planned:
 
 
 def _tail(call: Call, planned: Planned) -> Tail:
-    from .tail import tail
+    from ..shared.tail import tail
 
     return tail(call, planned)
 
 
-def _attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -> None:
+def _attend(call: Call, planned: Planned, tail: Tail | None, out: torch.Tensor) -> None:
     from .attend import attend
 
-    attend(call, plan, tail, out)
+    attend(call, planned.plan, tail, out)
 
 
 BACKEND = Backend(

@@ -16,9 +16,9 @@ import triton.language as tl
 from ...call import Call
 from ...layout import CELL
 from ..base import Planned, Tail
-from ..shared.launch import COUNTS, shared_stride
-from ..shared.prepared import launch_kernel
-from ..shared.summarise import tail_room
+from .launch import COUNTS, shared_stride
+from .prepared import launch_kernel
+from .summarise import tail_room
 
 # Larger steps spill before sm_90, and are slower on it.
 BLOCK_QUERY_CELLS, BLOCK_KEY_CELLS, WARPS, STAGES = 64, 32, 4, 2
