@@ -1,4 +1,4 @@
-"""Fine-grained sparse attention: skip scores in tiles of M queries by N keys, N down to one."""
+"""Fine-grained sparse attention: tiles of M queries skip slices of N keys, N down to one key."""
 
 from .attention import attend, sparse_attention
 from .errors import InvalidArgument, Unsupported

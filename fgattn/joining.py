@@ -1,9 +1,9 @@
 """Joining: which small query tiles are executed together, so that the union of their lists stays short.
 
-Tiles are joined by twos until what is executed together has KERNEL_ROWS queries. Partners are sought within
-windows of 64 tiles (of 64 twos in the second round). The two whose lists differ in the fewest slices are
-joined first; between equals the lowest numbers are. A short last tile, and a whole one that is left over,
-stay at the end.
+Two tiles are joined, and two of these again where M is 16, until KERNEL_ROWS queries are executed together.
+Partners are sought within windows of 64. Those that differ in the fewest kept slices are joined first; of
+equal ones those with the lowest numbers. A short last tile, and a whole one that is left over, stay at the
+end.
 """
 
 from __future__ import annotations

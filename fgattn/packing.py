@@ -1,4 +1,4 @@
-"""Packing: kept slices of mask tiles become the bits of a plan, small tiles joined."""
+"""Packing: the slices that tiles of M queries keep become the bits of a plan; small tiles are joined."""
 
 from __future__ import annotations
 

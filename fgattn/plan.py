@@ -61,8 +61,13 @@ class SparsePlan:
         """Computed share of all pairs, 0-d float64 on the plan's device."""
         return self._share(self.executed)
 
+    @property
+    def pairs(self) -> int:
+        """All pairs of a query and a key in one head of one batch row."""
+        return self.queries * self.keys
+
     def _share(self, pairs: torch.Tensor) -> torch.Tensor:
-        return pairs.sum() / max(1, pairs.numel() * self.queries * self.keys)
+        return pairs.sum() / max(1, pairs.numel() * self.pairs)
 
     @property
     def query_tokens(self) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Plans: which scores of a call shall be computed, by a rule or by a mask."""
+"""Plans: which pairs of a query and a key shall be computed, by a rule or by a mask."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """When a sparse call is faster than a dense one, from a few figures of its backend.
 
+With the figures of `backends.base.Costs`:
+
     dense  = 4 B H L_q L_k D / rate                                            ms on the GPU
     sparse = the longer of `host` and fixed + (planning + density / speed) * dense
 

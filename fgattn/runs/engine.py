@@ -1,4 +1,4 @@
-"""One per patched model: decides call by call between dense and sparse, runs it, keeps the books.
+"""Engine: one for each patched model. It decides call by call between dense and sparse, and keeps the books.
 
     begin_run -> begin_evaluation -> attention (per call: reason for dense? plan, attend) -> end_run
 

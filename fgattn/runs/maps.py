@@ -1,4 +1,4 @@
-"""What some tiles of queries compute in each block and step of a run, by head, to be looked at later."""
+"""Maps: which keys some tiles of queries execute in each block and step of a run, by head, to be drawn later."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Maps:
             return self._skip(at, Reason(Outcome.MAPS_FULL))
         self._size += len(places) * heads * width
         of_call = (
-            plan.requested[0] / (plan.queries * plan.keys),
+            plan.requested[0] / plan.pairs,
             layout if layout.key_valid is None else replace(layout, key_valid=None),
             order,
             plan.tile_keys,

@@ -78,7 +78,7 @@ class RunStats:
 
     def add_plan(self, step: int, block: int, plan) -> None:
         """Add a plan's counts, which stay on the device."""
-        pairs = plan.requested.numel() * plan.queries * plan.keys
+        pairs = plan.requested.numel() * plan.pairs
         self._sums.add((step, block), 0, plan.requested, plan.executed, pairs)
 
     def add_estimate(self, step: int, block: int, estimated_error: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Sums by key of what lies on a device: kept there as it is, and added up on the host when somebody asks."""
+"""Running sums, by key, of tensors on a device: their terms stay there until somebody reads the sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The Gluon kernels for compute capability 9.0: keys come by TMA where they can, else row by row."""
+"""The kernels for compute capability 9.0, in Gluon, Triton's lower-level language.
+
+Keys come by TMA, the GPU's unit that copies boxes of memory, where they lie in boxes; else row by row."""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
 Tested with Triton 3.6; other versions are tried and judged by the self-test.
 
-A program computes CONSUMERS * 64 queries of one head. Producer warps bring the listed rows of k and v into a
-ring of shared tiles of each (producers.py), from which each consumer warpgroup reads them (consumer.py).
+A program computes CONSUMERS * 64 queries of one head. Keys are taken in steps of BLOCK_KEYS; the step that is
+not full comes first. Producer warps bring the listed rows of k and v into a ring, buffers in shared memory
+that are used in turn (producers.py), and each consumer warpgroup of 64 queries reads them (consumer.py).
 
 Where a slice has at least 8 keys and all octets of keys lie in memory as boxes, TMA fetches octets, by lists
 that are made as for the portable kernel (shared/lists.py). Else rows are gathered one by one, as warps of the

@@ -1,10 +1,11 @@
 """Producers of the Hopper attention kernel: warps that bring rows of k and v into a ring, in Gluon.
 
 There are two ways. `fetch` has TMA copy octets, 8 keys that lie in memory as a box (boxes.py): each of
-four warps fetches a quarter of each shared tile. `gather` copies single rows with cp.async, those that
+four warps fetches a quarter of each buffer. `gather` copies single rows with cp.async, those that
 listers found (lister.py).
 
-The step that is not full comes first; `fetch` takes it from the end of its list.
+Of the steps in which a tile's keys are taken, the one that is not full comes first; `fetch` takes it from the
+end of its list.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What both Hopper kernels use for the softmax's sums."""
+"""What the attention kernel and the tail kernel use for the sums of a softmax."""
 
 from __future__ import annotations
 

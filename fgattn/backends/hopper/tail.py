@@ -1,7 +1,7 @@
-"""The tail on Hopper (compute capability 9.0): the portable kernel's formula (triton/tail.py), in Gluon.
+"""The tail on Hopper (compute capability 9.0): the portable kernel's formula (shared/tail.py), in Gluon.
 
 A program takes 192 centroids of one head through all key cells, 64 in each of its consumer warpgroups: at
-480p length 12 heads are 132 programs, one for each multiprocessor of an H200. Producer warps bring the means
+480p length 12 heads make 132 programs, one for each multiprocessor of an H200. Producer warps bring the means
 of the keys and values of STEP cells into a ring of shared tiles, and with them the weights of the cells
 (tail_weights.py). The scores of the next step are computed beside the exponentials of a step.
 """

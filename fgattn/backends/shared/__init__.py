@@ -1,1 +1,1 @@
-"""Triton kernels and launch helpers that several backends use; imported only where Triton is."""
+"""Triton kernels and launch helpers that several backends use. `available` and `costs` need no Triton."""

@@ -1,4 +1,4 @@
-"""Tables that planning looks up by position of keys: rows, counts, weights, which cells and keys exist."""
+"""What planning looks up by key position or key cell: row in memory, number of keys, weight, whether it exists."""
 
 from __future__ import annotations
 

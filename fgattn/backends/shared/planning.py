@@ -1,4 +1,4 @@
-"""Planning on a GPU: the launches that make the plan of a call, one after the other.
+"""The launches behind the `plan` of Triton backends, one after the other.
 
 Summaries first, then the two passes over the key cells (select.py), lists of slices, joined tiles (join.py)
 where they are small, and the pass over keys (refine.py) where slices are finer than a cell.

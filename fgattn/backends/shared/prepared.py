@@ -4,8 +4,8 @@ Triton examines every argument of every launch for the variant of the kernel tha
 longer than to queue it. `launch_kernel` only compares: scalars by type and value, tuples of whole numbers by
 value, tensors by type of element, tensor maps by kind. Launches that agree in these, in their options and in
 the device run one variant, if all pointers are divisible by 16. All others, and the first of each kind, go
-the ordinary way; so does everything where Triton launches otherwise than is assumed here, which `_prepare`
-tries.
+the ordinary way. `_prepare` tries whether Triton's launcher works as is assumed here; where it does not, all
+launches go the ordinary way.
 """
 
 from __future__ import annotations
