@@ -1,12 +1,13 @@
 """hierarchical: every tile keeps the same share of the slices, scored by 16-token pools.
 
 Source: DFSAttn (arXiv 2605.23445 and its code; 128 x 128 blocks, pools of 16, the order "hilbert"): softmax
-of mean-pooled queries against mean-pooled keys, 16 tokens each; the probabilities of a block's pool pairs are
-added up, and each row of blocks keeps its best int(share * blocks), at least one.
+of mean-pooled queries against mean-pooled keys, 16 tokens each; the probabilities of a block's pool pairs
+are added up, and each row of blocks keeps its best int(share * blocks), at least one.
 
-Our reading: pools hold the rows that exist (the published code pads the last one with zeros), and one that is short of keys
-weighs less in the softmax; below N = 16 keys are pooled by N; sink slices are kept and do not count, the
-tile's own cells come on top. The share that shrinks over a run and masks kept over steps are left out.
+Our reading: pools hold the rows that exist (the published code pads the last one with zeros), and one that
+is short of keys weighs less in the softmax; below N = 16 keys are pooled by N; sink slices are kept and do
+not count, the tile's own cells come on top. The share that shrinks over a run and masks kept over steps are
+left out.
 """
 
 from __future__ import annotations

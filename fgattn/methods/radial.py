@@ -1,15 +1,16 @@
 """radial: a fixed pattern; the further two frames are apart, the closer two tokens must lie within them.
 
-Source: Radial Attention (arXiv 2506.19852 and its code; blocks of 128 x 128, raster). Let s be the tokens of a
-frame, d a distance in frames, and u = 2^bit_length(s) / 2^bit_length(d). A query sees the keys whose place in
-their frame, counted row by row, differs from its own by at most s where d < 2; elsewhere by at most decay * u,
-or a block if that is more. Where u is below a block, only each int(block / u)-th distance is seen. The first
-frame is seen by all. A block is kept if, of its keys that some query of the tile sees, more than 0.6 are seen by over a third of the
-tile's queries.
+Source: Radial Attention (arXiv 2506.19852 and its code; blocks of 128 x 128, raster). Let s be the tokens of
+a frame, d a distance in frames, and u = 2^bit_length(s) / 2^bit_length(d). A query sees the keys whose place
+in their frame, counted row by row, differs from its own by at most s where d < 2; elsewhere by at most decay
+* u, or a block if that is more. Where u is below a block, only each int(block / u)-th distance is seen. The
+first frame is seen by all. A block is kept if, of its keys that some query of the tile sees, more than 0.6
+are seen by over a third of the tile's queries.
 
-Our reading: "a block" is max(M, N) tokens; tiles and slices that span frames (any other order, ragged frames)
-are judged as a whole. There a larger decay can cost a slice at an edge; in raster order with whole tiles in a
-frame it only adds. Queries that are no tokens of the sequence, and sequences without a video, keep all.
+Our reading: "a block" is max(M, N) tokens; tiles and slices that span frames (any other order, ragged
+frames) are judged as a whole. There a larger decay can cost a slice at an edge; in raster order with whole
+tiles in a frame it only adds. Queries that are no tokens of the sequence, and sequences without a video,
+keep all.
 """
 
 from __future__ import annotations

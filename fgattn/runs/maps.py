@@ -1,4 +1,4 @@
-"""Maps: which keys some tiles of queries execute in each block and step of a run, by head, to be drawn later."""
+"""Maps: which keys some tiles of queries execute, by block, step and head of a run, to be drawn later."""
 
 from __future__ import annotations
 

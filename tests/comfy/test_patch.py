@@ -162,7 +162,7 @@ def test_interrupt_passes_through_and_leaves_a_clean_state(wan, sample, patched,
 
 
 def test_unloading_the_model_gives_index_tensors_back(wan, sample, patched, report):
-    """ComfyUI takes a model off its device when it needs the memory: what we keep for later calls goes too."""
+    """ComfyUI takes a model off its device when it needs the memory: so does what we keep for calls."""
     import comfy.model_management
 
     kept = sys.modules["fgattn_pack.fgattn.layout"].GEOMETRIES

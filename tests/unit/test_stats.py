@@ -28,6 +28,7 @@ def plan(requested, executed, queries=10, keys=20):
         requested=torch.tensor(requested, dtype=torch.float64),
         queries=queries,
         keys=keys,
+        pairs=queries * keys,
         executed=torch.tensor(executed, dtype=torch.float64),
     )
 

@@ -1,8 +1,8 @@
 """Consumers of the Hopper attention kernel: each warpgroup runs the online softmax on 64 queries, in Gluon.
 
-Products are WGMMA from the buffers of a ring (see records.py) that producers fill. A tile's keys are taken in
-steps; the step that is not full comes first and is the only one masked. While the weights of one step multiply v, the scores of the next
-one are computed.
+Products are WGMMA from the buffers of a ring (see records.py) that producers fill. A tile's keys are taken
+in steps; the step that is not full comes first and is the only one masked. While the weights of one step
+multiply v, the scores of the next one are computed.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Listers of the Hopper attention kernel: warps that turn a tile's bits into rows of k and v, in Gluon.
 
-A lister reads the bits of a window of 1024 keys at a time, 32 in each of its lanes. A sum over the lanes finds
-the lane that has the n-th kept key, a count of the bits in it finds the key.
+A lister reads the bits of a window of 1024 keys at a time, 32 in each of its lanes. A sum over the lanes
+finds the lane that has the n-th kept key, a count of the bits in it finds the key.
 
-The rows of a step are written to a slot of shared memory. There are SLOTS of them, so that listers work ahead
-of the warps that copy the rows. Several listers share the work: each finds its own part of every slot.
+The rows of a step are written to a slot of shared memory. There are SLOTS of them, so that listers work
+ahead of the warps that copy the rows. Several listers share the work: each finds its own part of every slot.
 
-Of the steps in which a tile's keys are taken, the one that is not full comes first. So the number of keys that a tile keeps must be known before the
-attention kernel starts: `count_kernel` counts them.
+Of the steps in which a tile's keys are taken, the one that is not full comes first. So the number of keys
+that a tile keeps must be known before the attention kernel starts: `count_kernel` counts them.
 """
 
 from __future__ import annotations

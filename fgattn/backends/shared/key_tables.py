@@ -1,4 +1,4 @@
-"""What planning looks up by key position or key cell: row in memory, number of keys, weight, whether it exists."""
+"""What planning looks up by key position or key cell: row in memory, number of keys, weight, existence."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ are fp32.
 
     out = (sum_kept e^(s-m) v + e^(t-m) tail) / (sum_kept e^(s-m) + e^(t-m)),   m = max(s, t)
 
-with scores s, and the tail (what is not kept, estimated; see shared/tail.py) with its log-sum-exp t. The kernel
-computes powers of two, with s, t and m in base 2.
+with scores s, and the tail (what is not kept, estimated; see shared/tail.py) with its log-sum-exp t. The
+kernel computes powers of two, with s, t and m in base 2.
 """
 
 from __future__ import annotations
