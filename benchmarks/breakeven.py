@@ -18,9 +18,9 @@ from fgattn.runs.engine import Engine
 from fgattn.settings import Policy
 
 from . import peers
-from .measure import BUSY_CYCLES, sampled_error, tail_of
+from .measure import BUSY_CYCLES, planned_error
 from .runner import Case, Run
-from .shapes import Shape, for_density, random_qkv
+from .shapes import QKV, Shape, for_density, random_qkv
 
 GRIDS = (  # 1 000 to 32 760 tokens
     (5, 10, 20),
@@ -50,8 +50,8 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def runs(shape: Shape, dim: int) -> list[Run]:
-    q, k, v = random_qkv(shape, dim)
-    dense = peers.cudnn(q, k, v)
+    qkv = random_qkv(shape, dim)
+    dense = peers.cudnn(qkv)
     result = [
         Run(
             dense.name,
@@ -64,14 +64,15 @@ def runs(shape: Shape, dim: int) -> list[Run]:
     for n in (16, 1) if dim == 128 and shape.heads == SINGLE_KEYS_HEADS else (16,):
         for density in DENSITIES:
             try:
-                settings = for_density(q, k, Settings(tile_keys=n), shape.layout, density)
+                settings = for_density(qkv.q, qkv.k, Settings(tile_keys=n), shape.layout, density)
             except ValueError:  # so short that what is always kept is more
                 continue
-            result.append(sparse(q, k, v, settings, shape))
+            result.append(sparse(qkv, settings, shape))
     return result
 
 
-def sparse(q, k, v, settings: Settings, shape: Shape) -> Run:
+def sparse(qkv: QKV, settings: Settings, shape: Shape) -> Run:
+    q, k, v = qkv
     # Estimates of the error are due for one call in four at most: they are no part of a call.
     engine = Engine(settings, Policy(warmup_steps=0, min_tokens=1, estimate_error=False))
     engine.begin_run([1.0, 0.0], False, q.device)
@@ -83,23 +84,11 @@ def sparse(q, k, v, settings: Settings, shape: Shape) -> Run:
     def call():
         return engine.attention(q, k, v, layout=shape.layout, dense=never, block=0)
 
-    def error(out) -> float:
-        return sampled_error(
-            q,
-            k,
-            v,
-            out,
-            plan.tile_rows,
-            lambda head, tile: plan.kept_keys(0, slice(head, head + 1))[0, tile],
-            plan.geometry,
-            tail_of(q, k, v, plan),
-        )
-
     density = float(plan.executed_density)
     return Run(
         "fgattn",
         call,
-        error,
+        functools.partial(planned_error, qkv, plan),
         peers.TOLERANCE,
         {
             "M": settings.tile_queries,
@@ -112,7 +101,7 @@ def sparse(q, k, v, settings: Settings, shape: Shape) -> Run:
 
 
 def host_milliseconds(call: Callable[[], object]) -> float:
-    """Time to queue a call while the GPU is busy: the lower quartile, since other load of the host only adds."""
+    """Time to queue a call while the GPU is busy: the lower quartile, as other load of the host only adds."""
     for _ in range(2):
         call()
     torch.cuda.synchronize()

@@ -17,10 +17,10 @@ from fgattn import Settings
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import gelu, layer_norm, linear, rms_norm, scaled_dot_product_attention
 
-from .measure import planned_attention, sampled_error, tail_of
+from .measure import planned_attention, planned_error, sampled_error
 from .peers import TOLERANCE
 from .runner import Case, Run
-from .shapes import LARGE_480P, LARGE_720P, Shape, for_density
+from .shapes import LARGE_480P, LARGE_720P, QKV, Shape, for_density
 
 DIM, FFN, HEADS, BLOCKS, TEXT = 5120, 13824, 40, 40, 512
 DENSITY = 0.3
@@ -85,7 +85,7 @@ class Dense:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             out = scaled_dot_product_attention(q, k, v)
         if self.check and block in CHECKED_BLOCKS:
-            self.errors.append(sampled_error(q, k, v, out, 128))
+            self.errors.append(sampled_error(QKV(q, k, v), out, 128))
         return out
 
 
@@ -106,18 +106,7 @@ class Planned:
         if self.check:
             self.densities.append(plan.density)
         if self.check and block in CHECKED_BLOCKS:
-            self.errors.append(
-                sampled_error(
-                    q,
-                    k,
-                    v,
-                    out,
-                    plan.tile_rows,
-                    lambda head, tile: plan.kept_keys(0, slice(head, head + 1))[0, tile],
-                    plan.geometry,
-                    tail_of(q, k, v, plan),
-                )
-            )
+            self.errors.append(planned_error(QKV(q, k, v), plan, out))
         return out
 
 

@@ -7,18 +7,18 @@ are made in the timed call. Each row is checked against float64 on sampled query
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from fgattn import Settings, TokenLayout, attend, plan_from_mask
 from fgattn.backends import registry
-from fgattn.backends.base import Planned
+from fgattn.backends.base import Planned, Tail
 from fgattn.call import Call
 
 from . import peers
 from .measure import sampled_error, tail_of
 from .runner import Case, Run
-from .shapes import LARGE_720P, SMALL_480P, Shape, random_qkv
+from .shapes import LARGE_720P, QKV, SMALL_480P, Shape, random_qkv
 
 DENSITY = 0.3
 TILE_KEYS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -64,26 +64,26 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def random_lists(shape: Shape, dim: int, m: int, n: int, density: float, impls: list[str]) -> list[Run]:
-    q, k, v = random_qkv(shape, dim)
+    qkv = random_qkv(shape, dim)
     mask = random_mask(shape, m, n, density)
-    return [peers.cudnn(q, k, v), *(ours(q, k, v, mask, m, n, impl) for impl in impls)]
+    return [peers.cudnn(qkv), *(ours(qkv, mask, m, n, impl) for impl in impls)]
 
 
 def all_keys(shape: Shape, dim: int, impls: list[str], others) -> list[Run]:
-    q, k, v = random_qkv(shape, dim)
+    qkv = random_qkv(shape, dim)
     mask = torch.ones(
         shape.heads, -(-shape.length // 128), -(-shape.length // 16), dtype=torch.bool, device="cuda"
     )
     return [
-        peers.cudnn(q, k, v),
-        *(ours(q, k, v, mask, 128, 16, impl) for impl in impls),
-        *(other(q, k, v) for other in others),
+        peers.cudnn(qkv),
+        *(ours(qkv, mask, 128, 16, impl) for impl in impls),
+        *(other(qkv) for other in others),
     ]
 
 
 def skewed_lists(shape: Shape, dim: int, impl: str) -> list[Run]:
     """Lists of equal length against lists of the same total, spread over heads and tiles."""
-    q, k, v = random_qkv(shape, dim)
+    qkv = random_qkv(shape, dim)
     even = random_mask(shape, 128, 16, DENSITY)
     heads, tiles, slices = even.shape
     # Longer in some heads and in some tiles; by rank, so that lengths fill the whole spread.
@@ -94,40 +94,40 @@ def skewed_lists(shape: Shape, dim: int, impl: str) -> list[Run]:
     order = torch.rand(heads, tiles, slices, device="cuda").argsort(-1).argsort(-1)
     skewed = order < counts[..., None]
     return [
-        ours(q, k, v, even, 128, 16, impl, name=f"{impl}, even"),
-        ours(q, k, v, skewed, 128, 16, impl, name=f"{impl}, {SPREAD}:1"),
+        ours(qkv, even, 128, 16, impl, name=f"{impl}, even"),
+        ours(qkv, skewed, 128, 16, impl, name=f"{impl}, {SPREAD}:1"),
     ]
 
 
 def given_tail(shape: Shape, dim: int, impl: str) -> list[Run]:
     """The launch without and with a tail that is there already."""
-    q, k, v = random_qkv(shape, dim)
+    qkv = random_qkv(shape, dim)
     mask = random_mask(shape, 128, 16, DENSITY)
     plan = plan_from_mask(mask, 128, 16, query_length=shape.length, key_length=shape.length)
-    tail, backend = tail_of(q, k, v, plan), registry.by_name(impl)
+    tail, backend = tail_of(*qkv, plan), registry.by_name(impl)
 
     def call(tail):
-        out = torch.empty_like(q)
-        backend.attend(Call.under(plan, q, k, v), Planned(plan), tail, out)
+        out = torch.empty_like(qkv.q)
+        backend.attend(Call.under(plan, *qkv), Planned(plan), tail, out)
         return out
 
     return [
-        ours(q, k, v, mask, 128, 16, impl, name=f"{impl}, no tail", call=lambda: call(None)),
-        ours(q, k, v, mask, 128, 16, impl, name=f"{impl}, tail", call=lambda: call(tail), tail=tail),
+        ours(qkv, mask, 128, 16, impl, name=f"{impl}, no tail", call=lambda: call(None)),
+        ours(qkv, mask, 128, 16, impl, name=f"{impl}, tail", call=lambda: call(tail), tail=tail),
     ]
 
 
 def addressing(shape: Shape, dim: int, impl: str) -> list[Run]:
     """Contiguous [B, H, L, D] in raster order against [B, L, H, D] and the order of cells."""
-    q, k, v = random_qkv(shape, dim)
+    qkv = random_qkv(shape, dim)
     mask = random_mask(shape, 128, 16, DENSITY)
-    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    strided = QKV(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv))
     return [
-        ours(q_, k_, v_, mask, 128, 16, impl, name=f"{impl}, {name}", layout=shape.layout, order=order)
-        for name, (q_, k_, v_), order in (
-            ("contiguous raster", (q, k, v), "raster"),
+        ours(given, mask, 128, 16, impl, name=f"{impl}, {name}", layout=shape.layout, order=order)
+        for name, given, order in (
+            ("contiguous raster", qkv, "raster"),
             ("BLHD", strided, "raster"),
-            ("cells", (q, k, v), "cells"),
+            ("cells", qkv, "cells"),
             ("BLHD cells", strided, "cells"),
         )
     ]
@@ -135,60 +135,50 @@ def addressing(shape: Shape, dim: int, impl: str) -> list[Run]:
 
 def block_sparse(shape: Shape, dim: int, m: int, n: int, impl: str) -> list[Run]:
     """One mask, every kernel that can run it."""
-    q, k, v = random_qkv(shape, dim)
+    qkv = random_qkv(shape, dim)
     mask = random_mask(shape, m, n, DENSITY)
-    runs = [peers.cudnn(q, k, v), ours(q, k, v, mask, m, n, impl), peers.flashinfer(q, k, v, mask, m, n)]
+    runs = [peers.cudnn(qkv), ours(qkv, mask, m, n, impl), peers.flashinfer(qkv, mask, m, n)]
     if n >= 64:
-        runs.append(peers.flex(q, k, v, mask, n))
+        runs.append(peers.flex(qkv, mask, n))
     if n >= 16:
-        runs.append(peers.fa4_sparse(q, k, v, mask, m, n))
+        runs.append(peers.fa4_sparse(qkv, mask, m, n))
     return runs
 
 
 def sol(shape: Shape, dim: int, tau: float, density: float, impl: str) -> list[Run]:
     """`sol_attn` at the threshold that gives a density on random tensors, ours at the same block size."""
-    q, k, v = random_qkv(shape, dim)
+    qkv = random_qkv(shape, dim)
     return [
-        peers.cudnn(q, k, v),
-        ours(q, k, v, random_mask(shape, 64, 64, density), 64, 64, impl),
-        peers.sol(q, k, v, tau),
+        peers.cudnn(qkv),
+        ours(qkv, random_mask(shape, 64, 64, density), 64, 64, impl),
+        peers.sol(qkv, tau),
     ]
 
 
 def ours(
-    q,
-    k,
-    v,
-    mask,
+    qkv: QKV,
+    mask: torch.Tensor,
     m: int,
     n: int,
     impl: str,
+    *,
     name: str = "",
-    call=None,
-    tail=None,
+    call: Callable[[], torch.Tensor] | None = None,
+    tail: Tail | None = None,
     layout: TokenLayout | None = None,
     order: str = "raster",
 ) -> Run:
     """One of our kernels on a mask [H, tiles, slices], checked against that mask."""
-    length = k.shape[2]
+    length = qkv.k.shape[2]
     plan = plan_from_mask(mask, m, n, query_length=length, key_length=length, layout=layout, order=order)
 
-    def error(out) -> float:
-        return sampled_error(
-            q,
-            k,
-            v,
-            out,
-            m,
-            lambda head, tile: mask[head, tile].repeat_interleave(n)[:length],
-            plan.geometry,
-            tail,
-        )
+    def kept(head: int, tile: int) -> torch.Tensor:
+        return mask[head, tile].repeat_interleave(n)[:length]
 
     return Run(
         name or impl,
-        call or functools.partial(attend, q, k, v, plan, impl=impl),
-        error,
+        call or functools.partial(attend, *qkv, plan, impl=impl),
+        lambda out: sampled_error(qkv, out, m, kept=kept, geometry=plan.geometry, tail=tail),
         peers.TOLERANCE,
         {"M": m, "N": n, "density": float(plan.density)},
     )

@@ -19,6 +19,8 @@ from fgattn.call import Call
 from fgattn.layout import CELL
 from fgattn.tensors import empty_like
 
+from .shapes import QKV
+
 RESULTS = Path(__file__).parent / "results"
 FLUSH_BYTES = 256 << 20  # larger than any L2
 BUSY_CYCLES = 4_000_000  # about 2 ms: longer than queueing a call takes
@@ -65,16 +67,17 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def sampled_error(q, k, v, out, rows: int, kept=None, geometry=None, tail=None) -> float:
+def sampled_error(qkv: QKV, out, rows: int, *, kept=None, geometry=None, tail=None) -> float:
     """Worst relative error of three query tiles against float64 with a dense mask.
 
     Args:
-        q, k, v, out: [1, H, L, D].
+        qkv, out: [1, H, L, D].
         rows: queries of a tile.
         kept: (head, tile) -> bool [L_k] by position; None is every key.
         geometry: order of tokens; None is as stored.
         tail: partial output [1, H, runs, D] and log-sum-exp [1, H, runs] that is merged, or None.
     """
+    q, k, v = qkv
     heads, queries = q.shape[1:3]
     tiles, errors = -(-queries // rows), []
     query_tokens = torch.arange(queries, device=q.device) if geometry is None else geometry.query_tokens
@@ -93,6 +96,16 @@ def sampled_error(q, k, v, out, rows: int, kept=None, geometry=None, tail=None) 
             expected += weights[:, -1:] * pooled
         errors.append(relative_error(out[0, head, query_tokens[position]], expected))
     return max(errors)
+
+
+def planned_error(qkv: QKV, plan: SparsePlan, out) -> float:
+    """Worst relative error of three query tiles of a plan with its tail, against float64."""
+
+    def kept(head: int, tile: int) -> torch.Tensor:
+        return plan.kept_keys(0, slice(head, head + 1))[0, tile]
+
+    tail = tail_of(*qkv, plan)
+    return sampled_error(qkv, out, plan.tile_rows, kept=kept, geometry=plan.geometry, tail=tail)
 
 
 def machine(commit: str) -> dict[str, str]:

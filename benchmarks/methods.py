@@ -10,12 +10,14 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from fgattn import Settings, build_plan, sparse_attention
 
 from . import peers
 from .measure import relative_error
 from .quality import LAYOUT, WRONG, recorded_calls
 from .runner import Case, Run
+from .shapes import QKV
 
 SEED = 2
 FINE = (128, 16, "cells")
@@ -46,26 +48,27 @@ def cases(quick: bool) -> Iterator[Case]:
             )
 
 
-def runs(qkv, quick: bool) -> list[Run]:
-    q, k, v = qkv
-    yardstick = peers.cudnn(q, k, v)
+def runs(qkv: QKV, quick: bool) -> list[Run]:
+    yardstick = peers.cudnn(qkv)
     dense = yardstick.call()
     result = [yardstick]
     for method, strengths in STRENGTHS.items():
         for grain in dict.fromkeys((PUBLISHED.get(method, FINE), FINE)):
             for strength in strengths[1::2] if quick else strengths:
-                result.append(run(q, k, v, dense, method, strength, *grain))
+                result.append(run(qkv, dense, method, strength, grain))
     return result
 
 
-def run(q, k, v, dense, method: str, strength: float, m: int, n: int, order: str) -> Run:
+def run(qkv: QKV, dense: torch.Tensor, method: str, strength: float, grain: tuple[int, int, str]) -> Run:
+    """One method at one strength; `grain` is M, N and the order."""
+    m, n, order = grain
     name = "threshold" if method == "threshold" else "method_parameter"
     given: dict[str, Any] = {name: strength}
     settings = Settings(tile_queries=m, tile_keys=n, order=order, method=method, **given)
-    plan = build_plan(q, k, settings, LAYOUT)
+    plan = build_plan(qkv.q, qkv.k, settings, LAYOUT)
     return Run(
         method,
-        functools.partial(sparse_attention, q, k, v, settings, LAYOUT),
+        functools.partial(sparse_attention, *qkv, settings, LAYOUT),
         functools.partial(relative_error, expected=dense),
         WRONG,
         {

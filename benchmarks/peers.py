@@ -15,6 +15,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .measure import relative_error, sampled_error
 from .runner import Run
+from .shapes import QKV
 
 TOLERANCE = 5e-3  # relative L2; bf16 rounding of the weights and the output gives 2e-3
 SOL_TOLERANCE = 0.1  # it computes in INT8
@@ -45,88 +46,84 @@ def peer(name: str):
     return decorate
 
 
-def sdpa(q, k, v, backend: SDPBackend, name: str) -> Run:
+def sdpa(qkv: QKV, backend: SDPBackend, name: str) -> Run:
     """PyTorch's dense attention."""
 
     def call():
         with sdpa_kernel(backend):
-            return scaled_dot_product_attention(q, k, v)
+            return scaled_dot_product_attention(*qkv)
 
-    return Run(name, call, lambda out: sampled_error(q, k, v, out, 128), TOLERANCE, {"density": 1.0})
+    return Run(name, call, lambda out: sampled_error(qkv, out, 128), TOLERANCE, {"density": 1.0})
 
 
-def cudnn(q, k, v) -> Run:
+def cudnn(qkv: QKV) -> Run:
     """The yardstick: the fastest dense attention that PyTorch has on Hopper."""
-    return sdpa(q, k, v, SDPBackend.CUDNN_ATTENTION, "cudnn")
+    return sdpa(qkv, SDPBackend.CUDNN_ATTENTION, "cudnn")
 
 
-def flash(q, k, v) -> Run:
-    return sdpa(q, k, v, SDPBackend.FLASH_ATTENTION, "sdpa flash")
+def flash(qkv: QKV) -> Run:
+    return sdpa(qkv, SDPBackend.FLASH_ATTENTION, "sdpa flash")
 
 
 @peer("flexattention")
-def flex(q, k, v, mask: torch.Tensor, block: int) -> Run:
+def flex(qkv: QKV, mask: torch.Tensor, block: int) -> Run:
     """PyTorch's FlexAttention, compiled and autotuned, every kept block whole."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-    counts, columns = _listed(mask[None])
+    counts, columns = listed(mask[None])
     blocks = BlockMask.from_kv_blocks(
         torch.zeros_like(counts),
         torch.zeros_like(columns),
         counts,
         columns,
         BLOCK_SIZE=(block, block),
-        seq_lengths=(q.shape[2], k.shape[2]),
+        seq_lengths=(qkv.q.shape[2], qkv.k.shape[2]),
     )
     compiled = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
-    return _block_sparse(
-        "flexattention", q, k, v, mask, block, block, lambda: compiled(q, k, v, block_mask=blocks)
-    )
+    return block_sparse("flexattention", qkv, mask, (block, block), lambda: compiled(*qkv, block_mask=blocks))
 
 
 @peer("flashattention-4")
-def fa4(q, k, v) -> Run:
+def fa4(qkv: QKV) -> Run:
     """FlashAttention-4 (CuTe), dense."""
     from flash_attn.cute import flash_attn_func
 
-    q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
+    q_, k_, v_ = (x.transpose(1, 2) for x in qkv)
 
     def call():
         return _only_output(flash_attn_func(q_, k_, v_)).transpose(1, 2)
 
     return Run(
-        "flashattention-4", call, lambda out: sampled_error(q, k, v, out, 128), TOLERANCE, {"density": 1.0}
+        "flashattention-4", call, lambda out: sampled_error(qkv, out, 128), TOLERANCE, {"density": 1.0}
     )
 
 
 @peer("flashattention-4")
-def fa4_sparse(q, k, v, mask: torch.Tensor, rows: int, keys: int) -> Run:
+def fa4_sparse(qkv: QKV, mask: torch.Tensor, rows: int, keys: int) -> Run:
     """FlashAttention-4 (CuTe), every kept block whole."""
     from flash_attn.cute import flash_attn_func
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-    counts, columns = _listed(mask[None])
+    counts, columns = listed(mask[None])
     blocks = BlockSparseTensorsTorch(
         torch.zeros_like(counts), torch.zeros_like(columns), counts, columns, block_size=(rows, keys)
     )
-    q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
-    return _block_sparse(
+    q_, k_, v_ = (x.transpose(1, 2) for x in qkv)
+    return block_sparse(
         "flashattention-4",
-        q,
-        k,
-        v,
+        qkv,
         mask,
-        rows,
-        keys,
+        (rows, keys),
         lambda: _only_output(flash_attn_func(q_, k_, v_, block_sparse_tensors=blocks)).transpose(1, 2),
     )
 
 
 @peer("flashinfer")
-def flashinfer(q, k, v, mask: torch.Tensor, rows: int, keys: int) -> Run:
+def flashinfer(qkv: QKV, mask: torch.Tensor, rows: int, keys: int) -> Run:
     """FlashInfer's variable-block kernel, with equal blocks; planned before it is timed."""
     from flashinfer import VariableBlockSparseAttentionWrapper
 
+    q, k, v = qkv
     heads, length, dim = q.shape[1:]
     wrapper = VariableBlockSparseAttentionWrapper(
         torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)
@@ -138,11 +135,11 @@ def flashinfer(q, k, v, mask: torch.Tensor, rows: int, keys: int) -> Run:
         return full
 
     wrapper.plan(mask, sizes(rows), sizes(keys), heads, heads, dim, q_data_type=q.dtype)
-    return _block_sparse("flashinfer", q, k, v, mask, rows, keys, lambda: wrapper.run(q[0], k[0], v[0])[None])
+    return block_sparse("flashinfer", qkv, mask, (rows, keys), lambda: wrapper.run(q[0], k[0], v[0])[None])
 
 
 @peer("sol_attn")
-def sol(q, k, v, tau: float, dense: torch.Tensor | None = None, tokens: torch.Tensor | None = None) -> Run:
+def sol(qkv: QKV, tau: float, dense: torch.Tensor | None = None, tokens: torch.Tensor | None = None) -> Run:
     """comfy-kitchen's `sol_attn`, all stages.
 
     Args:
@@ -152,7 +149,7 @@ def sol(q, k, v, tau: float, dense: torch.Tensor | None = None, tokens: torch.Te
     """
     from comfy_kitchen import sol_attn
 
-    q_, k_, v_ = (in_order(x, tokens).transpose(1, 2) for x in (q, k, v))  # [B, L, H, D]
+    q_, k_, v_ = (in_order(x, tokens).transpose(1, 2) for x in qkv)  # [B, L, H, D]
 
     def by_reference(out) -> float:
         from comfy_kitchen.backends.eager.sol_attn import sol_attn as reference
@@ -191,9 +188,10 @@ def _block_means(x: torch.Tensor) -> torch.Tensor:
     return sums / sizes
 
 
-def _block_sparse(name: str, q, k, v, mask, rows: int, keys: int, call) -> Run:
-    """A run that executes a mask [H, tiles, slices] exactly."""
-    length = k.shape[2]
+def block_sparse(name: str, qkv: QKV, mask: torch.Tensor, block: tuple[int, int], call) -> Run:
+    """A run that executes a mask [H, tiles, slices] of blocks (queries, keys) exactly."""
+    rows, keys = block
+    queries, length = qkv.q.shape[2], qkv.k.shape[2]
 
     def kept(head: int, tile: int) -> torch.Tensor:
         return mask[head, tile].repeat_interleave(keys)[:length]
@@ -201,19 +199,19 @@ def _block_sparse(name: str, q, k, v, mask, rows: int, keys: int, call) -> Run:
     widths = torch.full((mask.shape[2],), keys, device=mask.device)
     widths[-1] -= -length % keys
     heights = torch.full((mask.shape[1],), rows, device=mask.device)
-    heights[-1] -= -q.shape[2] % rows
+    heights[-1] -= -queries % rows
     scores = torch.einsum("htk,t,k->", mask.double(), heights.double(), widths.double()).item()
-    density = scores / (mask.shape[0] * q.shape[2] * length)
+    density = scores / (mask.shape[0] * queries * length)
     return Run(
         name,
         call,
-        lambda out: sampled_error(q, k, v, out, rows, kept),
+        lambda out: sampled_error(qkv, out, rows, kept=kept),
         TOLERANCE,
         {"M": rows, "N": keys, "density": density},
     )
 
 
-def _listed(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def listed(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Number [..., tiles] and, packed to the left, places [..., tiles, slices] of what a mask keeps."""
     places = mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return mask.sum(-1, dtype=torch.int32), places.to(torch.int32)

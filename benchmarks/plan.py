@@ -23,7 +23,7 @@ from fgattn.call import Call
 from fgattn.layout import geometry
 
 from . import peers
-from .measure import relative_error, sampled_error, tail_of
+from .measure import planned_error, relative_error, tail_of
 from .runner import Case, Run
 from .shapes import LARGE_720P, SMALL_480P, Shape, for_density, random_qkv
 
@@ -49,12 +49,13 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def stages(shape: Shape) -> list[Run]:
-    q, k, v = random_qkv(shape)
+    qkv = random_qkv(shape)
+    q, k, v = qkv
     layout = shape.layout
     geo = geometry(layout, Settings().order, shape.length, q.device)
     rows = query_rows(geo), key_rows(geo)
     error = functools.partial(summary_error, q, k, v, geo)
-    runs = [peers.cudnn(q, k, v)] + [
+    runs = [peers.cudnn(qkv)] + [
         Run(name, functools.partial(summarise, q, k, x, *rows, second=True), error, ROUNDING)
         for name, x in (("summarise q, k", None), ("summarise q, k, v", v))
     ]
@@ -95,7 +96,8 @@ def stages(shape: Shape) -> list[Run]:
 
 def memory(shape: Shape, n: int) -> list[Run]:
     """One planned call: what it takes beside q, k, v and the output, and what kept plans like its would."""
-    q, k, v = random_qkv(shape)
+    qkv = random_qkv(shape)
+    q, k, v = qkv
     settings = for_density(q, k, Settings(tile_keys=n), shape.layout, DENSITY)
     out = None
     for _ in range(2):  # the first call compiles and fills caches that stay
@@ -110,24 +112,12 @@ def memory(shape: Shape, n: int) -> list[Run]:
     kept_plans = (plan.bits.nbytes + plan.requested.nbytes + plan.executed.nbytes) * LAYERS * BRANCHES
     del out
 
-    def error(out) -> float:
-        return sampled_error(
-            q,
-            k,
-            v,
-            out,
-            plan.tile_rows,
-            lambda head, tile: plan.kept_keys(0, slice(head, head + 1))[0, tile],
-            plan.geometry,
-            tail_of(q, k, v, plan),
-        )
-
     call = functools.partial(sparse_attention, q, k, v, settings, shape.layout)
     return [
         Run(
             "plan and attend",
             call,
-            error,
+            functools.partial(planned_error, qkv, plan),
             peers.TOLERANCE,
             {
                 "M": 128,

@@ -33,7 +33,7 @@ class Curve:
     labels: Sequence[str] = ()
 
 
-def draw(curves: Sequence[Curve], title: str, across: str, up: str, x: Axis, y: Axis, note: str) -> str:
+def draw(curves: Sequence[Curve], title: str, across: str, up: str, x: Axis, y: Axis, *, note: str) -> str:
     """An SVG picture; curves without points are left out."""
     curves = [curve for curve in curves if curve.points]
     at_x = _scale(x, [p[0] for c in curves for p in c.points], LEFT, RIGHT)

@@ -25,6 +25,7 @@ from fgattn.settings import TILE_KEYS, TILE_QUERIES
 from . import peers
 from .measure import relative_error
 from .runner import Case, Run
+from .shapes import QKV
 
 SIZE = (21, 60, 104)  # T, H, W of the latent
 LAYOUT = TokenLayout((SIZE[0], SIZE[1] // 2, SIZE[2] // 2))  # 32 760 tokens
@@ -56,10 +57,11 @@ def cases(quick: bool) -> Iterator[Case]:
                 return
 
 
-def runs(qkv) -> list[Run]:
-    q, k, v = (x.repeat(1, REPEAT_HEADS, 1, 1) for x in qkv)
+def runs(qkv: QKV) -> list[Run]:
+    qkv = QKV(*(x.repeat(1, REPEAT_HEADS, 1, 1) for x in qkv))
+    q, k, v = qkv
     heads = {"heads": q.shape[1]}
-    yardstick = peers.cudnn(q, k, v)
+    yardstick = peers.cudnn(qkv)
     dense = yardstick.call()
     result = [yardstick]
     for s in SETTINGS:
@@ -84,7 +86,7 @@ def runs(qkv) -> list[Run]:
     cells = geometry(LAYOUT, "cells", LAYOUT.length, q.device).key_tokens
     for order, tokens in (("raster", None), ("cells", cells)):
         for tau in SOL_TAUS:
-            run = peers.sol(q, k, v, tau, dense, tokens)
+            run = peers.sol(qkv, tau, dense, tokens)
             run.columns.update(heads, order=order)
             result.append(run)
     return result
@@ -107,22 +109,22 @@ class Recorder:
     """Stands in for an engine: runs dense and keeps the calls of some blocks."""
 
     def __init__(self):
-        self.calls: list[tuple[torch.Tensor, ...]] = []
+        self.calls: list[QKV] = []
 
     def attention(self, q, k, v, *, layout, dense, block, scale=None):
         if block in BLOCKS:
-            self.calls.append((q.clone(), k.clone(), v.clone()))
+            self.calls.append(QKV(q.clone(), k.clone(), v.clone()))
         return dense()
 
 
 @torch.no_grad()
-def recorded_calls(seed: int = 1) -> dict[tuple[int, int], tuple[torch.Tensor, ...]]:
+def recorded_calls(seed: int = 1) -> dict[tuple[int, int], QKV]:
     """(step, block) -> q, k, v [1, 3, 32760, 128] of a generation, bf16."""
     model = load_model().to("cuda", torch.bfloat16)
     noise = torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(seed)).cuda()
     context = conditioning(seed).cuda().to(torch.bfloat16)
     sigmas, x = schedule(20), noise
-    calls: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+    calls: dict[tuple[int, int], QKV] = {}
     for step, (sigma, following) in enumerate(pairwise(sigmas)):
         recorder = Recorder()
         time = torch.full((1,), 1000 * sigma, device="cuda")

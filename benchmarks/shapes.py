@@ -23,17 +23,24 @@ class Shape(NamedTuple):
         return self.layout.length
 
 
+class QKV(NamedTuple):
+    """Inputs of one attention call, [B, H, L, D] each."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
 SMALL_480P = Shape("Wan 1.3B 480p 81f", (21, 30, 52), 12)
 LARGE_480P = Shape("Wan 14B 480p 81f", (21, 30, 52), 40)
 LARGE_720P = Shape("Wan 14B 720p 81f", (21, 45, 80), 40)
 
 
-def random_qkv(shape: Shape, dim: int = 128):
-    """q, k, v [1, H, L, D] in bf16, contiguous, the same every time."""
+def random_qkv(shape: Shape, dim: int = 128) -> QKV:
+    """[1, H, L, D] in bf16, contiguous, the same every time."""
     generator = torch.Generator("cuda").manual_seed(0)
-    return torch.randn(
-        3, 1, shape.heads, shape.length, dim, generator=generator, device="cuda", dtype=torch.bfloat16
-    ).unbind()
+    size = (3, 1, shape.heads, shape.length, dim)
+    return QKV(*torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16))
 
 
 def for_density(q, k, settings: Settings, layout: TokenLayout, density: float) -> Settings:

@@ -16,6 +16,7 @@ from . import peers
 from .measure import relative_error
 from .quality import LAYOUT, REPEAT_HEADS, recorded_calls
 from .runner import Case, Run
+from .shapes import QKV
 
 DENSITY, ALLOWED = 0.15, 0.001
 
@@ -31,9 +32,10 @@ def cases(quick: bool) -> Iterator[Case]:
             )
 
 
-def runs(qkv) -> list[Run]:
-    q, k, v = (x.repeat(1, REPEAT_HEADS, 1, 1) for x in qkv)
-    result = [peers.cudnn(q, k, v)]
+def runs(qkv: QKV) -> list[Run]:
+    qkv = QKV(*(x.repeat(1, REPEAT_HEADS, 1, 1) for x in qkv))
+    q, k, v = qkv
+    result = [peers.cudnn(qkv)]
     for m in (32, 16):
         threshold, plan = plan_of_density(q, k, m, LAYOUT)
         density = float(plan.density)

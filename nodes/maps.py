@@ -104,7 +104,9 @@ class FGAttnMap(io.ComfyNode):
         )
 
     @classmethod
-    def check_lazy_status(cls, model, block, head, step, latent=None, frame=0, row=0, column=0) -> list[str]:
+    def check_lazy_status(
+        cls, *, model, block, head, step, latent=None, frame=0, row=0, column=0
+    ) -> list[str]:
         """Runs before the sampler: says which tile its run shall keep, then waits for the latent."""
         if latent is not None:
             return []
@@ -114,7 +116,7 @@ class FGAttnMap(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, latent, block: int, head: int, step: int, frame: int = 0, row: int = 0, column: int = 0
+        cls, *, model, latent, block: int, head: int, step: int, frame: int = 0, row: int = 0, column: int = 0
     ) -> io.NodeOutput:
         patch = patch_of(model)
         text, *images = _draw(

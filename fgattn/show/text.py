@@ -34,8 +34,8 @@ def text(report: RunReport) -> str:
         lines += [
             "",
             *(
-                f"step {s.index + 1}: {s.total:.1f} ms, attention {s.attention:.1f}, planning {s.planning:.1f}; "
-                f"{s.sparse_calls} sparse, {s.dense_calls} dense"
+                f"step {s.index + 1}: {s.total:.1f} ms, attention {s.attention:.1f}, "
+                f"planning {s.planning:.1f}; {s.sparse_calls} sparse, {s.dense_calls} dense"
                 f"{_estimated(s, '; est. error {}')}"
                 for s in report.steps
             ),

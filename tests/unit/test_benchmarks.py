@@ -10,6 +10,7 @@ import pytest
 import torch
 from benchmarks import __main__, generations, measure, peers, plot, registry, report, runner, targets
 from benchmarks.runner import Case, Run
+from benchmarks.shapes import QKV
 
 MACHINE = {
     "gpu": "a GPU",
@@ -127,47 +128,48 @@ def test_one_failure_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
 
 
 def test_peers_that_are_missing_say_so(monkeypatch):
-    q, k, v = torch.randn(3, 1, 1, 64, 16).unbind()
+    qkv = QKV(*torch.randn(3, 1, 1, 64, 16))
     mask = torch.ones(1, 1, 1, dtype=torch.bool)
     for module in ("flash_attn", "flash_attn.cute", "flashinfer", "comfy_kitchen"):
         monkeypatch.setitem(sys.modules, module, None)
     for run in (
-        peers.fa4(q, k, v),
-        peers.fa4_sparse(q, k, v, mask, 64, 64),
-        peers.flashinfer(q, k, v, mask, 64, 64),
-        peers.sol(q, k, v, 1.0),
+        peers.fa4(qkv),
+        peers.fa4_sparse(qkv, mask, 64, 64),
+        peers.flashinfer(qkv, mask, 64, 64),
+        peers.sol(qkv, 1.0),
     ):
         assert run.missing.startswith("not installed: ") and run.name in report.NAMES | {"sol_attn": 0}
 
 
 def test_a_peer_that_does_not_run_is_withheld(monkeypatch):
     monkeypatch.setitem(sys.modules, "comfy_kitchen", SimpleNamespace(sol_attn=None))
-    run = peers.sol(None, None, None, 1.0)
+    run = peers.sol(QKV(None, None, None), 1.0)
     assert run.missing.startswith("withheld: does not run here: AttributeError")
 
 
 def make_masked(length=100, rows=32, keys=16, heads=2):
-    q, k, v = torch.randn(3, 1, heads, length, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    qkv = QKV(*torch.randn(3, 1, heads, length, 16, generator=torch.Generator().manual_seed(0)))
     mask = (
         torch.rand(heads, -(-length // rows), -(-length // keys), generator=torch.Generator().manual_seed(1))
         < 0.5
     )
     mask[..., 0] = True
     dense = mask.repeat_interleave(rows, 1)[:, :length].repeat_interleave(keys, 2)[..., :length]
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense[None])
-    return q, k, v, mask, dense, out
+    out = torch.nn.functional.scaled_dot_product_attention(*qkv, attn_mask=dense[None])
+    return qkv, mask, dense, out
 
 
 def test_block_sparse_peers_are_judged_by_their_mask():
     """Right output passes, dense output does not; density counts short tiles and slices."""
-    q, k, v, mask, dense, out = make_masked()
-    run = peers._block_sparse("peer", q, k, v, mask, 32, 16, None)
-    assert run.error(out) < 1e-5 < 0.1 < run.error(torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    qkv, mask, dense, out = make_masked()
+    run = peers.block_sparse("peer", qkv, mask, (32, 16), None)
+    assert run.error(out) < 1e-5 < 0.1 < run.error(torch.nn.functional.scaled_dot_product_attention(*qkv))
     assert run.columns["density"] == pytest.approx(dense.double().mean().item())
 
 
 def test_sampled_error_merges_a_tail():
-    q, k, v, mask, dense, _ = make_masked(length=96)
+    qkv, mask, dense, _ = make_masked(length=96)
+    q, k, v = qkv
     scores = (q @ k.transpose(2, 3) / 4).double()
     run = 96 // 16
     pooled, total = torch.randn(1, 2, run, 16), torch.randn(1, 2, run)
@@ -178,13 +180,13 @@ def test_sampled_error_merges_a_tail():
     def kept(head, tile):
         return mask[head, tile].repeat_interleave(16)
 
-    assert measure.sampled_error(q, k, v, expected, 32, kept, tail=(pooled, total)) < 1e-6
-    assert measure.sampled_error(q, k, v, expected, 32, kept) > 1e-2
-    assert measure.sampled_error(q, k, v, expected * float("nan"), 32, kept) == float("inf")
+    assert measure.sampled_error(qkv, expected, 32, kept=kept, tail=(pooled, total)) < 1e-6
+    assert measure.sampled_error(qkv, expected, 32, kept=kept) > 1e-2
+    assert measure.sampled_error(qkv, expected * float("nan"), 32, kept=kept) == float("inf")
 
 
 def test_listed():
-    counts, places = peers._listed(torch.tensor([[False, True, False, True]]))
+    counts, places = peers.listed(torch.tensor([[False, True, False, True]]))
     assert counts.tolist() == [2] and places[0, :2].tolist() == [1, 3]
 
 

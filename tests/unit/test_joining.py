@@ -57,7 +57,7 @@ def test_distances_are_cut():
 @pytest.mark.parametrize("n", [1, 16, 64])
 @pytest.mark.parametrize("m", [16, 32])
 def test_executed_covers_requested(m, n):
-    """Every tile runs with all it asked for, and what is joined with nothing that none of its tiles asked for."""
+    """Tiles run with all they asked for, and what is joined with nothing that none of its tiles asked for."""
     length = 1100
     mask = random_mask(2, -(-length // m), -(-length // n), share=0.1, seed=n)
     plan = plan_from_mask(mask, m, n, query_length=length, key_length=length)

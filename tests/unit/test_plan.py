@@ -109,7 +109,8 @@ def test_mask_counts_in_the_order(order):
         (
             torch.ones(2, 14, dtype=torch.bool),
             {"query_length": 300},
-            r"mask tiles and slices: got \(2, 14\); allowed: \(3, 14\) for L_q=300.*query_length and key_length",
+            r"mask tiles and slices: got \(2, 14\); allowed: \(3, 14\) for L_q=300"
+            ".*query_length and key_length",
         ),
         (
             torch.ones(2, 14, dtype=torch.bool),

@@ -95,7 +95,7 @@ def _is_hooked() -> bool:
 
 @functools.lru_cache(maxsize=LIMIT)
 def _places(types: tuple[type, ...]) -> tuple[tuple[int, ...], ...] | None:
-    """Where among arguments of these types tensors, tensor maps and tuples are; None if there are others."""
+    """Places of tensors, tensor maps and tuples among arguments of these types; None if there are others."""
     tensors = tuple(i for i, t in enumerate(types) if t is torch.Tensor)
     maps = tuple(i for i, t in enumerate(types) if t.__name__ == "TensorDescriptor")
     tuples = tuple(i for i, t in enumerate(types) if t is tuple)
