@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,7 +24,7 @@ class Planned(NamedTuple):
     """A plan, and what its backend made on the way that serves the tail of the same call."""
 
     plan: SparsePlan
-    made: object = None
+    made: Any = None  # of a type that its backend knows
 
 
 class Costs(NamedTuple):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,6 +23,7 @@ from ..backends.base import Costs, Eligible, Planned
 from ..call import Call
 from ..layout import TokenLayout, release
 from ..outcomes import Outcome, Reason
+from ..plan import SparsePlan
 from ..planning import parts_for
 from ..settings import Policy, Settings
 from ..tensors import OutOfMemory, empty_like
@@ -66,7 +67,8 @@ class Engine:
         self.last_report: RunReport | None = None
         self.last_maps: Maps | None = None
         self._scope, self._passthrough, self._notify = scope, passthrough, notify
-        self._places, self._asked = NOBODY, {}  # of tiles: of the last run's maps, of those to come
+        self._places: Mapping[str, Place] = NOBODY  # of the tiles in the last run's maps
+        self._asked: dict[str, Place] = {}  # of those to come
         self.run: Run | None = None
 
     def watch_tile(self, key: str, place: Place) -> None:
@@ -284,10 +286,12 @@ class Engine:
             run.plans.close()
             run.parts = min(heads, 2 * parts)
             self.remark(SHORT_OF_MEMORY)
-        run.watch.sparse(at, call, out, plan if parts == 1 else Reason(Outcome.IN_PARTS))
+        run.watch.sparse(at, call, out, plan if plan and parts == 1 else Reason(Outcome.IN_PARTS))
         return out
 
-    def _part(self, run: Run, call: Call, answer: Eligible, at: CallPlace, out: torch.Tensor):
+    def _part(
+        self, run: Run, call: Call, answer: Eligible, at: CallPlace, out: torch.Tensor
+    ) -> tuple[SparsePlan, tuple]:
         """Write the output of some heads; their plan, and marks before and after planning and at the end."""
         start = run.stats.clock.mark()
         planned, outcome = self._planned(run, call, answer, at)

@@ -43,7 +43,7 @@ def draw_map(found: TileMap, head: int, title: str, note: str) -> Image.Image:
         wide,
         title,
         f"this tile computes {percent(computed.sum() / there)} of {there} keys; "
-        f"the head asks for {percent(found.density[head])} of its scores",
+        f"the head asks for {percent(float(found.density[head]))} of its scores",
         note,
     )
     for i in range(count):
@@ -75,7 +75,7 @@ def draw_density(maps: Maps, step: int, block: int, head: int, title: str) -> Im
     blocks = maps.densities(step)
     shares = {b: d for b, d in blocks.items() if not isinstance(d, Reason)}
     if not shares:
-        reasons = [reason.text for reason in blocks.values()]
+        reasons = [reason.text for reason in blocks.values() if isinstance(reason, Reason)]
         return draw_message(title, f"No block has a map in step {step + 1}: {(reasons or ['dense'])[0]}.")
     heads = max(map(len, shares.values()))
     highest = max(float(d.max()) for d in shares.values()) or 1.0

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from ... import reference
-from ...call import Call
+from ...call import Call, needed
 from ...packing import plan_selected
 from ...plan import SparsePlan
 from ..base import Backend, Planned, Tail
@@ -23,7 +23,7 @@ def _plan(call: Call) -> Planned:
 
 
 def _attend_by_reference(call: Call, plan: SparsePlan, given: Tail | None, out: torch.Tensor) -> None:
-    out.copy_(reference.attend(call.q, call.k, call.v, plan))
+    out.copy_(reference.attend(call.q, call.k, needed(call.v), plan))
 
 
 BACKEND = Backend(

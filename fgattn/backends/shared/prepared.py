@@ -20,7 +20,7 @@ from triton.runtime import driver
 
 LIMIT = 1024  # kinds of launches that are kept; when there are more, all are forgotten
 SCALARS = (int, float, bool, type(None))
-_knobs = getattr(getattr(triton, "knobs", None), "runtime", None)
+_knobs: Any = getattr(getattr(triton, "knobs", None), "runtime", None)  # None: an older Triton
 
 
 class _Prepared(NamedTuple):
