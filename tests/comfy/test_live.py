@@ -54,7 +54,7 @@ def test_the_end_is_told_however_it_comes(wan, sample, patched, told, monkeypatc
     """Stopped by the user, failed elsewhere, failed in our path."""
     from comfy.model_management import InterruptProcessingException
 
-    engine = sys.modules["fgattn_pack.fgattn.runs.engine"]
+    execute = sys.modules["fgattn_pack.fgattn.backends.execute"]
 
     def raising(error):
         def broken(*args, **kwargs):
@@ -62,10 +62,10 @@ def test_the_end_is_told_however_it_comes(wan, sample, patched, told, monkeypatc
 
         return broken
 
-    monkeypatch.setattr(engine, "plan_call", raising(InterruptProcessingException()))
+    monkeypatch.setattr(execute, "plan_of", raising(InterruptProcessingException()))
     with pytest.raises(InterruptProcessingException):
         sample(patched(wan))
-    monkeypatch.setattr(engine, "plan_call", raising(RuntimeError("out of luck")))
+    monkeypatch.setattr(execute, "plan_of", raising(RuntimeError("out of luck")))
     sample(patched(wan), steps=4)
     model = wan.clone()
     model.model_options["transformer_options"]["optimized_attention_override"] = raising(ZeroDivisionError())
@@ -76,7 +76,7 @@ def test_the_end_is_told_however_it_comes(wan, sample, patched, told, monkeypatc
     assert "out of luck" in ends[1]["headline"]
 
 
-def test_a_page_that_was_away_gets_the_last_messages(wan, sample, patched, told):
+def test_a_page_that_was_away_gets_the_last_messages(wan, sample, patched, told, monkeypatch):
     """Over HTTP as the page asks: its own runs, the last message of each, oldest first; no other page's."""
     import asyncio
 
@@ -84,11 +84,12 @@ def test_a_page_that_was_away_gets_the_last_messages(wan, sample, patched, told)
     from aiohttp.test_utils import TestClient, TestServer
 
     recent = sys.modules["fgattn_pack.nodes.recent"]
-    recent.RECENT._last.clear()
+    runs = recent.Recent()  # those of this test alone
+    monkeypatch.setattr(sys.modules["fgattn_pack.nodes.live"], "RECENT", runs)
     for steps in (4, 8):
         sample(patched(wan), steps=steps)
     server = types.SimpleNamespace(routes=web.RouteTableDef())
-    recent.serve(server)
+    recent.serve(server, runs)
 
     async def ask(*pages):
         app = web.Application()

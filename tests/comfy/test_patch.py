@@ -146,24 +146,24 @@ def test_interrupt_passes_through_and_leaves_a_clean_state(wan, sample, patched,
     """Stopping in the middle of our path stops the render; the next prompt runs as if nothing was."""
     from comfy.model_management import InterruptProcessingException
 
-    engine = sys.modules["fgattn_pack.fgattn.runs.engine"]
-    model, build = patched(wan), engine.plan_call
+    execute = sys.modules["fgattn_pack.fgattn.backends.execute"]
+    model, build = patched(wan), execute.plan_of
 
     def interrupted(*args, **kwargs):
         raise InterruptProcessingException
 
-    monkeypatch.setattr(engine, "plan_call", interrupted)
+    monkeypatch.setattr(execute, "plan_of", interrupted)
     with pytest.raises(InterruptProcessingException):
         sample(model)
     assert report(model).failure is None
-    monkeypatch.setattr(engine, "plan_call", build)
+    monkeypatch.setattr(execute, "plan_of", build)
     sample(model, steps=4)
     assert by_text(report(model))["sparse"] == 4 * BLOCKS
 
 
 def test_an_exception_goes_dense_and_says_so(wan, sample, patched, report, monkeypatch, caplog):
     """A failure in our path: one traceback, text for the node, and the dense result."""
-    engine = sys.modules["fgattn_pack.fgattn.runs.engine"]
+    execute = sys.modules["fgattn_pack.fgattn.backends.execute"]
     shown = []
     patch = sys.modules["fgattn_pack.nodes.patch"]
     monkeypatch.setattr(patch, "show", lambda node, text: shown.append((node, text)))
@@ -172,7 +172,7 @@ def test_an_exception_goes_dense_and_says_so(wan, sample, patched, report, monke
     def broken(*args, **kwargs):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(engine, "plan_call", broken)
+    monkeypatch.setattr(execute, "plan_of", broken)
     with caplog.at_level(logging.ERROR, "fgattn"):
         out = sample(model, steps=4)
     assert torch.equal(out, sample(wan, steps=4))
@@ -322,16 +322,15 @@ def separately(model, monkeypatch):
 @pytest.fixture
 def plan_uses(pack, monkeypatch):
     """Every sparse call in order: its step, block and branch; those its plan was made for; the plan."""
-    engine = sys.modules["fgattn_pack.fgattn.runs.engine"]
-    run, uses, made = engine.Engine._plan, [], {}
+    watch = sys.modules["fgattn_pack.fgattn.runs.watch"].Watch
+    look, uses, made = watch.sparse, [], {}
 
-    def plan(self, state, build, q, k, layout, block, branch, scale):
-        found, outcome = run(self, state, build, q, k, layout, block, branch, scale)
-        made.setdefault(id(found), (found, state.step, block, branch))
-        uses.append((state.step, block, branch, *made[id(found)][1:], found))
-        return found, outcome
+    def sparse(self, at, call, out, plan):
+        made.setdefault(id(plan), (plan, *at))
+        uses.append((*at, *made[id(plan)][1:], plan))
+        look(self, at, call, out, plan)
 
-    monkeypatch.setattr(engine.Engine, "_plan", plan)
+    monkeypatch.setattr(watch, "sparse", sparse)
     return uses
 
 
