@@ -32,7 +32,7 @@ def draw_map(found: TileMap, head: int, title: str, note: str) -> Image.Image:
     frames = np.stack([_wrapped(x[video], layout.grid) for x in (computed, own)])
     known = frames.shape[1:] == tuple(layout.grid)
     count, height, width = frames.shape[1:]
-    columns, size = _arrangement(count, height, width)
+    columns, size = arrangement(count, height, width)
     rows = -(-count // columns)
     wide = max(WIDTH, columns * (width * size + GAP) - GAP + 2 * MARGIN)
     tall = HEAD + rows * (LABEL + height * size + GAP) + FOOT
@@ -168,7 +168,7 @@ def _wrapped(tokens: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
     return np.pad(tokens, (0, -len(tokens) % FLAT_ROW)).reshape(1, -1, FLAT_ROW)
 
 
-def _arrangement(count: int, height: int, width: int) -> tuple[int, int]:
+def arrangement(count: int, height: int, width: int) -> tuple[int, int]:
     """Frames beside each other, and px of a token, as large as fits."""
     best = 1, 0.0
     for columns in range(1, count + 1):
