@@ -10,13 +10,13 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
-from fgattn import Settings, TokenLayout, attend, plan_from_mask
+from fgattn import TokenLayout, attend, plan_from_mask
 from fgattn.backends import registry
 from fgattn.backends.base import Planned, Tail
 from fgattn.call import Call
 
 from . import peers
-from .measure import sampled_error, tail_of
+from .measure import best_backend, sampled_error, tail_of
 from .runner import Case, Run
 from .shapes import LARGE_720P, QKV, SMALL_480P, Shape, random_qkv
 
@@ -27,7 +27,7 @@ SPREAD = 20  # longest over shortest list of the skewed case
 
 def cases(quick: bool) -> Iterator[Case]:
     """Every line of the table of targets; peers and the portable kernel's rows unless quick."""
-    best = registry.on_device(torch.device("cuda"), Settings()).backend.name
+    best = best_backend().name
     ours = list(dict.fromkeys((best, "triton")))
     ours, repeats = (ours[:1], 10) if quick else (ours, 20)
     shape = SMALL_480P

@@ -13,7 +13,7 @@ import torch
 import triton
 from fgattn import Settings, SparsePlan, TokenLayout
 from fgattn.backends import registry
-from fgattn.backends.base import Planned, Tail
+from fgattn.backends.base import Backend, Eligible, Planned, Tail
 from fgattn.backends.execute import attend, plan_of
 from fgattn.call import Call
 from fgattn.layout import CELL
@@ -157,4 +157,14 @@ def planned_attention(q, k, v, settings: Settings, layout: TokenLayout) -> tuple
 def tail_of(q, k, v, plan: SparsePlan, impl: str | None = None) -> Tail:
     """The tail of a plan, with means made for it, by the fastest backend or a named one."""
     call = Call.under(plan, q, k, v)
-    return registry.required(call, impl).tail(call, Planned(plan))
+    backend = registry.required(call, impl)
+    assert backend.tail, f"the {backend.name} backend has no tail of its own"
+    return backend.tail(call, Planned(plan))
+
+
+def best_backend() -> Backend:
+    """What runs the calls of a run on the current GPU."""
+    answer = registry.on_device(torch.device("cuda"), Settings())
+    if not isinstance(answer, Eligible):
+        raise RuntimeError(answer.text)
+    return answer.backend

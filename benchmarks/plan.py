@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import torch
 from fgattn import Settings, build_plan, sparse_attention
-from fgattn.backends import registry
 from fgattn.backends.base import Planned
 from fgattn.backends.hopper.boxes import boxes_for
 from fgattn.backends.pytorch import scoring
@@ -23,7 +22,7 @@ from fgattn.call import Call
 from fgattn.layout import geometry
 
 from . import peers
-from .measure import planned_error, relative_error, tail_of
+from .measure import best_backend, planned_error, relative_error, tail_of
 from .runner import Case, Run
 from .shapes import LARGE_720P, SMALL_480P, Shape, for_density, random_qkv
 
@@ -60,7 +59,8 @@ def stages(shape: Shape) -> list[Run]:
         for name, x in (("summarise q, k", None), ("summarise q, k, v", v))
     ]
     summaries = summarise(q, k, v, *rows)
-    backend = registry.on_device(q.device, Settings()).backend
+    tail = best_backend().tail
+    assert tail
     for n in (16, 1):
         settings = for_density(q, k, Settings(tile_keys=n), layout, DENSITY)
         plan = build_plan(q, k, settings, layout)
@@ -83,7 +83,7 @@ def stages(shape: Shape) -> list[Run]:
             *(
                 Run(
                     name,
-                    functools.partial(backend.tail, Call.under(plan, q, k, v), Planned(plan, given)),
+                    functools.partial(tail, Call.under(plan, q, k, v), Planned(plan, given)),
                     functools.partial(tail_error, q, k, v, settings, layout),
                     ROUNDING,
                     columns,
@@ -139,7 +139,7 @@ def make_lists(call: Call, plan):
     """
     batch, heads = plan.bits.shape[:2]
     boxes = boxes_for(call)
-    if boxes is None and registry.on_device(plan.bits.device, Settings()).backend.name == "hopper":
+    if boxes is None and best_backend().name == "hopper":
         from fgattn.backends.hopper.lister import Counts
 
         return Counts(plan, batch, heads).listed, 0

@@ -90,7 +90,9 @@ def rows_of(case: Case, clock=milliseconds) -> list[dict[str, Any]]:
     return rows
 
 
-def run(name: str, sources: Iterable[Callable], quick: bool, folder: Path, commit: str) -> None:
+def run(
+    name: str, sources: Iterable[Callable], quick: bool, folder: Path, commit: str, *, clock=milliseconds
+) -> None:
     """Measure a benchmark's sources; write NAME.csv and NAME_targets.csv, and print both.
 
     A source is a function of `quick` that yields cases, or rows that it has measured and checked itself.
@@ -98,7 +100,7 @@ def run(name: str, sources: Iterable[Callable], quick: bool, folder: Path, commi
     where = machine(commit)
     rows: list[dict[str, Any]] = []
     for item in (item for source in sources for item in _items(source, quick)):
-        found = rows_of(item) if isinstance(item, Case) else [{"status": MEASURED, **item}]
+        found = rows_of(item, clock) if isinstance(item, Case) else [{"status": MEASURED, **item}]
         rows += found
         write(folder / f"{name}.csv", rows, where)  # after each case: a run that is killed leaves its rows
         for row in found:

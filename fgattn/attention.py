@@ -50,7 +50,7 @@ def attend(
         raise InvalidArgument(
             "out",
             (tuple(out.shape), out.dtype, out.device),
-            (tuple(q.shape), q.dtype, q.device),
+            f"{(tuple(q.shape), q.dtype, q.device)}",
             "None makes one.",
         )
     return execute.attend(call, backend, Planned(plan), out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -13,6 +14,8 @@ from .layout import Geometry, TokenLayout, geometry
 from .plan import SparsePlan
 from .settings import Settings
 from .tensors import check_tensors, compute_type, declined
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +126,13 @@ class Call:
         for i in range(parts):
             part = slice(heads * i // parts, heads * (i + 1) // parts)
             yield part, self.of_heads(part) if parts > 1 else self
+
+
+def needed(value: T | None) -> T:
+    """A part of a call that may be None elsewhere, such as `layout`, and is needed here."""
+    if value is None:
+        raise TypeError("a call lacks what is needed here")
+    return value
 
 
 def ordered_valid(

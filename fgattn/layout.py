@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -96,7 +96,7 @@ class Geometry:
     host_tokens: np.ndarray
     grid: tuple[int, int, int]
     rows: tuple[int, int]
-    _tables: dict[Hashable, object] = field(default_factory=dict, init=False)  # of this geometry alone
+    _tables: dict[Hashable, Any] = field(default_factory=dict, init=False)  # of this geometry alone
 
     def table(self, name: Hashable, build: Callable[[], T]) -> T:
         """Something that follows from this geometry alone, built once under this name.
@@ -217,6 +217,17 @@ def _build(layout: TokenLayout, order: str, queries: int, device: torch.device) 
     else:
         mine = (tokens >= start) & (tokens < start + queries)
         query_tokens, own_cell, sink_query = tokens[mine] - start, cell[mine], is_sink[mine]
-    arrays = query_tokens, tokens, own_cell, sink_query, sink_cell
-    tensors = (torch.from_numpy(array).to(device) for array in arrays)
-    return Geometry(*tensors, tokens, grid, (queries, layout.length))
+
+    def on_device(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return Geometry(
+        query_tokens=on_device(query_tokens),
+        key_tokens=on_device(tokens),
+        own_cell=on_device(own_cell),
+        sink_query=on_device(sink_query),
+        sink_cell=on_device(sink_cell),
+        host_tokens=tokens,
+        grid=grid,
+        rows=(queries, layout.length),
+    )

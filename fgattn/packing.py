@@ -72,12 +72,16 @@ class Packing:
 
     def plan(self, parts: Sequence[Packed], batch: int) -> SparsePlan:
         """The plan of all parts, which are in order of batch row and head."""
-        made = (
-            None if part[0] is None else torch.cat(part).unflatten(0, (batch, -1))
-            for part in zip(*parts, strict=True)
-        )
+
+        def whole(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            return torch.cat(tensors).unflatten(0, (batch, -1))
+
+        bits, requested, executed, orders = zip(*parts, strict=True)
         return SparsePlan(
-            *made,
+            whole(bits),
+            whole(requested),
+            whole(executed),
+            None if orders[0] is None else whole(orders),
             geometry=self.geometry,
             key_valid=self.key_valid,
             tile_rows=max(self.tile_queries, KERNEL_ROWS),

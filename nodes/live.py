@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from ..fgattn.runs.reports import RunReport
-from ..fgattn.show.snapshot import snapshot
+from ..fgattn.show.snapshot import State, snapshot
 from .recent import RECENT
 from .status import prompt_server, tell
 
@@ -45,12 +45,12 @@ class Live:
             now = time.perf_counter()
             self._due = now + max(INTERVAL, (now - start) / COST_SHARE)
 
-    def end(self, report: RunReport, state: str) -> None:
+    def end(self, report: RunReport, state: State) -> None:
         """The run is over; this update always goes."""
         self._send(lambda: report, state)
         self._due = time.perf_counter() + INTERVAL
 
-    def _send(self, read: Callable[[], RunReport | None], state: str) -> None:
+    def _send(self, read: Callable[[], RunReport | None], state: State) -> None:
         """Send a snapshot to the client of the running prompt; a failure is logged, and ends the updates."""
         try:
             server = prompt_server()

@@ -150,16 +150,16 @@ def _draw(engine, key: str, block: int, head: int, step: int, place):
     if not isinstance(found, TileMap):
         text = f"block {block}, {at}: no map. {found}"
         return text, map_chart.draw_message(f"Block {block}, {at}: no map", found), density
-    error = next((b.estimated_error for b in last.blocks if b.block == block), None)
+    estimated = next((b.estimated_error for b in last.blocks if b.block == block), None)
     note = describe(last.settings)
-    if error is not None:
-        note = f"block's est. error {percent(error)}; {note}"
+    if estimated is not None:
+        note = f"block's est. error {percent(estimated)}; {note}"
     if place != drawn:
         note = f"tile of the run before the place was changed; {note}"
     title = f"Block {block}, head {head}, {at}: keys that one tile of queries computes"
     text = (
         f"block {block}, head {head}, {at}: the tile computes {percent(found.keys(head).mean())} of the "
-        f"keys, the head asks for {percent(found.density[head])} of its scores"
+        f"keys, the head asks for {percent(float(found.density[head]))} of its scores"
     )
     return text, map_chart.draw_map(found, head, title, note), density
 

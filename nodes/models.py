@@ -47,8 +47,8 @@ def video_of(diffusion_model, latent_shape) -> Video | None:
     if patch is None or len(latent_shape) not in (4, 5):
         return None
     sizes = (1, *latent_shape[2:])[-3:]
-    grid = tuple(-(-int(n) // p) for n, p in zip(sizes, patch, strict=True))
-    return Video(grid, SIDES[known[0]], len(getattr(diffusion_model, "double_blocks", ())))
+    t, h, w = (-(-int(n) // p) for n, p in zip(sizes, patch, strict=True))
+    return Video((t, h, w), SIDES[known[0]], len(getattr(diffusion_model, "double_blocks", ())))
 
 
 def call_layout(
@@ -138,4 +138,7 @@ def _patch_size(model) -> tuple[int, int, int] | None:
         size = (model.patch_temporal, model.patch_spatial, model.patch_spatial)
     if isinstance(size, int):
         size = (size, size)
-    return None if size is None or not 2 <= len(size) <= 3 else (1, *(int(n) for n in size))[-3:]
+    if size is None or not 2 <= len(size) <= 3:
+        return None
+    t, h, w = (1, *(int(n) for n in size))[-3:]
+    return t, h, w

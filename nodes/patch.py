@@ -15,6 +15,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..fgattn.runs.engine import Engine
 from ..fgattn.settings import Policy, Settings
+from ..fgattn.show.snapshot import State
 from ..fgattn.show.text import headline
 from .live import Live
 from .models import video_of
@@ -86,7 +87,7 @@ class Patch:
         except Exception:
             self._lost("could not start")
         self.live.begin()
-        state = "done"
+        state: State = "done"
         try:
             with SLIDERS.during(self.node_id if self.live_sliders else None, self.engine):
                 return executor(*args, **kwargs)

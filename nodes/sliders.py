@@ -20,13 +20,15 @@ class Sliders:
     @contextlib.contextmanager
     def during(self, node_id: str | None, engine: Engine):
         """While a node samples; without a page nobody can move its sliders."""
-        key = getattr(prompt_server(), "client_id", None), node_id
-        if None not in key:
-            self._running[key] = engine
+        page = getattr(prompt_server(), "client_id", None)
+        if page is None or node_id is None:
+            yield
+            return
+        self._running[page, node_id] = engine
         try:
             yield
         finally:
-            self._running.pop(key, None)
+            self._running.pop((page, node_id), None)
 
     def move(self, message: object) -> tuple[int, str]:
         """Take a message of a page.

@@ -1,6 +1,8 @@
 """The node "FG-Attn Sparse Attention": checks the settings and patches the model."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -9,7 +11,7 @@ from ..fgattn.methods import METHOD_NAMES, check
 from ..fgattn.settings import ORDERS, TILE_KEYS, TILE_QUERIES, Policy, Settings, parse_blocks
 from .patch import Patch
 
-READ = {
+READ: dict[str, Callable[[Any], Any]] = {
     "tile_queries": int,
     "tile_keys": int,
     "dense_blocks": parse_blocks,
@@ -201,7 +203,7 @@ class FGAttnPatch(io.ComfyNode):
         return io.NodeOutput(Patch(settings, policy, cls.hidden.unique_id, live).install(model))
 
 
-def chosen(inputs: dict[str, object]) -> tuple[Settings, Policy]:
+def chosen(inputs: dict[str, Any]) -> tuple[Settings, Policy]:
     """What the inputs of the node choose; each has the name of a field.
 
     Raises:

@@ -40,7 +40,8 @@ class FGAttnTiming(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent, model_2=None) -> io.NodeOutput:
-        reports, texts, shown = [], [], []
+        reports, texts = [], []
+        shown: list[str] = []
         models = [m for m in (model, model_2) if m is not None]
         for number, patched in enumerate(models, 1):
             name = f"model {number}" if len(models) > 1 else "FG-Attn"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,7 +28,7 @@ class Planned(NamedTuple):
     """
 
     plan: SparsePlan
-    made: object = None
+    made: Any = None  # of a type that its backend knows
 
 
 class Costs(NamedTuple):

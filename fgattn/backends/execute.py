@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from .. import methods
-from ..call import Call
+from ..call import Call, needed
 from ..methods.common import Heads
 from ..packing import plan_selected
 from .base import Backend, Planned
@@ -48,7 +48,7 @@ def _by_method(call: Call, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor
         k=k,
         valid=valid,
         geometry=call.geometry,
-        layout=call.layout,
+        layout=needed(call.layout),
         tile_queries=s.tile_queries,
         tile_keys=s.tile_keys,
         parameter=methods.strength(s.method, s.method_parameter),

@@ -32,7 +32,7 @@ def failure(backend: Backend, device: torch.device, settings: Settings) -> str |
     The case has the shapes of a default call (D = 128, bf16, tail), whose kernels are then compiled.
     """
     try:
-        reason = _wrong(backend, device, settings)
+        reason = disagreement(backend, device, settings)
     except OutOfMemory:
         raise  # says nothing of the kernels: the next call tests them again
     except Exception as error:
@@ -48,7 +48,8 @@ def forget() -> None:
     failure.cache_clear()
 
 
-def _wrong(backend: Backend, device: torch.device, settings: Settings) -> str | None:
+def disagreement(backend: Backend, device: torch.device, settings: Settings) -> str | None:
+    """What a backend makes of the small case that the reference does not, or None."""
     random = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 1, 600, 128, generator=random).to(device, torch.bfloat16).unbind()
     call = Call.to_plan(q, k, v, settings, LAYOUT)

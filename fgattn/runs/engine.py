@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,6 +23,7 @@ from ..backends.base import Costs, Eligible, Planned
 from ..call import Call
 from ..layout import TokenLayout, release
 from ..outcomes import Outcome, Reason
+from ..plan import SparsePlan
 from ..planning import parts_for
 from ..settings import Policy, Settings
 from ..tensors import OutOfMemory, empty_like
@@ -49,6 +50,7 @@ class Engine:
         notify: called once with the text of an error.
 
     Attributes:
+        scope: as given.
         run: that is going on, or None.
         last_report, last_maps: of the last run, once it has ended.
     """
@@ -65,8 +67,9 @@ class Engine:
         self.settings, self.policy = settings, policy
         self.last_report: RunReport | None = None
         self.last_maps: Maps | None = None
-        self._scope, self._passthrough, self._notify = scope, passthrough, notify
-        self._places, self._asked = NOBODY, {}  # of tiles: of the last run's maps, of those to come
+        self.scope, self._passthrough, self._notify = scope, passthrough, notify
+        self._places: Mapping[str, Place] = NOBODY  # of the tiles in the last run's maps
+        self._asked: dict[str, Place] = {}  # of those to come
         self.run: Run | None = None
 
     def watch_tile(self, key: str, place: Place) -> None:
@@ -94,7 +97,7 @@ class Engine:
         final = self.policy.final_dense_steps if sigmas and sigmas[-1] == 0 else 0
         compile_log.start()
         try:
-            with self._scope():
+            with self.scope():
                 self._places, self._asked = self._asked or self._places, {}
                 stats = RunStats(
                     Clock(device),
@@ -148,7 +151,7 @@ class Engine:
     def so_far(self) -> RunReport | None:
         """The books of the run that is going on, as far as they can be read without waiting."""
         if run := self.run:
-            with self._scope():
+            with self.scope():
                 return run.stats.so_far(run.chosen, run.implementation)
         return None
 
@@ -217,7 +220,7 @@ class Engine:
         answer: Eligible | Reason | None = run.device_reason
         if answer is None:
             try:
-                with self._scope():
+                with self.scope():
                     call = Call.to_plan(q, k, v, run.settings, layout, scale)
                     answer = self._answer(run, call)
             except self._passthrough:
@@ -233,7 +236,7 @@ class Engine:
         if reason := run.dense_by_policy(at) or self._too_dense(run, call, answer, at):
             return self._dense(run, at, reason, dense)
         try:
-            with self._scope():
+            with self.scope():
                 out = self._sparse(run, call, answer, at)
             stats.calls[Reason(Outcome.SPARSE)] += 1
             return out
@@ -284,10 +287,12 @@ class Engine:
             run.plans.close()
             run.parts = min(heads, 2 * parts)
             self.remark(SHORT_OF_MEMORY)
-        run.watch.sparse(at, call, out, plan if parts == 1 else Reason(Outcome.IN_PARTS))
+        run.watch.sparse(at, call, out, plan if plan and parts == 1 else Reason(Outcome.IN_PARTS))
         return out
 
-    def _part(self, run: Run, call: Call, answer: Eligible, at: CallPlace, out: torch.Tensor):
+    def _part(
+        self, run: Run, call: Call, answer: Eligible, at: CallPlace, out: torch.Tensor
+    ) -> tuple[SparsePlan, tuple]:
         """Write the output of some heads; their plan, and marks before and after planning and at the end."""
         start = run.stats.clock.mark()
         planned, outcome = self._planned(run, call, answer, at)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..call import Call
+from ..call import Call, needed
 from ..layout import geometry
 
 ROWS = 64  # random queries of an estimated call, the same ones in all heads
@@ -30,7 +30,7 @@ class Estimate:
 
     def estimated_error(self, call: Call, out: torch.Tensor) -> torch.Tensor:
         """Relative L2 error of some rows of the output [B, H, L_q, D], 0-d float32 on its device."""
-        q, k, layout = call.q, call.k, call.layout
+        q, k, layout = call.q, call.k, needed(call.layout)
         if q.device not in self._generators:
             self._generators[q.device] = torch.Generator(q.device).manual_seed(0)
         geo = geometry(layout, "raster", q.shape[2], q.device)
@@ -42,14 +42,15 @@ class Estimate:
             there = torch.zeros(1, k.shape[2], dtype=torch.bool, device=k.device)
             there.index_fill_(1, geo.key_tokens, True)
             valid = there if valid is None else there & valid.to(k.device)
-        expected = exact(q.index_select(2, rows), k, call.v, valid, call.scale).float()
+        expected = exact(q.index_select(2, rows), k, needed(call.v), valid, call.scale).float()
         missed = out.index_select(2, rows).float() - expected
         return torch.linalg.vector_norm(missed) / torch.linalg.vector_norm(expected)
 
 
 def every(call: Call) -> int:
     """One of so many blocks is estimated: on a GPU an estimate takes 0.1 ms at any length, dense does not."""
-    is_masked = bool(call.layout.absent) or call.layout.key_valid is not None
+    layout = needed(call.layout)
+    is_masked = bool(layout.absent) or layout.key_valid is not None
     calls = EVERY * (MASKED if is_masked else 1)
     if not call.q.is_cuda:
         return calls

@@ -91,15 +91,14 @@ class Maps:
         if self._size + len(places) * heads * width > LIMIT:
             return self._skip(at, Reason(Outcome.MAPS_FULL))
         self._size += len(places) * heads * width
-        of_call = (
-            plan.requested[0] / plan.pairs,
-            layout if layout.key_valid is None else replace(layout, key_valid=None),
-            order,
-            plan.tile_keys,
-        )
-        self.kept[at] = {
-            place: TileMap(*_bits_and_rows(plan, token_at(place, layout)), *of_call) for place in places
-        }
+        density = plan.requested[0] / plan.pairs
+        known = layout if layout.key_valid is None else replace(layout, key_valid=None)
+
+        def tile_map(place: Place) -> TileMap:
+            bits, rows = _bits_and_rows(plan, token_at(place, layout))
+            return TileMap(bits, rows, density, known, order, plan.tile_keys)
+
+        self.kept[at] = {place: tile_map(place) for place in places}
 
     def skip(self, step: int, block: int | None, reason: Reason) -> None:
         """Note why a call has no map."""
@@ -108,12 +107,12 @@ class Maps:
     def to_host(self) -> None:
         """Bring all maps to the host; waits for the device."""
         every = [(maps, place) for maps in self.kept.values() for place in maps]
-        fields = {
-            name: _to_host([getattr(maps[place], name) for maps, place in every])
+        bits, rows, density = (
+            _to_host([getattr(maps[place], name) for maps, place in every])
             for name in ("bits", "rows", "density")
-        }
+        )
         for i, (maps, place) in enumerate(every):
-            maps[place] = replace(maps[place], **{name: tensors[i] for name, tensors in fields.items()})
+            maps[place] = replace(maps[place], bits=bits[i], rows=rows[i], density=density[i])
 
     def place_for(self, key: str, wanted: Place) -> Place:
         """The place of a key; for one that the run did not know the wanted place, if any key has it."""

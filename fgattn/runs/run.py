@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..backends.base import Eligible
-from ..call import Call
+from ..call import Call, needed
 from ..outcomes import Outcome, Reason
 from ..settings import Policy, Settings, ranges
 from .plan_store import PlanStore
@@ -78,7 +78,7 @@ class Run:
         if why := next((name for name, is_so in missing.items() if is_so), None):
             self.stats.remarks[f"plans are not kept for calls with {why}"] = None
             return None
-        layout = call.layout
+        layout = needed(call.layout)
         place = layout.grid, layout.front, layout.back, layout.absent, layout.query_start
         return at.block, at.branch, place, call.q.shape, call.k.shape[2], call.scale, str(call.device)
 

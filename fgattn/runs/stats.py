@@ -54,7 +54,9 @@ class RunStats:
     _steps: dict[int, object] = field(default_factory=dict)  # step -> mark of its first evaluation
     _warmup: set[int] = field(default_factory=set)  # steps
     _timed: list = field(default_factory=list)  # (step, sparse, spans), see `timed`
-    _sums: Sums = field(default_factory=lambda: Sums(5))  # (step, block) -> the fields of a _Cell
+    _sums: Sums[tuple[int, int]] = field(
+        default_factory=lambda: Sums(5)
+    )  # (step, block) -> the fields of a _Cell
     _read: int = 0  # number of _timed whose marks are host times by now
     _copy: object | None = None  # mark after which what _sums has sent has arrived
     _arrived: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # _sums as of the last copy
@@ -91,7 +93,7 @@ class RunStats:
         Asked at the start of a step, when samplers have waited anyway, so that runs repeat exactly.
         """
         blocks = _totals((block, _Cell(*sums)) for (_, block), sums in self._sums.read().items())
-        return {block: cell.executed_density for block, cell in blocks.items() if cell.pairs}
+        return {b: cell.executed_density for b, cell in blocks.items() if cell.executed_density is not None}
 
     def so_far(self, settings: RunSettings, implementation: str) -> RunReport:
         """Report of the steps that are finished; never waits, so densities may be those of a while ago."""
@@ -162,10 +164,11 @@ class RunStats:
             )
         sparse_calls = [t[3] for t in timed if t[1]]
         planning = [t[2] for t in timed if t[1] and t[2] > 0]
-        plan_time = _median(planning) or 0.0
+        plan_time, sparse_time = _median(planning) or 0.0, _median(sparse_calls)
         blocks = tuple(
             BlockReport(block, cell.density, cell.executed_density, cell.estimated_error)
             for block, cell in sorted(of_block.items(), key=lambda item: item[0])
+            if cell.density is not None and cell.executed_density is not None
         )
         cuda = self.clock.device.type == "cuda"
         return RunReport(
@@ -179,9 +182,7 @@ class RunStats:
             calls=dict(self.calls),
             dense_call=_median([t[3] for t in timed if not t[1]]),
             sparse_call=(
-                _median(sparse_calls) + plan_time * len(planning) / len(sparse_calls)
-                if sparse_calls
-                else None
+                None if sparse_time is None else sparse_time + plan_time * len(planning) / len(sparse_calls)
             ),
             density=whole.density,
             executed_density=whole.executed_density,
@@ -192,7 +193,11 @@ class RunStats:
             planning_saved=(len(sparse_calls) - len(planning)) * plan_time if self.plans[REUSED] else 0.0,
             scheduled=self.scheduled,
             sliders=tuple(self.sliders),
-            cells=tuple(CellReport(*key, cell.density) for key, cell in cells),
+            cells=tuple(
+                CellReport(step, block, cell.density)
+                for (step, block), cell in cells
+                if cell.density is not None
+            ),
             estimated_error=whole.estimated_error,
         )
 

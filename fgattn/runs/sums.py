@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Generic, TypeVar
 
 import torch
 
 ROOM = 256  # rows of terms that wait one by one
+K = TypeVar("K", bound=Hashable)
 
 
-class Sums:
+class Sums(Generic[K]):
     """Rows of float64 sums.
 
     Args:
@@ -18,16 +20,16 @@ class Sums:
 
     def __init__(self, columns: int):
         self._columns = columns
-        self._totals: dict[Hashable, list[float]] = {}
-        self._waiting: list[tuple[Hashable, int, tuple[torch.Tensor | float, ...]]] = []
-        self._places: list[tuple[Hashable, int, int, float]] = []  # key, column, number of elements, number
+        self._totals: dict[K, list[float]] = {}
+        self._waiting: list[tuple[K, int, tuple[torch.Tensor | float, ...]]] = []
+        self._places: list[tuple[K, int, int, float]] = []  # key, column, number of elements, number
         self._elements = torch.empty(0, dtype=torch.float64)  # of all places
         self._sent: tuple[int, torch.Tensor] | None = None  # so many places, their elements on the host
 
     def __bool__(self) -> bool:
         return bool(self._totals or self._waiting or self._places)
 
-    def add(self, key: Hashable, column: int, *terms: torch.Tensor | float) -> None:
+    def add(self, key: K, column: int, *terms: torch.Tensor | float) -> None:
         """Add to the sums of a key from a column on: numbers, or all elements of tensors; never waits.
 
         The tensors shall not be written to any more.
@@ -41,14 +43,14 @@ class Sums:
         self._join()
         self._sent = len(self._places), self._elements.to("cpu", non_blocking=True, copy=True)
 
-    def arrived(self) -> dict[Hashable, list[float]]:
+    def arrived(self) -> dict[K, list[float]]:
         """The sums of all that was sent, once it has arrived."""
         if self._sent:
             (number, elements), self._sent = self._sent, None
             self._take(number, elements)
         return {key: [*row] for key, row in self._totals.items()}
 
-    def read(self) -> dict[Hashable, list[float]]:
+    def read(self) -> dict[K, list[float]]:
         """All sums; waits for the device."""
         self._join()
         if self._places:

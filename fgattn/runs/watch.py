@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..call import Call
+from ..call import Call, needed
 from ..outcomes import Reason
 from ..plan import SparsePlan
 from .estimate import Estimate
@@ -53,7 +53,7 @@ class Watch:
             if isinstance(plan, Reason):
                 self.maps.skip(at.step, at.block, plan)
             else:
-                self.maps.keep(at.step, at.block, plan, call.layout, call.settings.order)
+                self.maps.keep(at.step, at.block, plan, needed(call.layout), call.settings.order)
             if self._estimate and self._estimate.due(at.step, at.block, call):
                 self._stats.add_estimate(
                     at.step,

@@ -32,7 +32,7 @@ def draw_map(found: TileMap, head: int, title: str, note: str) -> Image.Image:
     frames = np.stack([_wrapped(x[video], layout.grid) for x in (computed, own)])
     known = frames.shape[1:] == tuple(layout.grid)
     count, height, width = frames.shape[1:]
-    columns, size = _arrangement(count, height, width)
+    columns, size = arrangement(count, height, width)
     rows = -(-count // columns)
     wide = max(WIDTH, columns * (width * size + GAP) - GAP + 2 * MARGIN)
     tall = HEAD + rows * (LABEL + height * size + GAP) + FOOT
@@ -43,7 +43,7 @@ def draw_map(found: TileMap, head: int, title: str, note: str) -> Image.Image:
         wide,
         title,
         f"this tile computes {percent(computed.sum() / there)} of {there} keys; "
-        f"the head asks for {percent(found.density[head])} of its scores",
+        f"the head asks for {percent(float(found.density[head]))} of its scores",
         note,
     )
     for i in range(count):
@@ -75,7 +75,7 @@ def draw_density(maps: Maps, step: int, block: int, head: int, title: str) -> Im
     blocks = maps.densities(step)
     shares = {b: d for b, d in blocks.items() if not isinstance(d, Reason)}
     if not shares:
-        reasons = [reason.text for reason in blocks.values()]
+        reasons = [reason.text for reason in blocks.values() if isinstance(reason, Reason)]
         return draw_message(title, f"No block has a map in step {step + 1}: {(reasons or ['dense'])[0]}.")
     heads = max(map(len, shares.values()))
     highest = max(float(d.max()) for d in shares.values()) or 1.0
@@ -168,7 +168,7 @@ def _wrapped(tokens: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
     return np.pad(tokens, (0, -len(tokens) % FLAT_ROW)).reshape(1, -1, FLAT_ROW)
 
 
-def _arrangement(count: int, height: int, width: int) -> tuple[int, int]:
+def arrangement(count: int, height: int, width: int) -> tuple[int, int]:
     """Frames beside each other, and px of a token, as large as fits."""
     best = 1, 0.0
     for columns in range(1, count + 1):

@@ -62,7 +62,7 @@ def summary(report: RunReport) -> str:
         f"run: {report.total / 1e3:.2f} s, {len(report.steps)} steps, planning {report.planning:.1f} ms",
         f"attention call: {_call_times(report)}",
     ]
-    if report.density is not None:
+    if report.density is not None and report.executed_density is not None:
         lines.append(
             f"density: {percent(report.density)} requested, {percent(report.executed_density)} executed"
         )

@@ -184,7 +184,7 @@ def test_a_full_gpu(load, run, patched, report):
     for free in (4096, 160, 128, 112, 96, 88, 80, 72, 64, 1):
         ours = apply(patched, model, tile_queries="16", tile_keys="1", warmup_steps=1)
         patch = sys.modules["fgattn_pack.nodes.patch"].patch_of(ours)
-        patch.engine._scope = functools.partial(only, free << 20)
+        patch.engine.scope = functools.partial(only, free << 20)
         latents.append(run(ours, steps=4)[0])
         last = report(ours)
         ended.append("dense" if last.failure else "fewer heads" if last.remarks else "sparse")

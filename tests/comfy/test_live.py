@@ -76,7 +76,7 @@ def test_the_end_is_told_however_it_comes(wan, sample, patched, told, monkeypatc
     assert "out of luck" in ends[1]["headline"]
 
 
-def test_a_page_that_was_away_gets_the_last_messages(wan, sample, patched, told):
+def test_a_page_that_was_away_gets_the_last_messages(wan, sample, patched, told, monkeypatch):
     """Over HTTP as the page asks: its own runs, the last message of each, oldest first; no other page's."""
     import asyncio
 
@@ -84,11 +84,12 @@ def test_a_page_that_was_away_gets_the_last_messages(wan, sample, patched, told)
     from aiohttp.test_utils import TestClient, TestServer
 
     recent = sys.modules["fgattn_pack.nodes.recent"]
-    recent.RECENT._last.clear()
+    runs = recent.Recent()  # those of this test alone
+    monkeypatch.setattr(sys.modules["fgattn_pack.nodes.live"], "RECENT", runs)
     for steps in (4, 8):
         sample(patched(wan), steps=steps)
     server = types.SimpleNamespace(routes=web.RouteTableDef())
-    recent.serve(server)
+    recent.serve(server, runs)
 
     async def ask(*pages):
         app = web.Application()

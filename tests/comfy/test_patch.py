@@ -336,22 +336,15 @@ def separately(model, monkeypatch):
 @pytest.fixture
 def plan_uses(pack, monkeypatch):
     """Every sparse call in order: its step, block and branch; those its plan was made for; the plan."""
-    store = sys.modules["fgattn_pack.fgattn.runs.plan_store"].PlanStore
-    run, begin, uses, made, steps = store.plan, store.begin_evaluation, [], {}, [0]
+    watch = sys.modules["fgattn_pack.fgattn.runs.watch"].Watch
+    look, uses, made = watch.sparse, [], {}
 
-    def begin_evaluation(self, step):
-        steps[0] = step
-        begin(self, step)
+    def sparse(self, at, call, out, plan):
+        made.setdefault(id(plan), (plan, *at))
+        uses.append((*at, *made[id(plan)][1:], plan))
+        look(self, at, call, out, plan)
 
-    def plan(self, key, build):
-        found, outcome = run(self, key, build)
-        block, branch, *_ = key
-        made.setdefault(id(found.plan), (found.plan, steps[0], block, branch))
-        uses.append((steps[0], block, branch, *made[id(found.plan)][1:], found.plan))
-        return found, outcome
-
-    monkeypatch.setattr(store, "begin_evaluation", begin_evaluation)
-    monkeypatch.setattr(store, "plan", plan)
+    monkeypatch.setattr(watch, "sparse", sparse)
     return uses
 
 

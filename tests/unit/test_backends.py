@@ -187,7 +187,7 @@ def test_every_step_down_has_its_reason(
         return {"hopper": hopper_fails, "triton": portable_fails}[backend.name]
 
     call = on(GPU, a_call(dtype=torch.bfloat16))
-    monkeypatch.setattr(selftest, "_wrong", wrong)
+    monkeypatch.setattr(selftest, "disagreement", wrong)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with caplog.at_level(logging.INFO, "fgattn"):
         answer = registry.choose(call, gain=True)
@@ -211,7 +211,7 @@ def test_every_step_down_has_its_reason(
 def test_a_gpu_without_hopper_says_so(fresh, monkeypatch, caplog):
     """An Ada card: nothing failed, so no warning; the answer still says what does not run."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    monkeypatch.setattr(selftest, "_wrong", lambda *_: None)
+    monkeypatch.setattr(selftest, "disagreement", lambda *_: None)
     answer = registry.choose(on(GPU, a_call()), gain=True)
     assert answer.text == "triton (no hopper: no Hopper GPU: compute capability 8.9, not 9.0)"
     assert not caplog.records
@@ -333,7 +333,7 @@ def test_self_test_compares_plans(fresh):
 
 def test_a_full_gpu_says_nothing_of_the_kernels(fresh, monkeypatch):
     """Another model may fill it while the self-test runs: that must not last for the process."""
-    monkeypatch.setattr(selftest, "_wrong", lambda *_: (_ for _ in ()).throw(OutOfMemory("no room")))
+    monkeypatch.setattr(selftest, "disagreement", lambda *_: (_ for _ in ()).throw(OutOfMemory("no room")))
     with pytest.raises(OutOfMemory):
         selftest.failure(pytorch.BACKEND, torch.device("cpu"), Settings())
 
@@ -347,7 +347,7 @@ def test_each_way_to_bring_keys_has_its_self_test(fails, boxed, by_rows, fresh, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(
         selftest,
-        "_wrong",
+        "disagreement",
         lambda backend, device, settings: (
             "off" if backend.name == "hopper" and settings.tile_keys in fails else None
         ),

@@ -106,7 +106,6 @@ def test_a_case_that_cannot_be_made_or_timed_is_withheld():
 
 def test_one_failure_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, "machine", lambda commit: MACHINE | {"commit": commit})
-    monkeypatch.setattr(runner.rows_of, "__defaults__", (clock,))
 
     def broken(quick):
         yield case_of(make_run("first"))
@@ -116,7 +115,7 @@ def test_one_failure_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
         yield {"case": "finished", "impl": "by hand", "status": runner.MEASURED, "ms": 1.23456}
         yield case_of(make_run("last"), quick=quick)
 
-    runner.run("kernel", (broken, fine), True, tmp_path, "abc")
+    runner.run("kernel", (broken, fine), True, tmp_path, "abc", clock=clock)
     rows, reached = (
         list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
         for name in ("kernel", "kernel_targets")

@@ -56,7 +56,7 @@ def test_every_token_is_drawn(inside, grid):
     """Counted in pixels, by colour; a picture for a screen at any grid."""
     found = tile(grid)
     image = map_chart.draw_map(found, 1, TITLE, NOTE)
-    size = map_chart._arrangement(*grid)[1]
+    size = map_chart.arrangement(*grid)[1]
     area = (size - (size >= map_chart.SEPARATE)) ** 2
     own, computed = found.queries(1), found.keys(1)
     assert pixels(image, palette.OWN) >= own.sum() * area
@@ -80,7 +80,7 @@ def test_tokens_stand_where_they_are():
     )
     image = np.asarray(map_chart.draw_map(found, 0, TITLE, ""))
     ys, xs = (image[: -map_chart.FOOT] == ImageColor.getrgb(palette.COMPUTED)).all(2).nonzero()
-    size = map_chart._arrangement(1, 4, 32)[1]
+    size = map_chart.arrangement(1, 4, 32)[1]
     assert (xs.min(), xs.max()) == (map_chart.MARGIN, map_chart.MARGIN + 16 * size - 2)
     assert ys.max() - ys.min() == size - 2
 

@@ -131,6 +131,21 @@ def test_densities_by_block_and_over_all():
     assert report.cells == (CellReport(0, 5, 150 / 400), CellReport(1, 2, 0.5), CellReport(1, 5, 0.0))
 
 
+def test_empty_calls_have_no_density():
+    """A share of nothing is none: such a block is in no list, and the report can be read."""
+    stats = RunStats(Clock(CPU))
+    stats.begin_step(0)
+    stats.add_plan(0, 3, plan([[0.0]], [[0.0]], queries=0))
+    report = stats.report(CHOSEN, "torch")
+    assert report.blocks == () and report.cells == () and report.density is None
+    assert stats.densities() == {}
+    stats.add_plan(0, 4, plan([[50.0]], [[100.0]]))
+    report = stats.report(CHOSEN, "torch")
+    assert (
+        [(b.block, b.density) for b in report.blocks] == [(4, 0.25)] == [(4, c.density) for c in report.cells]
+    )
+
+
 def test_estimated_errors_are_means_of_calls():
     """By step, by block and over all; none where nothing was compared."""
     stats = RunStats(Ticks(1.0, 2.0, 3.0, 4.0))

@@ -20,7 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ...call import Call
+from ...call import Call, needed
 from ...layout import CELL
 from ...plan import SparsePlan
 from ..base import Tail
@@ -243,7 +243,7 @@ def hopper_kernel(
 
 def attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -> None:
     """Write softmax over the plan's keys, and the tail if there is one, to out."""
-    q, k, v = call.tensors
+    q, k, v = map(needed, call.tensors)
     (batch, heads, _, dim), (*_, tiles, n_bytes), queries = q.shape, plan.bits.shape, plan.queries
     scale = plan.softmax_scale(dim) * LOG2_E
     if scale < 0:  # the kernel scales the largest score, not every score
@@ -306,7 +306,8 @@ def attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -
 
 def _boxed(k, v, plan: SparsePlan, boxes: torch.Tensor):
     """Of each launch: descriptors, lists of boxes, their lengths and stride, first head, number of heads."""
-    lists, grid = Lists(plan, *k.shape[:2], boxes), plan.geometry.grid
+    batch, heads = k.shape[:2]
+    lists, grid = Lists(plan, batch, heads, boxes), plan.geometry.grid
     for b, first, launch_heads in lists.launches():
         described = (*descriptors(k[b], grid), *descriptors(v[b], grid))
-        yield described, lists.lists, lists.listed, lists.stride, b * k.shape[1] + first, launch_heads
+        yield described, lists.lists, lists.listed, lists.stride, b * heads + first, launch_heads

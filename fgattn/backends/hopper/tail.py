@@ -240,16 +240,16 @@ def _template(shape: tuple[int, ...], dtype: torch.dtype) -> TensorDescriptor:
 
 def tail(call: Call, planned: Planned) -> Tail:
     """The tail of a call under a plan."""
-    plan, (made, key_rows, (out, lse)) = planned.plan, tail_room(call, planned)
+    plan, (means, key_rows, (out, lse)) = planned.plan, tail_room(call, planned)
     (batch, heads, query_cells, dim), bits, order = out.shape, plan.bits, plan.cell_order
-    described, valid = (like(_template(x.shape, x.dtype), x) for x in (made.mean, made.value)), None
+    described, valid = (like(_template(x.shape, x.dtype), x) for x in (means.mean, means.value)), None
     if plan.key_valid is not None:
         places = torch.arange(CELL, dtype=torch.int32, device=out.device)
         valid = ((key_rows >= 0).view(len(key_rows), -1, CELL) << places).sum(2, dtype=torch.int32)
     launch_kernel(
         tail_hopper_kernel,
         (-(-query_cells // (64 * CONSUMERS.value)), batch * heads),
-        made.centroid,
+        means.centroid,
         *described,
         bits,
         valid,
@@ -263,7 +263,7 @@ def tail(call: Call, planned: Planned) -> Tail:
         shared_stride(order, 1),
         heads,
         query_cells,
-        made.mean.shape[1],
+        means.mean.shape[1],
         plan.keys,
         bits.shape[2],
         bits.shape[3],

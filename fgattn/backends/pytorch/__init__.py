@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from ... import reference
-from ...call import Call
+from ...call import Call, needed
 from ...packing import plan_selected
 from ..base import Backend, Planned, Tail
 from . import attend, select, tail
@@ -26,7 +26,7 @@ def _attend(call: Call, planned: Planned, given: Tail | None, out: torch.Tensor)
 
 
 def _attend_by_reference(call: Call, planned: Planned, given: Tail | None, out: torch.Tensor) -> None:
-    out.copy_(reference.attend(call.q, call.k, call.v, planned.plan))
+    out.copy_(reference.attend(call.q, call.k, needed(call.v), planned.plan))
 
 
 BACKEND = Backend(

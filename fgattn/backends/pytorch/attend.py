@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ...call import Call
+from ...call import Call, needed
 from ...layout import CELL
 from ...plan import SparsePlan, of_heads
 from ...tensors import ordered
@@ -17,7 +17,7 @@ from ..base import Tail
 
 def attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -> None:
     """Write softmax over the plan's keys, and the tail if there is one, to out."""
-    q, k, v = call.q, call.k, call.v
+    q, k, v = call.q, call.k, needed(call.v)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     query_tokens, key_tokens = plan.query_tokens, plan.geometry.key_tokens
     for b in range(q.shape[0]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ...call import Call
+from ...call import Call, needed
 from ...layout import CELL
 from ...plan import SparsePlan, of_heads
 from ...tensors import head_chunks, ordered
@@ -22,7 +22,7 @@ def tail(call: Call, plan: SparsePlan) -> tuple[torch.Tensor, torch.Tensor]:
         out [B, H, query cells, D]; log-sum-exp [B, H, query cells], -inf where nothing is skipped; both fp32
         (float64 for float64).
     """
-    q, k, v = call.q, call.k, call.v
+    q, k, v = call.q, call.k, needed(call.v)
     batch, heads, _, dim = q.shape
     queries, keys = plan.queries, plan.keys
     query_cells, key_cells = -(-queries // CELL), -(-keys // CELL)

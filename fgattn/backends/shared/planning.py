@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from ...call import Call
+from ...call import Call, needed
 from ...layout import CELL
 from ...plan import KERNEL_ROWS, SparsePlan, pack, row_bytes
 from ..base import Planned
@@ -42,7 +42,7 @@ def plan_bits(call: Call) -> Planned:
     if m < KERNEL_ROWS:
         bits, executed, order = joined_on_device(bits, widths, m, call.queries)
     if n < CELL:
-        chosen = Chosen(summaries.centroid, limits, cells, always, order)
+        chosen = Chosen(needed(summaries.centroid), limits, cells, always, order)
         bits, requested, executed = refine(call, chosen, table)
     requested = requested.sum(2)
     executed = executed.sum(2) if m < KERNEL_ROWS else requested
@@ -67,7 +67,7 @@ def _select_cells(
     """Limits fp32 [B * H, query_cells], and bits [B, H, tiles, bytes] of the cells above."""
     (batch, heads, _, dim), device = call.q.shape, call.device
     tiles = -(-call.queries // call.settings.tile_queries)
-    centroid, square, mean, variance, _ = summaries
+    centroid, mean = needed(summaries.centroid), needed(summaries.mean)
     (all_heads, query_cells, _), key_cells = centroid.shape, mean.shape[1]
     launch = plan_launch(device)
     blocks = -(-query_cells // launch.query_cells)
@@ -87,9 +87,9 @@ def _select_cells(
         total_kernel,
         (blocks, parts, all_heads),
         centroid,
-        square,
+        summaries.square,
         mean,
-        variance,
+        summaries.variance,
         table.weights,
         table.sources,
         totals,
@@ -106,9 +106,9 @@ def _select_cells(
         select_kernel,
         (blocks, parts, all_heads),
         centroid,
-        square,
+        summaries.square,
         mean,
-        variance,
+        summaries.variance,
         totals,
         limits,
         words,

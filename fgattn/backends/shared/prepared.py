@@ -20,7 +20,7 @@ from triton.runtime import driver
 
 LIMIT = 1024  # kinds of launches that are kept; when there are more, all are forgotten
 SCALARS = (int, float, bool, type(None))
-_knobs = getattr(getattr(triton, "knobs", None), "runtime", None)
+_knobs: Any = getattr(getattr(triton, "knobs", None), "runtime", None)  # None: an older Triton
 
 
 class _Prepared(NamedTuple):
@@ -30,7 +30,7 @@ class _Prepared(NamedTuple):
     kernel: Any  # held, since keys have its id
 
 
-_kept: dict[tuple, _Prepared | None] = {}  # None: not to be prepared
+kept: dict[tuple, _Prepared | None] = {}  # None: not to be prepared
 
 
 def launch_kernel(kernel, grid: tuple[int, ...], *args, **options) -> None:
@@ -40,7 +40,7 @@ def launch_kernel(kernel, grid: tuple[int, ...], *args, **options) -> None:
         kernel[grid](*args, **options)
         return
     key, values, device = known
-    prepared = _kept.get(key)
+    prepared = kept.get(key)
     if prepared is not None:
         x, y, z = (*grid, 1, 1)[:3]
         prepared.queue(
@@ -48,10 +48,10 @@ def launch_kernel(kernel, grid: tuple[int, ...], *args, **options) -> None:
         )
         return
     compiled = kernel[grid](*args, **options)
-    if key not in _kept:
-        if len(_kept) >= LIMIT:
-            _kept.clear()
-        _kept[key] = _prepare(kernel, compiled, args, options)
+    if key not in kept:
+        if len(kept) >= LIMIT:
+            kept.clear()
+        kept[key] = _prepare(kernel, compiled, args, options)
 
 
 def _key(kernel, args: tuple, options: dict) -> tuple[tuple, list, int] | None:

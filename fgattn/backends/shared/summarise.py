@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...call import Call
+from ...call import Call, needed
 from ...layout import CELL
 from ..base import Planned, Tail
 from .launch import COUNTS, key_rows, query_rows, shared_stride
@@ -36,6 +36,14 @@ class Summaries(NamedTuple):
     mean: torch.Tensor | None = None
     variance: torch.Tensor | None = None
     value: torch.Tensor | None = None
+
+
+class Means(NamedTuple):
+    """What a tail is made from: fields as in Summaries, all there."""
+
+    centroid: torch.Tensor
+    mean: torch.Tensor
+    value: torch.Tensor
 
 
 @triton.jit
@@ -232,20 +240,21 @@ def summarise(q, k, v, query_rows: torch.Tensor, key_rows: torch.Tensor, second:
     return made
 
 
-def tail_room(call: Call, planned: Planned) -> tuple[Summaries, torch.Tensor, Tail]:
-    """What a tail kernel needs: summaries, those of the plan if it has them; rows of keys; room for the tail.
+def tail_room(call: Call, planned: Planned) -> tuple[Means, torch.Tensor, Tail]:
+    """What a tail kernel needs: means, those of the plan if it has them; rows of keys; room for the tail.
 
     The tail is out [B, H, query cells, D] and log-sum-exp [B, H, query cells] in fp32, not yet written.
     """
     q, k, v = call.tensors
     batch, heads, _, dim = q.shape
     rows = key_rows(call.geometry, call.key_valid)
-    made = planned.made
+    made: Summaries | None = planned.made
     if made is None:
         made = summarise(q, k, v, query_rows(call.geometry), rows)
     elif made.value is None:
         made = made._replace(value=summarise(None, None, v, query_rows(call.geometry), rows).value)
+    means = Means(needed(made.centroid), needed(made.mean), needed(made.value))
     query_cells = -(-call.queries // CELL)
     out = torch.empty(batch, heads, query_cells, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, heads, query_cells, dtype=torch.float32, device=q.device)
-    return made, rows, (out, lse)
+    return means, rows, (out, lse)

@@ -121,16 +121,16 @@ def tail_kernel(
 
 def tail(call: Call, planned: Planned) -> Tail:
     """The tail of a call under a plan, by the portable kernel."""
-    plan, (made, rows, (out, lse)) = planned.plan, tail_room(call, planned)
+    plan, (means, rows, (out, lse)) = planned.plan, tail_room(call, planned)
     (batch, heads, query_cells, dim), bits, order = out.shape, plan.bits, plan.cell_order
-    width, key_cells = min(plan.tile_keys, CELL), made.mean.shape[1]
+    width, key_cells = min(plan.tile_keys, CELL), means.mean.shape[1]
     widths = (rows >= 0).view(len(rows), -1, width).sum(2, dtype=torch.uint8)
     launch_kernel(
         tail_kernel,
         (-(-query_cells // BLOCK_QUERY_CELLS), batch * heads),
-        made.centroid,
-        made.mean,
-        made.value,
+        means.centroid,
+        means.mean,
+        means.value,
         bits,
         widths,
         order,

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...call import Call
+from ...call import Call, needed
 from ...layout import CELL
 from ...plan import SparsePlan
 from ..base import Tail
@@ -225,7 +225,7 @@ def attend_kernel(
 
 def attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -> None:
     """Write softmax over the plan's keys, and the tail if there is one, to out."""
-    q, k, v = call.tensors
+    q, k, v = map(needed, call.tensors)
     (batch, heads, _, dim), queries, tiles = q.shape, plan.queries, plan.bits.shape[2]
     tail_out, tail_lse = scaled_tail(tail)
     launch = launch_for(capability(q.device), dim, plan.tile_rows)
