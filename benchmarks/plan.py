@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from fgattn import Settings, build_plan, sparse_attention
-from fgattn.backends.base import Planned
+from fgattn.backends.base import Backend, Planned
 from fgattn.backends.hopper.boxes import boxes_for
 from fgattn.backends.pytorch import scoring
 from fgattn.backends.shared.launch import key_rows, query_rows
@@ -59,7 +59,8 @@ def stages(shape: Shape) -> list[Run]:
         for name, x in (("summarise q, k", None), ("summarise q, k, v", v))
     ]
     summaries = summarise(q, k, v, *rows)
-    tail = best_backend().tail
+    backend = best_backend()
+    tail = backend.tail
     assert tail
     for n in (16, 1):
         settings = for_density(q, k, Settings(tile_keys=n), layout, DENSITY)
@@ -75,7 +76,7 @@ def stages(shape: Shape) -> list[Run]:
             ),
             Run(
                 "lists",
-                functools.partial(make_lists, Call.under(plan, q, k, v), plan),
+                functools.partial(make_lists, backend, Call.under(plan, q, k, v), plan),
                 functools.partial(lists_error, plan),
                 EXACT,
                 columns,
@@ -131,7 +132,7 @@ def memory(shape: Shape, n: int) -> list[Run]:
     ]
 
 
-def make_lists(call: Call, plan):
+def make_lists(backend: Backend, call: Call, plan):
     """Numbers of keys of the last heads' tiles, and the first of these heads.
 
     As an attention call makes them: with the lists, of the last launch's heads; where the attention kernel
@@ -139,7 +140,7 @@ def make_lists(call: Call, plan):
     """
     batch, heads = plan.bits.shape[:2]
     boxes = boxes_for(call)
-    if boxes is None and best_backend().name == "hopper":
+    if boxes is None and backend.name == "hopper":
         from fgattn.backends.hopper.lister import Counts
 
         return Counts(plan, batch, heads).listed, 0
