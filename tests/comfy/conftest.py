@@ -3,6 +3,7 @@
 ComfyUI chooses its device when it is imported: COMFYUI_DEVICE=cuda runs the tests marked `gpu` and no other.
 """
 
+import asyncio
 import importlib
 import os
 import sys
@@ -139,3 +140,15 @@ def patched(pack):
 def report():
     """The last run's report of a patched model."""
     return lambda model: sys.modules["fgattn_pack.nodes.patch"].patch_of(model).engine.last_report
+
+
+@pytest.fixture(scope="module")
+def classes(pack):
+    """All node classes, ComfyUI's extras and ours."""
+    import nodes
+
+    asyncio.run(nodes.init_builtin_extra_nodes())
+    ours = sys.modules["fgattn_pack.nodes"]
+    for node in (ours.FGAttnPatch, ours.FGAttnTiming, ours.FGAttnMap):
+        nodes.NODE_CLASS_MAPPINGS[node.GET_SCHEMA().node_id] = node
+    return nodes.NODE_CLASS_MAPPINGS

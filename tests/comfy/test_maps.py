@@ -156,7 +156,7 @@ def queue(pack, map_node, wan, sample, monkeypatch):
     ):
         monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, node)
     server = types.SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda *_: None)
-    executor = execution.PromptExecutor(server, cache_args={"lru": 0, "ram": 0})
+    executor = execution.PromptExecutor(server, cache_args={"lru": 0, "ram": 0, "ram_inactive": 0})
 
     def run(seed=0, second=None, **chosen):
         prompt = {

@@ -3,6 +3,7 @@
 Needs Chromium and `pip install playwright==1.65.2`. Other frontends, rare cases: tests/web/test_browser.py.
 """
 
+import asyncio
 import contextlib
 import itertools
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pages
@@ -233,3 +235,26 @@ def test_live_slider(page):
     told = re.search(r"sliders moved, (.*)", pages.text(page))
     assert told and f"threshold {pages.value(page, 'threshold'):g}" in told[1], told
     finished(page, 1)
+
+
+def waited(coroutine):
+    """What it returns; in a thread, because Playwright's loop runs in this one."""
+    with ThreadPoolExecutor() as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
+
+def test_templates(classes, comfyui, browser, monkeypatch):
+    """What the page queues of each example is valid: newer ComfyUI has inputs that 0.19.3 lacks."""
+    import execution
+    import folder_paths
+
+    with pages.opened(browser, comfyui, False) as page:
+        for file in sorted((ROOT / "example_workflows").glob("*.json")):
+            graph = json.loads(file.read_text(encoding="utf-8"))
+            # Without their addresses, of which the page would ask whether they can be reached.
+            models = [m["name"] for n in graph["nodes"] for m in n["properties"].pop("models", [])]
+            monkeypatch.setattr(folder_paths, "get_filename_list", lambda folder, models=models: models)
+            pages.load(page, graph)
+            queued = page.evaluate("async () => (await app.graphToPrompt()).output")
+            valid, error, _, errors = waited(execution.validate_prompt("1", queued, None))
+            assert valid, (file.name, error, errors)

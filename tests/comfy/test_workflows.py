@@ -2,25 +2,13 @@
 
 import asyncio
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 FILES = sorted((Path(__file__).parents[2] / "example_workflows").glob("*.json"))
-WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
-
-
-@pytest.fixture(scope="module")
-def classes(pack):
-    """All node classes, ComfyUI's extras and ours."""
-    import nodes
-
-    asyncio.run(nodes.init_builtin_extra_nodes())
-    ours = sys.modules["fgattn_pack.nodes"]
-    for node in (ours.FGAttnPatch, ours.FGAttnTiming, ours.FGAttnMap):
-        nodes.NODE_CLASS_MAPPINGS[node.GET_SCHEMA().node_id] = node
-    return nodes.NODE_CLASS_MAPPINGS
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC}
 
 
 def as_prompt(graph, classes):
@@ -28,17 +16,34 @@ def as_prompt(graph, classes):
     links = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
     prompt = {}
     for node in graph["nodes"]:
-        values, inputs = list(node.get("widgets_values") or []), {}
-        declared = classes[node["type"]].INPUT_TYPES()
-        for name, (kind, *options) in {**declared["required"], **declared.get("optional", {})}.items():
-            if isinstance(kind, list) or kind in WIDGETS:
-                inputs[name] = values.pop(0)
-                if options and options[0].get("control_after_generate"):
-                    values.pop(0)
+        values = list(node.get("widgets_values") or [])
+        inputs = widgets(classes[node["type"]].INPUT_TYPES(), values)
         assert not values, f"{node['type']} has values without an input: {values}"
         inputs |= {given["name"]: links[given["link"]] for given in node["inputs"]}
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
+
+
+def widgets(declared, values, prefix=""):
+    """Inputs by name, for which values are taken from the front of a list.
+
+    Optional inputs behind its end stay out; newer ComfyUI added some. A dynamic combo has inputs of its own
+    for each choice, whose names begin with the combo's.
+    """
+    inputs, optional = {}, declared.get("optional", {})
+    for name, (kind, *rest) in {**declared.get("required", {}), **optional}.items():
+        options = rest[0] if rest else {}
+        if not (isinstance(kind, list) or kind in WIDGETS):
+            continue
+        if not values and name in optional:
+            continue
+        inputs[prefix + name] = value = values.pop(0)
+        if kind == DYNAMIC:
+            chosen = next(option for option in options["options"] if option["key"] == value)
+            inputs |= widgets(chosen["inputs"], values, f"{prefix}{name}.")
+        if options.get("control_after_generate"):
+            values.pop(0)
+    return inputs
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
