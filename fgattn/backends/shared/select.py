@@ -151,11 +151,8 @@ def select_kernel(
         l_i = l_i * tl.exp2(m_i - m_new) + tl.exp2(total - m_new)
         m_i = m_new
     limit = (m_i + tl.log2(l_i) + bound) / scale
-    tl.store(
-        limits + head * query_cells + query_cell,
-        limit,
-        mask=(query_cell < query_cells) & (tl.program_id(1) == 0),
-    )
+    if tl.program_id(1) == 0:  # all shares of the keys have the same limits
+        tl.store(limits + head * query_cells + query_cell, limit, mask=query_cell < query_cells)
 
     T: tl.constexpr = BLOCK_QUERY_CELLS // TILE_CELLS  # tiles of this program
     tile = tl.program_id(0) * T + tl.arange(0, T)
