@@ -4,6 +4,7 @@
 # make types  mypy
 # make format   the formatter, on all files
 # make browser   the pack on ComfyUI's real page; needs Chromium, downloads 90 MB of Playwright and frontends
+# make compat   kernels compiled and interpreted with newer Tritons; downloads about 200 MB for each
 # make sanitize   NVIDIA's compute-sanitizer on the kernels: memory of all, races of the portable ones
 # Everything runs in .venv, which is made on first use from PYTHON. A torch that PYTHON already has is used, not replaced.
 
@@ -12,7 +13,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo test lint types format environment browser sanitize clean
+.PHONY: demo test lint types format environment browser compat newest sanitize clean
 
 # Passive: on a busy CPU, threads that spin while they wait slow the demo down.
 demo: $(READY)
@@ -40,6 +41,22 @@ browser: $(READY)
 			--target $(VENV)/frontends/$$version comfyui-frontend-package==$$version || exit 1; \
 	done
 	$(RUN) tests/tiers.py --must-run browser
+
+# Triton alone, without the torch that it came with, in a folder each. tests/tiers.py runs the newest in CI.
+NEWEST := 3.9.0
+TRITONS := 3.7.1 3.8.0 $(NEWEST)
+compat: $(TRITONS:%=$(VENV)/triton/%/ready)
+	@red=0; for version in $(TRITONS); do \
+		echo; echo "=== Triton $$version ==="; \
+		PYTHONPATH=$(CURDIR)/$(VENV)/triton/$$version $(RUN) tests/tiers.py compile interpret || red=1; \
+	done; exit $$red
+
+newest: $(VENV)/triton/$(NEWEST)/ready
+
+$(VENV)/triton/%/ready: $(READY)
+	rm -rf $(@D)
+	$(RUN) -m pip install --disable-pip-version-check --quiet --no-deps --target $(@D) triton==$*
+	touch $@
 
 # Memory: without PyTorch's pool every tensor is an allocation, with padding none touches the next one.
 # Races: our kernels alone, whose names are not mangled; not the Hopper one, see benchmarks/NOTES.md.

@@ -25,6 +25,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 PACK = ROOT / ".mypy_cache" / "pack"  # a folder in which the repository has the name of a package
 BROWSER = "tests/web/test_browser.py"
+NEWEST = "3.9.0"  # of Triton; `make newest` installs it
+NEWEST_FOLDER = ROOT / ".venv" / "triton" / NEWEST
 
 
 class Tier(NamedTuple):
@@ -62,6 +64,10 @@ def no_triton() -> str | None:
     )
 
 
+def no_newest() -> str | None:
+    return None if NEWEST_FOLDER.is_dir() else f"Triton {NEWEST} is not there: make newest"
+
+
 def no_node() -> str | None:
     return (
         None if shutil.which("node") else "Node.js is not installed, so the page's JavaScript is not tested"
@@ -74,6 +80,11 @@ TIERS = {
     "compile": Tier(("tests/compile",), missing=no_triton),
     # The interpreter has to be chosen before a kernel is imported.
     "interpret": Tier(("tests/interpret",), environment=(("TRITON_INTERPRET", "1"),), missing=no_triton),
+    "newest": Tier(
+        ("tests/interpret",),
+        environment=(("TRITON_INTERPRET", "1"), ("PYTHONPATH", str(NEWEST_FOLDER))),
+        missing=no_newest,
+    ),
     "browser": Tier((BROWSER,), optional=True),
     "comfy": Tier(("tests/comfy",), optional=True),
     "gpu": Tier(("tests/gpu",), optional=True),
