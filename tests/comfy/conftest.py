@@ -7,6 +7,7 @@ import asyncio
 import importlib
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -142,12 +143,19 @@ def report():
     return lambda model: sys.modules["fgattn_pack.nodes.patch"].patch_of(model).engine.last_report
 
 
-@pytest.fixture(scope="module")
-def classes(pack):
+@pytest.fixture(scope="session")
+def waited():
+    """Gives what a coroutine returns; in a thread, because a page test's own loop runs in this one."""
+    with ThreadPoolExecutor() as pool:
+        yield lambda coroutine: pool.submit(asyncio.run, coroutine).result()
+
+
+@pytest.fixture(scope="session")
+def classes(pack, waited):
     """All node classes, ComfyUI's extras and ours."""
     import nodes
 
-    asyncio.run(nodes.init_builtin_extra_nodes())
+    waited(nodes.init_builtin_extra_nodes())
     ours = sys.modules["fgattn_pack.nodes"]
     for node in (ours.FGAttnPatch, ours.FGAttnTiming, ours.FGAttnMap):
         nodes.NODE_CLASS_MAPPINGS[node.GET_SCHEMA().node_id] = node

@@ -3,7 +3,6 @@
 Needs Chromium and `pip install playwright==1.65.2`. Other frontends, rare cases: tests/web/test_browser.py.
 """
 
-import asyncio
 import contextlib
 import itertools
 import json
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pages
@@ -237,13 +235,7 @@ def test_live_slider(page):
     finished(page, 1)
 
 
-def waited(coroutine):
-    """What it returns; in a thread, because Playwright's loop runs in this one."""
-    with ThreadPoolExecutor() as pool:
-        return pool.submit(asyncio.run, coroutine).result()
-
-
-def test_templates(classes, comfyui, browser, monkeypatch):
+def test_templates(classes, waited, comfyui, browser, monkeypatch):
     """What the page queues of each example is valid: newer ComfyUI has inputs that 0.19.3 lacks."""
     import execution
     import folder_paths
