@@ -65,7 +65,7 @@ def no_triton() -> str | None:
 
 
 def no_newest() -> str | None:
-    return None if NEWEST_FOLDER.is_dir() else f"Triton {NEWEST} is not there: make newest"
+    return None if (NEWEST_FOLDER / "ready").exists() else f"Triton {NEWEST} is not there: make newest"
 
 
 def no_node() -> str | None:
@@ -82,7 +82,11 @@ TIERS = {
     "interpret": Tier(("tests/interpret",), environment=(("TRITON_INTERPRET", "1"),), missing=no_triton),
     "newest": Tier(
         ("tests/interpret",),
-        environment=(("TRITON_INTERPRET", "1"), ("PYTHONPATH", str(NEWEST_FOLDER))),
+        environment=(
+            ("TRITON_INTERPRET", "1"),
+            ("PYTHONPATH", str(NEWEST_FOLDER)),
+            ("EXPECTED_TRITON", NEWEST),
+        ),
         missing=no_newest,
     ),
     "browser": Tier((BROWSER,), optional=True),

@@ -81,26 +81,26 @@ def case_of(grid, order, seed=0):
     return layout, q, k, q[0, 0, tokens], k[0, 0, tokens]
 
 
+def blocks_of_64(method, parameter, order):
+    """Tiles of 64 x 64, as most published methods have them."""
+    return Settings(
+        threshold=1.0,
+        tile_queries=64,
+        tile_keys=64,
+        tail=True,
+        order=order,
+        method=method,
+        method_parameter=parameter,
+    )
+
+
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
 def test_top_k_is_sla(share):
     """SLA, 64 x 64: keys without their mean, block means, the best int(share * blocks) of each row."""
     layout, q, k, rows, keys = case_of((1, 12, 73), "raster")  # 876 tokens, the last block is short
     scores = block_means(rows, 64) @ block_means(keys.double() - keys.double().mean(0), 64).T
     chosen, unclear = (torch.stack(x) for x in zip(*(best(r, share) for r in scores), strict=True))
-    got = requested(
-        q,
-        k,
-        Settings(
-            threshold=1.0,
-            tile_queries=64,
-            tile_keys=64,
-            tail=True,
-            order="raster",
-            method="top_k",
-            method_parameter=share,
-        ),
-        layout,
-    )[0, 0]
+    got = requested(q, k, blocks_of_64("top_k", share, "raster"), layout)[0, 0]
     assert_equal_where_clear(got, chosen | torch.eye(14, dtype=torch.bool), unclear)
 
 
@@ -117,20 +117,7 @@ def test_top_k_is_vsa():
     pooled = [torch.stack([x[0, 0, c].double().mean(0) for c in runs]) for x in (q, k)]
     scores = pooled[0] @ pooled[1].T
     chosen, unclear = (torch.stack(x) for x in zip(*(best(r, 0.4) for r in scores), strict=True))
-    got = requested(
-        q,
-        k,
-        Settings(
-            threshold=1.0,
-            tile_queries=64,
-            tile_keys=64,
-            tail=True,
-            order="hilbert",
-            method="top_k",
-            method_parameter=0.4,
-        ),
-        layout,
-    )[0, 0]
+    got = requested(q, k, blocks_of_64("top_k", 0.4, "hilbert"), layout)[0, 0]
     assert_equal_where_clear(got, chosen | torch.eye(len(runs), dtype=torch.bool), unclear)
 
 
@@ -148,20 +135,7 @@ def test_sol_is_sol_attn(tau):
         sigma = math.sqrt(float((block.mean(0) ** 2 * centred.square().mean(0)).sum()) * unit**2 + 1e-6)
         expected[i], unclear[i] = score > tau * sigma, (score - tau * sigma).abs() < TOO_CLOSE
         expected[i, max(0, i - 1) : i + 2] = True
-    got = requested(
-        q,
-        k,
-        Settings(
-            threshold=1.0,
-            tile_queries=64,
-            tile_keys=64,
-            tail=True,
-            order="raster",
-            method="sol",
-            method_parameter=tau,
-        ),
-        layout,
-    )[0, 0]
+    got = requested(q, k, blocks_of_64("sol", tau, "raster"), layout)[0, 0]
     assert_equal_where_clear(got, expected, unclear)
 
 

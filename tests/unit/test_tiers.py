@@ -90,4 +90,3 @@ def test_optional_tiers_that_are_asked_to_run():
 def test_newest_triton_is_the_one_that_make_installs():
     """Else the tier would look for a folder that nothing makes."""
     assert f"NEWEST := {tiers.NEWEST}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert str(tiers.NEWEST_FOLDER) in dict(tiers.TIERS["newest"].environment)["PYTHONPATH"]
