@@ -1,10 +1,11 @@
 # make demo   one video, dense and with FG-Attn, without ComfyUI; options: make demo ARGS="--threshold 0.7"
-# make test   all tests that can run here, in the tiers of tests/tiers.py
+# make test   the tests, in the tiers of tests/tiers.py; needs Node.js and Triton
 # make lint   ruff, as linter and as formatter
 # make types  mypy
 # make format   the formatter, on all files
 # make browser   the pack on ComfyUI's real page; needs Chromium, downloads 90 MB of Playwright and frontends
 # make compat   kernels compiled and interpreted with newer Tritons; downloads about 200 MB for each
+# make newest   the newest of these Tritons, for the tier of that name
 # make sanitize   NVIDIA's compute-sanitizer on the kernels: memory of all, races of the portable ones
 # Everything runs in .venv, which is made on first use from PYTHON. A torch that PYTHON already has is used, not replaced.
 

@@ -1,6 +1,6 @@
 """Runs the tiers of tests, each as a process of its own, and says what each one did.
 
-    python tests/tiers.py                 all tiers
+    python tests/tiers.py                 all tiers; `make newest` comes first
     python tests/tiers.py unit web        these
 
 A tier is red when something in it failed, when it ended before its report was written, and when it ran
