@@ -13,7 +13,7 @@ from .layout import TokenLayout
 from .plan import SparsePlan
 from .planning import parts_for
 from .settings import Settings
-from .tensors import empty_like
+from .tensors import empty_like, unwritable
 
 
 def attend(
@@ -34,13 +34,14 @@ def attend(
         plan: made for these shapes.
         impl: name of a backend: "hopper" (compute capability 9.0), "triton" (GPU), "torch" (any device) or
             "reference" (the specification, slow); None takes the first of them that can run.
-        out: where the result goes, of q's shape and type; None makes it.
+        out: where the result goes, of q's shape and type, stored under the same rules, in memory of its own;
+            None makes it.
 
     Returns:
         [B, H, L_q, D] in q's dtype; stored as [B, L_q, H, D] if q is.
 
     Raises:
-        InvalidArgument: shapes that do not fit the plan, unknown impl.
+        InvalidArgument: shapes that do not fit the plan, unknown impl, an `out` that cannot be written.
         Unsupported: this backend cannot run these tensors; the message says why.
     """
     call = Call.under(plan, q, k, v)
@@ -52,6 +53,10 @@ def attend(
             (tuple(out.shape), out.dtype, out.device),
             f"{(tuple(q.shape), q.dtype, q.device)}",
             "None makes one.",
+        )
+    if reason := unwritable(out, (q, k, v)):
+        raise InvalidArgument(
+            "out", reason, "rows stored as those of q, memory of its own", "None makes one."
         )
     return execute.attend(call, backend, Planned(plan), out)
 

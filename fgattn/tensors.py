@@ -40,6 +40,18 @@ def _misplaced(shape: tuple[int, ...], strides: tuple[int, ...], element_size: i
     return UNALIGNED if any(stride * element_size % 16 for stride in between) else None
 
 
+def unwritable(out: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> str | None:
+    """Why kernels cannot write to out [B, H, L, D] while they read the inputs, or None."""
+    if reason := _misplaced(out.shape, out.stride(), out.element_size()):
+        return reason
+    if any(stride == 0 and n > 1 for stride, n in zip(out.stride(), out.shape, strict=True)):
+        return "elements that share memory"
+    memory = out.untyped_storage().data_ptr()  # 0 where nothing is stored
+    if memory and any(memory == x.untyped_storage().data_ptr() for x in inputs):
+        return "the memory of an input"
+    return None
+
+
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Raise InvalidArgument unless q, k, v are attention inputs [B, H, L, D]; `declined` asks for more."""
     queries, keys = q.shape, k.shape

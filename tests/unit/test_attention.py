@@ -592,6 +592,12 @@ def test_parts_do_not_add_up(monkeypatch):
         lambda q: torch.empty_like(q)[:, 1:],
         lambda q: torch.empty_like(q, dtype=torch.float64),
         lambda q: torch.empty_like(q, device="meta"),
+        lambda q: torch.empty_like(torch.cat((q, q), 3))[
+            ..., ::2
+        ],  # a kernel would write between its elements
+        lambda q: torch.empty_like(q.transpose(2, 3)).contiguous().transpose(2, 3),
+        lambda q: torch.empty_like(q[:1, :1]).expand(q.shape),
+        lambda q: q,  # tiles that are written would be read by others
     ],
 )
 @pytest.mark.parametrize("impl", ["reference", "torch"])
