@@ -1,7 +1,7 @@
 """What is not in ComfyUI 0.19.3, imitated by what its authors' code documents.
 
-Newer releases: Model Sparse Attention, Model Attention Backend, MiniMax-H3, Wan Animate 2, causal Wan. Beside
-ComfyUI: GGUF loaders. Imitations show that our side holds; that theirs behaves so was read, not run.
+Model Sparse Attention, Model Attention Backend, MiniMax-H3, Wan Animate 2, causal Wan. Imitations show that
+our side holds; that theirs behaves so was read, not run.
 """
 
 import sys
@@ -135,47 +135,3 @@ def test_causal_wan(adapters):
     video = adapters.video_of(named("CausalWanModel", patch_size=(1, 2, 2)), (1, 16, 3, 16, 24))
     assert adapters.call_layout({}, video, 288, 288).grid == (3, 8, 12)
     assert adapters.call_layout({}, video, 288, 576).text == "cross-attention"
-
-
-def quantised_operations():
-    """As GGUF loaders do it: linear layers keep weights in their own form and expand them when called."""
-    import comfy.ops
-
-    class Operations(comfy.ops.manual_cast):
-        class Linear(comfy.ops.manual_cast.Linear):
-            def _load_from_state_dict(self, state, prefix, *args):
-                super()._load_from_state_dict(state, prefix, *args)
-                weight = self.weight.data.float()
-                self.scale = weight.abs().amax(1, keepdim=True) / 127
-                weight = (weight / self.scale).round().to(torch.int8)
-                self.weight = torch.nn.Parameter(weight, requires_grad=False)
-
-            def forward_comfy_cast_weights(self, x):
-                weight = (self.weight * self.scale).to(x)
-                return torch.nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x))
-
-    return Operations
-
-
-def test_quantised_weights(wan_weights, sample, patched, report):
-    """A loader like GGUF's: operations of its own, and a patcher class that survives cloning."""
-    import comfy.model_patcher
-    import comfy.sd
-
-    class Patcher(comfy.model_patcher.ModelPatcher):
-        def clone(self, *args, **kwargs):
-            kind, self.__class__ = self.__class__, Patcher
-            other = super().clone(*args, **kwargs)
-            other.__class__, self.__class__ = Patcher, kind
-            return other
-
-    model = comfy.sd.load_diffusion_model_state_dict(
-        dict(wan_weights), model_options={"custom_operations": quantised_operations()}
-    )
-    model = Patcher.clone(model)
-    assert model.model.diffusion_model.blocks[0].self_attn.q.weight.dtype == torch.int8
-    dense, ours = sample(model), patched(model, threshold=0.0)
-    got = sample(ours)
-    assert isinstance(ours, Patcher)
-    assert ((got - dense).norm() / dense.norm()).item() < 1e-4
-    assert by_text(report(ours))["sparse"] == STEPS * BLOCKS
