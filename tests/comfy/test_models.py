@@ -39,10 +39,12 @@ def build(module, name, **settings):
         **settings, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init
     )
     generator = torch.Generator().manual_seed(0)
+    if name == "MiniMaxH3Model":  # of the checkpoint, otherwise
+        model.rope.inv_freq = 10000 ** -torch.linspace(0, 1, 16)
     for tensor in model.parameters():
         spread = 1.0 if tensor.ndim == 1 else tensor[0].numel() ** -0.5
         tensor.data = torch.randn(tensor.shape, generator=generator) * spread
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 HUNYUAN = {
@@ -161,6 +163,16 @@ QWEN = {
     "num_attention_heads": 2,
     "joint_attention_dim": 48,
 }
+MINIMAX = {
+    "hidden_size": 256,
+    "num_layers": 2,
+    "token_refiner_num_layers": 1,
+    "num_attention_heads": 2,
+    "ffn_hidden_size": 256,
+    "text_dim": 48,
+    "time_embed_hidden_size": 64,
+    "time_embed_dim": 64,
+}
 LATENT, TEXT = (1, 16, 3, 12, 16), {"context": (1, 7, 48)}
 WAN_TEXT = {"context": (1, 7, 64)}
 
@@ -172,6 +184,7 @@ class Family(NamedTuple):
     blocks: int  # with self-attention over the video
     front: int = 0  # tokens beside the video's
     back: int = 0
+    newer: bool = False  # than ComfyUI 0.19.3
 
 
 FAMILIES = {
@@ -239,6 +252,27 @@ FAMILIES = {
     "Qwen-Image": Family(
         of("qwen_image.model", "QwenImageTransformer2DModel", QWEN), (1, 16, 1, 12, 16), TEXT, 2, 7
     ),
+    "MiniMax-H3": Family(
+        of("minimax.model", "MiniMaxH3Model", MINIMAX),
+        (1, 24, 3, 12, 16),
+        TEXT | {"audio": (1, 32, 2, 5)},
+        2,
+        7 + 2 * 5,
+        newer=True,
+    ),
+    "Wan Animate 2 without a pose": Family(
+        wan("WanAnimate2Model", "wan.model_animate2", in_dim=36), (1, 36, 3, 12, 16), WAN_TEXT, 2, newer=True
+    ),
+    "Wan Dancer": Family(
+        wan("WanDancerModel", "wan.model_wandancer", in_dim=36, audio_inject_layers=[0]),
+        (1, 36, 3, 12, 16),
+        WAN_TEXT | {"audio_embed": (1, 12, 35)},
+        2,
+        newer=True,
+    ),
+    "causal Wan, all frames at once": Family(
+        wan("CausalWanModel", "wan.ar_model"), LATENT, WAN_TEXT, 2, newer=True
+    ),
 }
 
 
@@ -257,14 +291,28 @@ def inputs(shapes, seed=1):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, pack):
+    return ready(request.param)
+
+
+def ready(name, **more):
+    """A family's model and its inputs, with more of these than its row has."""
     from comfy.utils import pack_latents
 
-    of = FAMILIES[request.param]
-    made, latent = inputs(of.inputs), torch.randn(of.latent, generator=torch.Generator().manual_seed(2))
+    of = FAMILIES[name]
+    try:
+        model = of.model()
+    except ModuleNotFoundError as missing:
+        if of.newer:
+            pytest.skip(f"this ComfyUI is older than {name}: {missing}")
+        raise
+    made, latent = (
+        inputs(of.inputs | more),
+        torch.randn(of.latent, generator=torch.Generator().manual_seed(2)),
+    )
     x, shapes = latent, None
     if "audio" in made:  # ComfyUI hands both around as one tensor
         x, shapes = pack_latents([latent, made.pop("audio")])
-    return SimpleNamespace(**of._asdict() | {"model": of.model()}, x=x, shapes=shapes, made=made)
+    return SimpleNamespace(**of._asdict() | {"model": model}, x=x, shapes=shapes, made=made)
 
 
 @pytest.fixture
@@ -275,8 +323,8 @@ def evaluate(pack):
     nodes = sys.modules["fgattn_pack.nodes.patch"]
     settings = sys.modules["fgattn_pack.fgattn.settings"]
 
-    def run(family, x=None, threshold=None, record=None):
-        options = {"sigmas": torch.ones(1), "cond_or_uncond": [0]}
+    def run(family, x=None, threshold=None, record=None, more=()):
+        options = {"sigmas": torch.ones(1), "cond_or_uncond": [0], **dict(more)}
 
         class Executor:
             class_obj = SimpleNamespace(diffusion_model=family.model)
@@ -348,6 +396,30 @@ def test_the_grid_is_where_the_tokens_are(family, evaluate):
         assert padding == (7 - 4 if "attention_mask" in family.inputs and family.front else 0)
         changed = (first != second).any(-1).any(1)[0].nonzero().flatten().tolist()
         assert changed == [family.front + (place[0] * h + place[1]) * w + place[2]]
+
+
+def test_wan_animate_2_with_a_pose(evaluate):
+    """The pose pass has other tokens, and frames are computed one by one: all dense."""
+    family = ready("Wan Animate 2 without a pose", pose_latents=(1, 16, 2, 12, 16))
+    got, report = evaluate(family, threshold=1.0)
+    assert torch.equal(got, evaluate(family)[0])
+    crossed = 2 * 3 + 2 * 2 * 2  # blocks, frames; blocks, passes, text and image
+    assert by_text(report) == {"self-attention of other tokens": 2, "cross-attention": crossed}
+
+
+def test_causal_wan_frame_by_frame(evaluate, pack):
+    """With cached keys attention gets no options of the model: never reached, and the node says so."""
+    family = ready("causal Wan, all frames at once")
+    text = sys.modules["fgattn_pack.fgattn.show.text"]
+
+    def state():
+        caches = family.model.init_kv_caches(1, 3 * 48, "cpu", torch.float32)
+        crossed = family.model.init_crossattn_caches(1, "cpu", torch.float32)
+        return {"ar_state": {"start_frame": 0, "kv_caches": caches, "crossattn_caches": crossed}}
+
+    expected, _ = evaluate(family, more=state())
+    got, report = evaluate(family, threshold=1.0, more=state())
+    assert torch.equal(got, expected) and text.headline(report) == "attention never reached FG-Attn"
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,29 @@ def test_beside_core_nodes(nodes, wan, same, name, first):
         assert calls["sparse"] == 8 * BLOCKS * 2  # two windows of two frames
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["before-ours", "after-ours"])
+def test_model_attention_backend(nodes, wan, sample, patched, report, monkeypatch, first):
+    """It writes the slot once, whatever was there; ours goes on top, its backend computes the dense calls."""
+    from comfy.ldm.modules import attention
+
+    if "ModelAttentionBackend" not in nodes:
+        pytest.skip("this ComfyUI is older than Model Attention Backend")
+    calls, backend = [], attention.REGISTERED_ATTENTION_FUNCTIONS["pytorch"]
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return backend(*args, **kwargs)
+
+    monkeypatch.setitem(attention.REGISTERED_ATTENTION_FUNCTIONS, "pytorch", counted)
+    node = nodes["ModelAttentionBackend"]()
+    model = patched(wan, warmup_steps=2) if first else wan
+    (model,) = node.patch(model, "pytorch attention")
+    if not first:
+        model = patched(model, warmup_steps=2)
+    sample(model)
+    assert by_text(report(model))["sparse"] == 6 * BLOCKS and len(calls) == 10 * BLOCKS
+
+
 def test_split_conditioning(wan, pack):
     """Texts of different length cannot share a batch: cond and uncond come as two calls."""
     import comfy.sample
