@@ -2,6 +2,7 @@
 # make test   the tests, in the tiers of tests/tiers.py; needs Node.js and Triton
 # make lint   ruff, as linter and as formatter
 # make types  mypy
+# make tested   what tests ran with (tests/tested.json, ROWS of other machines) into README.md and docs/compatibility.md
 # make format   the formatter, on all files
 # make browser   the pack on ComfyUI's real page; needs Chromium, downloads 90 MB of Playwright and frontends
 # make compat   kernels compiled and interpreted with newer Tritons; downloads about 200 MB for each
@@ -14,7 +15,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo test lint types format environment browser compat newest sanitize clean
+.PHONY: demo test lint types tested format environment browser compat newest sanitize clean
 
 # Passive: on a busy CPU, threads that spin while they wait slow the demo down.
 demo: $(READY)
@@ -25,6 +26,9 @@ test: $(READY)
 
 lint types: $(READY)
 	$(RUN) tests/tiers.py $@
+
+tested: $(READY)
+	$(RUN) tests/record.py $(ROWS)
 
 format: $(READY)
 	$(RUN) -m ruff check --select I --fix .

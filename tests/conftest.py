@@ -30,6 +30,7 @@ load("benchmarks", ROOT / "benchmarks")
 load("makers", ROOT / "tests" / "makers.py")
 load("calls", ROOT / "tests" / "calls.py")
 load("tiers", ROOT / "tests" / "tiers.py")
+record = load("record", ROOT / "tests" / "record.py")
 pages = load("pages", ROOT / "tests" / "pages.py")
 torch.set_num_threads(1)  # the tensors are small; threads would only wait for each other
 
@@ -45,6 +46,18 @@ def browser():
     """Headless Chromium."""
     with pages.chromium() as started:
         yield started
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record", metavar="TIER=FILE", help="write a row of what a whole tier ran with")
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    found = {key: len(reports) for key, reports in terminalreporter.stats.items()}
+    if config.option.record and exitstatus in (0, 1) and "passed" in found and "deselected" not in found:
+        tier, _, file = config.option.record.partition("=")
+        failed = found.get("failed", 0) + found.get("error", 0)
+        record.write(Path(file), [record.row(tier, found["passed"], failed, found.get("skipped", 0))])
 
 
 def pytest_collection_modifyitems(items):

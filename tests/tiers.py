@@ -127,8 +127,8 @@ def judged(code: int, report: str | None, optional: bool = False) -> Result:
     return Result(red=not optional, why=why)
 
 
-def run(name: str) -> Result:
-    """Run one tier."""
+def run(name: str, record: str | None = None) -> Result:
+    """Run one tier; a file gets a row of what it ran with."""
     tier = TIERS[name]
     if reason := tier.missing():
         return Result(red=not tier.optional, why=reason)
@@ -143,6 +143,8 @@ def run(name: str) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", *tier.tests, f"--junitxml={report}"]
+        if record:  # the newest Triton is another environment of the same tests
+            command += ["--record", f"{'interpret' if name == 'newest' else name}={record}"]
         code = subprocess.run(command, cwd=ROOT, env=environment).returncode
         text = report.read_text(encoding="utf-8") if report.exists() else None
     return judged(code, text, tier.optional)
@@ -165,6 +167,7 @@ def main() -> int:
     parser.add_argument(
         "--must-run", action="store_true", help="optional tiers, too, are red if they run nothing"
     )
+    parser.add_argument("--record", metavar="FILE", help="write what the tiers ran with, see tests/record.py")
     given = parser.parse_args()
     asked = given.tiers
     if unknown := set(asked) - set(TIERS):
@@ -173,7 +176,7 @@ def main() -> int:
     for name in asked or TIERS:
         print(f"\n--- {name} ---", flush=True)
         start = time.monotonic()
-        result = run(name)
+        result = run(name, given.record and os.path.abspath(given.record))
         idle = given.must_run and not result.passed and TIERS[name].tests
         results[name] = result._replace(red=result.red or bool(idle))
         seconds[name] = time.monotonic() - start
