@@ -19,7 +19,7 @@ export function patchesOf(node) {
       continue;
     }
     for (const [slot, input] of (here.inputs ?? []).entries()) {
-      if (input.link == null || (input.type !== "MODEL" && input.type !== "*")) continue;
+      if ((input.type !== "MODEL" && input.type !== "*") || !here.isInputConnected(slot)) continue;
       const origin = here.getInputNode(slot);
       if (!origin || origin.subgraph || origin.id < 0) return null; // the border nodes have negative ids
       waiting.push(origin);
