@@ -25,6 +25,10 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+def headline(report):
+    return sys.modules["fgattn_pack.fgattn.show.text"].headline(report)
+
+
 @pytest.fixture(scope="module")
 def untouched(classes):
     """Some packs replace functions of ComfyUI when they are imported: afterwards they are as they were."""
@@ -125,6 +129,24 @@ def test_sage_attention(neighbour, wan, sample, patched, report, beside, sage, a
 
 
 @ORDERS
+def test_memory_efficient_sage_attention(neighbour, wan, beside, monkeypatch, after):
+    """KJNodes' Mem Eff patch calls its kernel (here a stand-in) by itself: never reached, and it is said."""
+    change = of(neighbour("ComfyUI-KJNodes")["WanVideoMemoryEfficientSageAttentionPatch"])
+    code, calls = sys.modules["neighbour_ComfyUI_KJNodes.nodes.ltxv_nodes"], []
+
+    def kernel(tensors, dtype):
+        q, k, v = (x.transpose(1, 2) for x in tensors)
+        calls.append((q.shape[2], k.shape[2]))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+
+    monkeypatch.setattr(code, "_cuda_archs", ["sm90"])
+    monkeypatch.setattr(code, "_sageattn_int8_fp8_nhd", kernel)
+    _, last = beside(wan, change, after)
+    assert calls.count((288, 288)) == calls.count((288, 8)) == 2 * STEPS * BLOCKS and not by_text(last)
+    assert headline(last) == "attention never reached FG-Attn"
+
+
+@ORDERS
 def test_normalized_attention_guidance(neighbour, wan, sample, beside, after):
     """KJNodes' WanVideoNAG replaces cross-attention, twice for the positive text."""
     text = torch.randn(1, 8, 4096, generator=torch.Generator().manual_seed(7))
@@ -174,8 +196,7 @@ def test_teacache(neighbour, wan, sample, beside, monkeypatch, after):
     hook.remove()
     assert 2 <= len(evaluations) < 2 * STEPS and relative(alone, sample(wan)) > 1e-3
     assert not by_text(last)
-    text = sys.modules["fgattn_pack.fgattn.show.text"]
-    assert text.headline(last) == "attention never reached FG-Attn"
+    assert headline(last) == "attention never reached FG-Attn"
 
 
 @pytest.fixture
