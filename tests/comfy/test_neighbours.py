@@ -31,12 +31,15 @@ def headline(report):
 
 @pytest.fixture(scope="module")
 def untouched(classes):
-    """Some packs replace functions of ComfyUI when they are imported: afterwards they are as they were."""
+    """Some packs change ComfyUI or the environment when they are imported: afterwards all is as it was."""
     packages = ("comfy", "comfy_extras", "nodes")  # all of them are imported by now
     owners = [module for name, module in sys.modules.items() if module and name.split(".")[0] in packages]
     owners += [kind for m in owners for kind in vars(m).values() if isinstance(kind, type)]
     before = [(owner, dict(vars(owner))) for owner in owners]
+    environment = dict(os.environ)
     yield
+    os.environ.clear()  # the server of the page tests would inherit it
+    os.environ.update(environment)
     for owner, names in before:
         for name, value in names.items():
             if vars(owner).get(name) is not value:
