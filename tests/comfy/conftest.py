@@ -1,23 +1,53 @@
 """Real ComfyUI classes on the CPU; needs a checkout, named by COMFYUI_PATH.
 
 ComfyUI chooses its device when it is imported: COMFYUI_DEVICE=cuda runs the tests marked `gpu` and no other.
+NEWER_COMFYUI_FILES names a folder with single files of a newer ComfyUI, such as comfy/model_prefetch.py: all
+tests then run with these in place of the checkout's own, and those marked `newer` run, too.
 """
 
 import asyncio
 import importlib
 import os
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 COMFYUI = os.environ.get("COMFYUI_PATH")
+NEWER = os.environ.get("NEWER_COMFYUI_FILES")
 GPU = os.environ.get("COMFYUI_DEVICE") == "cuda"
+
+
+def pytest_configure(config):
+    if COMFYUI and NEWER:
+        folder = tempfile.TemporaryDirectory(prefix="newer_comfyui_")
+        config.add_cleanup(folder.cleanup)
+        lay_over(Path(COMFYUI).resolve(), Path(NEWER).resolve(), Path(folder.name))
+        os.environ["COMFYUI_PATH"] = folder.name
+
+
+def lay_over(checkout: Path, files: Path, into: Path) -> None:
+    """Make `into` a ComfyUI of links: to the files where there is one of that name, else to the checkout."""
+    newer = {file.relative_to(files) for file in files.rglob("*.py")}
+    if not newer:
+        raise pytest.UsageError(f"NEWER_COMFYUI_FILES: {files} has no Python file")
+    for file in newer:
+        (into / file).parent.mkdir(parents=True, exist_ok=True)
+        (into / file).symlink_to(files / file)
+    for folder in {parent for file in newer for parent in file.parents}:
+        for child in (checkout / folder).iterdir():
+            link = into / folder / child.name
+            if not link.exists() and child.name != "__pycache__":
+                link.symlink_to(child)
 
 
 def pytest_collection_modifyitems(items):
     skip = pytest.mark.skip(reason="COMFYUI_PATH names no ComfyUI checkout: nothing of ComfyUI is tested")
+    older = pytest.mark.skip(
+        reason="NEWER_COMFYUI_FILES names no files of a newer ComfyUI: what is new there is not tested"
+    )
     other = pytest.mark.skip(reason="COMFYUI_DEVICE is " + ("" if GPU else "not ") + "cuda")
     for item in items:
         if Path(__file__).parent in item.path.parents:
@@ -26,12 +56,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(skip)
             elif bool(item.get_closest_marker("gpu")) != GPU:
                 item.add_marker(other)
+            elif item.get_closest_marker("newer") and not NEWER:
+                item.add_marker(older)
 
 
 @pytest.fixture(scope="session")
 def pack(pack_root):
     """The node pack with its nodes imported, ComfyUI on its device."""
-    sys.path.insert(0, COMFYUI)
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
     from comfy.cli_args import args
 
     args.cpu = not GPU
