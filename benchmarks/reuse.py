@@ -58,7 +58,7 @@ class Aged(Engine):
         self.errors: dict[int, list[torch.Tensor]] = defaultdict(list)  # by age
         self.densities: dict[int, list[torch.Tensor]] = defaultdict(list)
 
-    def attention(self, q, k, v, *, layout, dense, block=None, branch=None, scale=None):
+    def attention(self, q, k, v, *, layout, dense, block=None, **place):
         out, made = dense(), self.plans[block]
         made.append(build_plan(q, k, self.settings, layout))
         if len(made) > WARMUP + max(AGES):

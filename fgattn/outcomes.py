@@ -46,6 +46,17 @@ class Outcome(Enum):
         """Name for other programs; stays when the text changes."""
         return self.name.lower()
 
+    @property
+    def could_run(self) -> bool:
+        """Whether a dense call could have run sparse: its time is compared with that of sparse ones."""
+        return self in (
+            Outcome.WARM_UP,
+            Outcome.FINAL_STEP,
+            Outcome.DENSE_BLOCK,
+            Outcome.TOO_DENSE,
+            Outcome.AFTER_FAILURE,
+        )
+
 
 @dataclass(frozen=True)
 class Reason:

@@ -1,14 +1,14 @@
 """The attention override: ComfyUI's attention calls on their way to an engine, or past it."""
 
 import dataclasses
-import functools
 import threading
 
 import torch
-from einops import rearrange
 
+from ..fgattn.layout import TokenLayout
 from ..fgattn.outcomes import Reason
 from ..fgattn.runs.engine import Engine
+from .attention_call import AttentionCall
 from .models import NO_GRID, call_block, call_branch, call_layout, valid_keys, without_padding
 
 
@@ -26,65 +26,49 @@ class Override:
         self.engine, self.thread, self.previous = engine, thread, previous
 
     @torch.compiler.disable
-    def __call__(
-        self,
-        func,
-        q,
-        k,
-        v,
-        heads,
-        mask=None,
-        attn_precision=None,
-        skip_reshape=False,
-        skip_output_reshape=False,
-        **kwargs,
-    ):
+    def __call__(self, func, q, k, v, heads, *args, **kwargs):
         """ComfyUI's contract: q, k, v [B, L, H*D], or [B, H, L, D] with skip_reshape."""
-        options = kwargs.get("transformer_options") or {}
+        return self._attention(AttentionCall(func, (q, k, v), heads, *args, **kwargs))
 
-        def fallback():
-            call = functools.partial(self.previous, func) if self.previous else func
-            return call(
-                q,
-                k,
-                v,
-                heads,
-                mask=mask,
-                attn_precision=attn_precision,
-                skip_reshape=skip_reshape,
-                skip_output_reshape=skip_output_reshape,
-                **kwargs,
-            )
+    @torch.compiler.disable
+    def container_function(self, q, k, v, heads, *args, **kwargs):
+        """The same where newer releases hand over q, k and v in containers; these do not tell the backend."""
+        return self._attention(AttentionCall(None, (q, k, v), heads, *args, **kwargs))
 
+    def _attention(self, call: AttentionCall) -> torch.Tensor:
+        """The call's output. Nothing here may hold q, k or v: a dense call's backend frees them early."""
         thread = self.thread
         if getattr(thread, "inside", False):  # reached through a foreign override
-            return fallback()
+            return call.dense(self.previous)
         thread.inside = True
         try:
-            length = 2 if skip_reshape else 1
             video = getattr(thread, "video", None)
-            layout = call_layout(options, video, q.shape[length], k.shape[length])
-            if not isinstance(layout, Reason) and mask is not None:
-                layout = self._masked(mask, layout, q.shape[0])
+            layout = self._layout(call, video)
             if isinstance(layout, Reason):
                 self.engine.decline(layout)
-                return fallback()
+                return call.dense(self.previous)
             if video is None:
                 self.engine.remark(NO_GRID)
-            split = functools.partial(rearrange, pattern="b l (h d) -> b h l d", h=heads)
-            out = self.engine.attention(
-                *((q, k, v) if skip_reshape else map(split, (q, k, v))),
+            out = self.engine.attention_of(
+                call.tensors_by_head,
                 layout=layout,
-                dense=(fallback if skip_output_reshape else lambda: split(fallback())),
-                block=call_block(options, video),
-                branch=call_branch(options),
-                scale=kwargs.get("scale"),
+                dense=lambda: call.dense_by_head(self.previous),
+                block=call_block(call.transformer_options, video),
+                branch=call_branch(call.transformer_options),
+                scale=call.options.get("scale"),
             )
-            return out if skip_output_reshape else rearrange(out, "b h l d -> b l (h d)")
+            call.let_go()
+            return call.as_asked(out)
         finally:
             thread.inside = False
 
-    def _masked(self, mask, layout, batch):
+    def _layout(self, call: AttentionCall, video) -> TokenLayout | Reason:
+        """Where the call's tokens stand, or why it is left to dense attention."""
+        mask, (batch, queries, keys) = call.options["mask"], call.sizes
+        layout = call_layout(call.transformer_options, video, queries, keys)
+        return layout if mask is None or isinstance(layout, Reason) else self._masked(mask, layout, batch)
+
+    def _masked(self, mask, layout: TokenLayout, batch: int) -> TokenLayout | Reason:
         """The layout under a mask, or why there is none. Read once an evaluation: that waits."""
         thread, place = self.thread, (layout.grid, layout.front, layout.back, batch)
         known = getattr(thread, "mask", None)

@@ -15,11 +15,12 @@ import contextlib
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from ..backends import compile_log, execute, registry
-from ..backends.base import Costs, Eligible, Planned
+from ..backends.base import Eligible, Planned
 from ..call import Call
 from ..layout import TokenLayout, release
 from ..outcomes import Outcome, Reason
@@ -32,8 +33,8 @@ from .clock import Clock
 from .maps import NOBODY, Maps, Place
 from .plan_store import MADE, REUSED, PlanStore
 from .reports import RunReport
-from .run import Run, step_of
-from .stats import UNKNOWN_BLOCK, CallPlace, RunStats
+from .run import Run, number_of, step_of
+from .stats import CallPlace, RunStats
 from .watch import Watch
 
 log = logging.getLogger("fgattn")
@@ -194,6 +195,17 @@ class Engine:
         *,
         layout: TokenLayout,
         dense: Callable[[], torch.Tensor],
+        **place: Any,
+    ) -> torch.Tensor:
+        """`attention_of` for callers that hold q, k, v [B, H, L, D] anyway."""
+        return self.attention_of(lambda: (q, k, v), layout=layout, dense=dense, **place)
+
+    def attention_of(
+        self,
+        tensors: Callable[[], tuple[torch.Tensor, ...]],
+        *,
+        layout: TokenLayout,
+        dense: Callable[[], torch.Tensor],
         block: int | None = None,
         branch: Hashable | None = "all",
         scale: float | None = None,
@@ -201,7 +213,7 @@ class Engine:
         """One attention call, dense or sparse.
 
         Args:
-            q, k, v: [B, H, L, D].
+            tensors: gives q, k, v [B, H, L, D]. Nothing holds them while `dense` runs, which may free them.
             layout: of the keys.
             dense: computes the call densely, [B, H, L_q, D].
             block: number of the transformer block, None if unknown.
@@ -212,60 +224,59 @@ class Engine:
         run = self.run
         if run is None:
             return dense()
-        stats, at = run.stats, CallPlace(run.step, block, branch)
-        stats.tokens = max(stats.tokens, q.shape[2])
+        at = CallPlace(run.step, block, branch)
         run.blocks.add(block)
-        if stats.failure:
-            return self._dense(run, at, Reason(Outcome.AFTER_FAILURE), dense)
-        answer: Eligible | Reason | None = run.device_reason
-        if answer is None:
-            try:
-                with self.scope():
-                    call = Call.to_plan(q, k, v, run.settings, layout, scale)
-                    answer = self._answer(run, call)
-            except self._passthrough:
-                raise
-            except Exception as error:
-                self._failed(run, error, at)
-        if answer is None:
-            return dense()
-        if isinstance(answer, Reason):
-            stats.calls[answer] += 1
-            run.watch.dense(at, answer)
-            return dense()
-        if reason := run.dense_by_policy(at) or self._too_dense(run, call, answer, at):
-            return self._dense(run, at, reason, dense)
+        out = self._sparse_or_reason(run, at, tensors, layout, scale)
+        return self._dense(run, at, out, dense) if isinstance(out, Reason) else out
+
+    def _sparse_or_reason(
+        self, run: Run, at: CallPlace, tensors: Callable, layout: TokenLayout, scale: float | None
+    ) -> torch.Tensor | Reason:
+        """The output of a sparse call, or why the call shall be dense."""
         try:
+            q, k, v = tensors()
+            run.stats.tokens = max(run.stats.tokens, q.shape[2])
+            if run.stats.failure:
+                return Reason(Outcome.AFTER_FAILURE)
+            if run.device_reason:
+                return run.device_reason
+            with self.scope():
+                call = Call.to_plan(q, k, v, run.settings, layout, scale)
+                answer = self._answer(run, call)
+            if isinstance(answer, Reason):
+                return answer
+            if reason := run.dense_by_policy(at) or run.too_dense(call, answer, at):
+                return reason
             with self.scope():
                 out = self._sparse(run, call, answer, at)
-            stats.calls[Reason(Outcome.SPARSE)] += 1
+            run.stats.calls[Reason(Outcome.SPARSE)] += 1
             return out
         except self._passthrough:
             run.plans.clear()
             raise
         except Exception as error:
-            self._failed(run, error, at)
-        return dense()  # after the handler, which holds what was made until then
+            return self._failed(run, error)
 
     def _dense(
         self, run: Run, at: CallPlace, reason: Reason, dense: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
-        """A call that could run sparse, but shall not: dense calls are timed to compare with."""
+        """A dense call; one that could run sparse, but shall not, is timed to compare with."""
         run.stats.calls[reason] += 1
         run.watch.dense(at, reason)
+        if not reason.outcome.could_run:
+            return dense()
         start = run.stats.clock.mark()
         out = dense()
         run.stats.timed(run.step, False, [(start, start, run.stats.clock.mark())])
         return out
 
-    def _failed(self, run: Run, error: Exception, at: CallPlace) -> None:
+    def _failed(self, run: Run, error: Exception) -> Reason:
         """Note a failure, after which the run is dense."""
         run.plans.clear()
         run.stats.failure = f"{type(error).__name__}: {error}"
         log.exception("FG-Attn failed; the rest of this run is dense")
         self._notify(f"dense: {run.stats.failure}")
-        run.stats.calls[Reason(Outcome.FAILED)] += 1
-        run.watch.dense(at, Reason(Outcome.FAILED))
+        return Reason(Outcome.FAILED)
 
     def _sparse(self, run: Run, call: Call, answer: Eligible, at: CallPlace) -> torch.Tensor:
         """Plan and attend. Out of memory drops the kept plans and halves the heads at a time, for good."""
@@ -298,7 +309,7 @@ class Engine:
         planned, outcome = self._planned(run, call, answer, at)
         after = start if outcome == REUSED else run.stats.clock.mark()
         execute.attend(call, answer.backend, planned, out)
-        run.stats.add_plan(run.step, _number(at.block), planned.plan)
+        run.stats.add_plan(run.step, number_of(at.block), planned.plan)
         run.stats.plans[outcome] += 1
         return planned.plan, (start, after, run.stats.clock.mark())
 
@@ -319,7 +330,7 @@ class Engine:
         answer = registry.choose(call, gain=True)
         if not isinstance(answer, Eligible):
             return answer
-        if (costs := self._costs(run, call, answer)) and not faster(costs, call):
+        if (costs := run.costs(call, answer)) and not faster(costs, call):
             return Reason(Outcome.TOO_SHORT)
         if device.type == "cuda" and call.q.dtype == torch.float32:
             self.remark("fp32 tensors are computed in bf16")
@@ -328,17 +339,3 @@ class Engine:
     def _has_rule(self, device: torch.device) -> bool:
         """Whether the break-even rule decides; else `min_tokens` does."""
         return device.type == "cuda" and not self.policy.min_tokens
-
-    def _costs(self, run: Run, call: Call, answer: Eligible) -> Costs | None:
-        """Figures for the break-even rule, if it is in force and the backend has any."""
-        return answer.backend.costs(call) if run.rule and answer.backend.costs else None
-
-    def _too_dense(self, run: Run, call: Call, answer: Eligible, at: CallPlace) -> Reason | None:
-        """Whether the block has kept so much in the steps before that dense attention is faster."""
-        density, costs = run.densities.get(_number(at.block)), self._costs(run, call, answer)
-        gains = density is None or not costs or faster(costs, call, density)
-        return None if gains else Reason(Outcome.TOO_DENSE)
-
-
-def _number(block: int | None) -> int:
-    return UNKNOWN_BLOCK if block is None else block

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..backends.base import Eligible
+from ..backends.base import Costs, Eligible
 from ..call import Call, needed
 from ..outcomes import Outcome, Reason
 from ..settings import Policy, Settings, ranges
+from .break_even import faster
 from .plan_store import PlanStore
 from .reports import RunSettings
-from .stats import CallPlace, RunStats
+from .stats import UNKNOWN_BLOCK, CallPlace, RunStats
 from .watch import Watch
 
 
@@ -65,6 +66,16 @@ class Run:
         if at.block in self.policy.dense_blocks:
             return Reason(Outcome.DENSE_BLOCK)
         return None
+
+    def costs(self, call: Call, answer: Eligible) -> Costs | None:
+        """Figures for the break-even rule, if it is in force and the backend has any."""
+        return answer.backend.costs(call) if self.rule and answer.backend.costs else None
+
+    def too_dense(self, call: Call, answer: Eligible, at: CallPlace) -> Reason | None:
+        """Whether the block has kept so much in the steps before that dense attention is faster."""
+        density, costs = self.densities.get(number_of(at.block)), self.costs(call, answer)
+        gains = density is None or not costs or faster(costs, call, density)
+        return None if gains else Reason(Outcome.TOO_DENSE)
 
     def plan_key(self, call: Call, at: CallPlace) -> Hashable | None:
         """What tells the call's plan from others that are kept; None where it is not to be kept."""
@@ -124,6 +135,11 @@ class Run:
             self.plans.clear()
         self.settings, self.policy = moved
         self.stats.sliders.append((self.step, self.settings.threshold, self.policy.warmup_steps))
+
+
+def number_of(block: int | None) -> int:
+    """Under which the books have a block."""
+    return UNKNOWN_BLOCK if block is None else block
 
 
 def step_of(sigma: float, sigmas: Sequence[float]) -> int:

@@ -344,10 +344,10 @@ def evaluate(pack):
                 settings.Policy(warmup_steps=0),
             )
             if record is not None:
-                attention = patch.engine.attention
-                patch.engine.attention = lambda q, k, v, **call: (
-                    record.append((q, call)),
-                    attention(q, k, v, **call),
+                attention = patch.engine.attention_of
+                patch.engine.attention_of = lambda tensors, **call: (
+                    record.append((tensors()[0], call)),
+                    attention(tensors, **call),
                 )[1]
             patch.engine.begin_run([1.0, 0.0], False, torch.device("cpu"))
             options[SLOT] = nodes.Override(patch.engine, patch.thread, None)

@@ -1,0 +1,170 @@
+"""What came to ComfyUI after 0.33, by its own files: preferred attention, containers, Model Sparse Attention.
+
+The folder NEWER_COMFYUI_FILES has, with their paths in ComfyUI's repository, comfy/ldm/modules/attention.py,
+comfy/ldm/wan/model.py, comfy/model_prefetch.py and comfy_extras/nodes_sparse_attention.py of about 0.38. They
+run on top of a checkout of 0.33 (COMFYUI_PATH), with a comfy-kitchen and a comfy-aimdo that fit them.
+"""
+
+import json
+import sys
+import weakref
+
+import pytest
+import torch
+from makers import by_text
+
+pytestmark = pytest.mark.newer
+SLOT = "optimized_attention_override"
+BLOCKS, STEPS = 3, 8
+PREFERRED = ("blocks.0.cross_attn", "blocks.1.self_attn")
+
+
+class Preferred:
+    """A wrapped backend of ComfyUI's kind, that layers may prefer; its results are not the global one's."""
+
+    def __init__(self, attention):
+        self.calls = 0
+        self.alive = []  # for each call with containers: inputs that somebody still holds while it computes
+
+        def compute(q, k, v, heads, mask=None, **options):
+            assert options["_inside_attn_wrapper"]
+            self.calls += 1
+            return attention.attention_pytorch(q, k, 1.5 * v, heads, mask, **options)
+
+        def from_containers(q, k, v, heads, mask=None, **options):
+            held = [weakref.ref(x.peek()) for x in (q, k, v)]
+            q, k, v = (x.take().clone() for x in (q, k, v))
+            self.alive.append(sum(ref() is not None for ref in held))
+            return compute(q, k, v, heads, mask, **options)
+
+        self.function = attention.wrap_attn(compute)
+        self.function.container_function = from_containers
+
+
+@pytest.fixture
+def preferred(pack, monkeypatch):
+    """ComfyUI's INT8 attention, replaced by a backend that runs on a CPU."""
+    from comfy.ldm.modules import attention
+
+    backend = Preferred(attention)
+    monkeypatch.setattr(attention, "attention_comfy_kitchen_int8", backend.function)
+    monkeypatch.setattr(attention, "COMFY_KITCHEN_INT8_ATTENTION_IS_AVAILABLE", True)
+    monkeypatch.setattr(attention.comfy_kitchen, "int8_attention_is_available", lambda device: True)
+    return backend
+
+
+@pytest.fixture
+def choosy(wan_weights, preferred):
+    """A Wan whose checkpoint says that two of its layers prefer that backend."""
+    import comfy.sd
+
+    config = torch.tensor(list(json.dumps({"attention": "comfy_kitchen_int8"}).encode()), dtype=torch.uint8)
+    weights = {f"{name}.comfy_attention.config": config for name in PREFERRED}
+    model = comfy.sd.load_diffusion_model_state_dict(dict(wan_weights) | weights)
+    layers = dict(model.model.diffusion_model.named_modules())
+    assert all(layers[name].comfy_attention.function is preferred.function for name in PREFERRED)
+    return model
+
+
+def test_dense_calls_go_to_what_the_layer_prefers(choosy, sample, patched, report, preferred):
+    """Warm-up, short and text calls are those that the model would have made without us, bit for bit."""
+    without = sample(choosy)
+    assert preferred.calls == 2 * STEPS
+    preferred.calls = 0
+    assert torch.equal(sample(patched(choosy, min_tokens=10**6)), without)
+    assert preferred.calls == 2 * STEPS
+    preferred.calls = 0
+    model = patched(choosy, warmup_steps=2)
+    sample(model)
+    assert by_text(report(model))["sparse"] == 6 * BLOCKS
+    assert preferred.calls == STEPS + 2  # text attention in every step, self-attention in warm-up steps
+
+
+def test_dense_calls_hold_no_tensors(choosy, sample, patched, preferred):
+    """A backend that frees q, k and v early can do so: nothing of ours holds them while it computes."""
+    sample(choosy)
+    assert preferred.alive == [0] * 2 * STEPS
+    preferred.alive.clear()
+    sample(patched(choosy, warmup_steps=2))
+    assert preferred.alive == [0] * (STEPS + 2)
+
+
+@pytest.mark.parametrize("chains", [False, True], ids=["plain", "takes containers"])
+def test_an_override_below_ours_is_asked_as_without_us(choosy, sample, patched, preferred, chains):
+    """Another node's override replaces what layers prefer; it still does, with ours on top."""
+    from comfy.ldm.modules import attention
+
+    def other(func, *args, **kwargs):
+        return 0.5 * func(*args, **kwargs)
+
+    if chains:
+        other.container_function = lambda *args, **kwargs: (
+            0.5 * attention.optimized_attention(*args, **kwargs)
+        )
+    model = choosy.clone()
+    model.model_options["transformer_options"] = {SLOT: other}
+    without = sample(model)
+    assert preferred.calls == 0
+    assert torch.equal(sample(patched(model, min_tokens=10**6)), without)
+    assert preferred.calls == 0
+
+
+def test_an_override_above_ours(choosy, sample, patched, preferred):
+    """One that hands its calls on reaches the layer's preference; one that chose a backend is obeyed."""
+    from comfy.ldm.modules import attention
+
+    for chosen, expected in ((None, 2 * STEPS), (attention.attention_sub_quad.__wrapped__, 0)):
+        model, preferred.calls = patched(choosy, min_tokens=10**6), 0
+        ours = model.model_options["transformer_options"][SLOT]
+
+        def above(func, *args, ours=ours, chosen=chosen, **kwargs):
+            kwargs.pop("_inside_attn_wrapper")
+            return ours(chosen or func, *args, **kwargs)
+
+        options = {"transformer_options": {SLOT: above}, "preferred_attention": preferred}
+        q, k, v = torch.randn(3, 1, 40, 256).unbind()
+        attention.attention_pytorch(q, k, v, 2, **options)
+        assert preferred.calls == (1 if expected else 0)
+
+
+def test_compiled_blocks_keep_preferences(choosy, sample, patched, preferred):
+    """TorchCompileModel: the calls that we leave dense, and nothing else changes."""
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    (model,) = TorchCompileModel.execute(patched(choosy, min_tokens=10**6), backend="eager").args
+    without = sample(choosy)
+    torch._dynamo.reset()
+    preferred.calls = 0
+    torch.testing.assert_close(sample(model), without, rtol=1e-4, atol=1e-4)
+    assert preferred.calls == 2 * STEPS
+
+
+def test_sparse_calls_empty_the_containers(pack, wan, patched, report):
+    """After a sparse call nobody holds q, k and v, as after ComfyUI's own attention."""
+    from comfy.ldm.modules import attention
+
+    model = patched(wan)
+    engine = sys.modules["fgattn_pack.nodes.patch"].patch_of(model).engine
+    engine.begin_run([1.0, 0.0], False, torch.device("cpu"))
+    held = [torch.randn(1, 288, 256) for _ in range(3)]
+    containers = [attention.AttentionTensorContainer(x) for x in held]
+    refs = [weakref.ref(x) for x in held]
+    expected = attention.attention_pytorch(*held, 2)
+    del held
+    options = {**model.model_options["transformer_options"], "grid_sizes": (3, 8, 12), "block_index": 0}
+    out = attention.optimized_attention(*containers, heads=2, transformer_options=options)
+    assert by_text(engine.end_run()) == {"sparse": 1} and out.shape == expected.shape
+    assert all(c.tensor is None for c in containers) and not any(ref() is not None for ref in refs)
+
+
+def test_a_failure_in_containers_goes_dense(choosy, sample, patched, report, preferred, monkeypatch):
+    """Our path breaks after it has looked at the tensors: they are still there for the layer's attention."""
+    execute = sys.modules["fgattn_pack.fgattn.backends.execute"]
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(execute, "plan_of", broken)
+    model = patched(choosy)
+    assert torch.equal(sample(model), sample(choosy))
+    assert report(model).failure == "RuntimeError: out of luck"
