@@ -107,7 +107,7 @@ def valid_keys(mask: torch.Tensor, batch: int, keys: int) -> torch.Tensor | Reas
     if width != keys or any(n != 1 for n in rows[1:]) or (rows and rows[0] not in (1, batch)):
         return Reason(Outcome.MASK)
     mask = mask.reshape(-1, keys)
-    valid = mask if mask.dtype == torch.bool else mask > MASKED
+    valid = mask.clone() if mask.dtype == torch.bool else mask > MASKED  # kept longer than the mask
     if mask.dtype != torch.bool and (mask[valid] != 0).any():
         return Reason(Outcome.BIAS)
     if not valid.any(1).all():

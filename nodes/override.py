@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import weakref
 
 import torch
 
@@ -72,10 +73,11 @@ class Override:
         """The layout under a mask, or why there is none. Read once an evaluation: that waits."""
         thread, place = self.thread, (layout.grid, layout.front, layout.back, batch)
         known = getattr(thread, "mask", None)
-        if known is None or known[0] is not mask or known[1] != place:
-            valid = valid_keys(mask, batch, layout.length)
-            found = valid if isinstance(valid, Reason) else dataclasses.replace(layout, key_valid=valid)
-            if isinstance(valid, torch.Tensor):
-                found = without_padding(layout, valid) or found
-            known = thread.mask = mask, place, found
+        if known is None or known[0]() is not mask or known[1] != place:
+            with self.engine.scope():  # what is made here outlives the block that calls; its mask may not
+                valid = valid_keys(mask, batch, layout.length)
+                found = valid if isinstance(valid, Reason) else dataclasses.replace(layout, key_valid=valid)
+                if isinstance(valid, torch.Tensor):
+                    found = without_padding(layout, valid) or found
+            known = thread.mask = weakref.ref(mask), place, found
         return known[2]
