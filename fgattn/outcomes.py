@@ -21,6 +21,7 @@ class Outcome(Enum):
     MASK = "attention mask"
     BIAS = "attention bias"
     NO_KEY = "attention mask that leaves no key"
+    CAPTURED = "recorded as a CUDA graph"
 
     # Dense: it cannot run sparse, or would not be faster.
     NO_KERNEL = "no sparse kernel on this device"

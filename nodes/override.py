@@ -7,7 +7,7 @@ import weakref
 import torch
 
 from ..fgattn.layout import TokenLayout
-from ..fgattn.outcomes import Reason
+from ..fgattn.outcomes import Outcome, Reason
 from ..fgattn.runs.engine import Engine
 from .attention_call import AttentionCall
 from .models import NO_GRID, call_block, call_branch, call_layout, valid_keys, without_padding
@@ -67,7 +67,11 @@ class Override:
         """Where the call's tokens stand, or why it is left to dense attention."""
         mask, (batch, queries, keys) = call.options["mask"], call.sizes
         layout = call_layout(call.transformer_options, video, queries, keys)
-        return layout if mask is None or isinstance(layout, Reason) else self._masked(mask, layout, batch)
+        if isinstance(layout, Reason):
+            return layout
+        if _recording():
+            return Reason(Outcome.CAPTURED)
+        return layout if mask is None else self._masked(mask, layout, batch)
 
     def _masked(self, mask, layout: TokenLayout, batch: int) -> TokenLayout | Reason:
         """The layout under a mask, or why there is none. Read once an evaluation: that waits."""
@@ -81,3 +85,8 @@ class Override:
                     found = without_padding(layout, valid) or found
             known = thread.mask = weakref.ref(mask), place, found
         return known[2]
+
+
+def _recording() -> bool:
+    """Whether a CUDA graph is recorded: nothing may be read, and later steps repeat what is done now."""
+    return torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing()

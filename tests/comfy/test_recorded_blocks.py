@@ -142,3 +142,29 @@ def test_a_mask_leaves_nothing_behind(wan, patched, recorded, padding, kind):
     )
     assert by_text(engine.end_run()) == {"sparse": 1}
     assert recording.pauses and not left
+
+
+def test_nothing_is_read_while_a_cuda_graph_is_recorded(wan, sample, patched, report, monkeypatch):
+    """Dense, with the reason: a graph repeats the call as it was, in steps that may want another one."""
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    model = patched(wan)
+    assert torch.equal(sample(model, steps=4), sample(wan, steps=4))
+    calls = by_text(report(model))
+    assert calls == {"recorded as a CUDA graph": 4 * BLOCKS, "cross-attention": 4 * BLOCKS}
+
+
+def test_no_mask_is_read_while_a_cuda_graph_is_recorded(wan, patched, monkeypatch):
+    """Reading it would wait for the device."""
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(sys.modules["fgattn_pack.nodes.override"], "valid_keys", lambda *_: 1 / 0)
+    model = patched(wan)
+    engine_of(model).begin_run([1.0, 0.0], False, torch.device("cpu"))
+    q, k, v = torch.randn(3, 2, 288, 256).unbind()
+    mask = torch.ones(2, 1, 1, 288, dtype=torch.bool)
+    options = model.model_options["transformer_options"]
+    attention_pytorch(q, k, v, heads=2, mask=mask, transformer_options=options)
+    assert by_text(engine_of(model).end_run()) == {"recorded as a CUDA graph": 1}
