@@ -5,6 +5,7 @@ comfy/ldm/wan/model.py, comfy/model_prefetch.py and comfy_extras/nodes_sparse_at
 run on top of a checkout of 0.33 (COMFYUI_PATH), with a comfy-kitchen and a comfy-aimdo that fit them.
 """
 
+import inspect
 import json
 import sys
 import weakref
@@ -168,3 +169,67 @@ def test_a_failure_in_containers_goes_dense(choosy, sample, patched, report, pre
     model = patched(choosy)
     assert torch.equal(sample(model), sample(choosy))
     assert report(model).failure == "RuntimeError: out of luck"
+
+
+class Sparse:
+    """ComfyUI's Model Sparse Attention, whose kernel alone is replaced: by its dense attention, on a CPU."""
+
+    def __init__(self, monkeypatch):
+        import comfy_extras.nodes_sparse_attention as code
+
+        self.node, self.calls, self.installed = code.BlockSparseAttention, 0, set()
+
+        def kernel(q, k, v, scale=None, **_):
+            self.calls += 1
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+        install = code.install_override
+
+        def noted(patch, options):
+            self.installed = patch.installed
+            install(patch, options)
+
+        monkeypatch.setattr(code, "install_override", noted)
+        monkeypatch.setattr(code, "_ineligible", lambda q, k, *_: None if q.shape == k.shape else "cross")
+        monkeypatch.setattr(code.ck, "sol_attn", kernel)
+
+    def on(self, model, **inputs):
+        chosen = {"selection": "sol-attn", "tau": 1.3}
+        return self.node.execute(model, chosen, 0.0, 1.0, min_tokens=0, **inputs).args[0]
+
+
+def depth(one):
+    """Overrides from this one down."""
+    found = 0
+    while one is not None:
+        found += 1
+        one = one.previous if hasattr(one, "previous") else inspect.getclosurevars(one).nonlocals["previous"]
+    return found
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["before ours", "after ours"])
+def test_beside_model_sparse_attention(wan, sample, patched, report, monkeypatch, first):
+    """Ours runs where it can, theirs gets what we leave dense; the chain stays short; the report says so."""
+    core, depths = Sparse(monkeypatch), []
+    model = core.on(patched(wan, warmup_steps=2)) if first else patched(core.on(wan), warmup_steps=2)
+
+    def measure(executor, *args, **kwargs):
+        depths.append(depth(args[5][SLOT]))
+        return executor(*args, **kwargs)
+
+    model.add_wrapper_with_key("apply_model", "zz_depth", measure)
+    sample(model)
+    last = report(model)
+    assert by_text(last) == {"warm-up step": 2 * BLOCKS, "sparse": 6 * BLOCKS, "cross-attention": 8 * BLOCKS}
+    assert core.calls == 2 * BLOCKS
+    assert any("Model Sparse Attention" in remark for remark in last.remarks)
+    assert len(depths) == STEPS and max(depths) <= 4 and 1 <= len(core.installed) <= 2
+
+
+def test_what_model_sparse_attention_declines(choosy, sample, patched, preferred, monkeypatch):
+    """Its own dense blocks end where they end without us: it hands them to the global backend."""
+    core = Sparse(monkeypatch)
+    without = sample(core.on(choosy, dense_blocks="0-2"))
+    assert torch.equal(sample(patched(core.on(choosy, dense_blocks="0-2"), min_tokens=10**6)), without)
+    assert core.calls == preferred.calls == 0
