@@ -92,6 +92,16 @@ def test_other_overrides_get_the_dense_calls(wan, sample, patched, report, after
     assert other.calls == BLOCKS + 4 * BLOCKS
 
 
+def test_releases_without_preferences_are_not_searched_for_them(wan, sample, patched, monkeypatch):
+    """A dense call costs nothing more there."""
+    from comfy.ldm.modules import attention
+
+    if hasattr(attention, "ComfyAttention"):
+        pytest.skip("layers of this ComfyUI may prefer an attention of their own")
+    monkeypatch.setattr(sys.modules["fgattn_pack.nodes.attention_call"], "_asking", lambda: 1 / 0)
+    assert torch.equal(sample(patched(wan, min_tokens=10**6)), sample(wan))
+
+
 def test_a_replaced_attention_is_not_reached_and_said(wan, sample, patched, report, monkeypatch):
     """Another node put its own function in the model's place: nothing of ours runs, and the node says so."""
     from comfy.ldm.wan import model as code
