@@ -166,6 +166,20 @@ def test_memory_after_ten_runs(load, run, patched, inputs):
     assert after[-1] == after[0]
 
 
+def test_peak_memory(load, run, patched, report):
+    """A sparse run needs hardly more at its peak than a dense one: the summaries and bits of one call."""
+    peaks, model = {}, load()
+    ours = apply(patched, model, warmup_steps=0, min_tokens=1)
+    for name, one in (("dense", model), ("sparse", ours)):
+        run(one, steps=2)  # weights are loaded, kernels compiled
+        torch.cuda.reset_peak_memory_stats()
+        run(one, steps=2)
+        peaks[name] = torch.cuda.max_memory_allocated() / 2**20
+    print(f"\npeak memory: dense {peaks['dense']:.0f} MiB, sparse {peaks['sparse']:.0f} MiB")
+    assert by_text(report(ours))["sparse"] == 2 * BLOCKS
+    assert peaks["sparse"] <= 1.05 * peaks["dense"]
+
+
 def test_a_full_gpu(load, run, patched, report):
     """Out of memory in our path: fewer heads at a time, then dense, never the end of the render."""
     total = torch.cuda.get_device_properties(0).total_memory

@@ -1,7 +1,7 @@
 """What is newer than ComfyUI 0.33.0, imitated by what its authors' code documents.
 
-Model Sparse Attention (`test_newer.py` has the real one), the layout that MiniMax-H3 reports. Imitations show that our side holds; that theirs
-behaves so was read, not run.
+Model Sparse Attention (`test_newer.py` has the real one), the layout that MiniMax-H3 reports. Imitations show
+that our side holds; that theirs behaves so was read, not run.
 """
 
 import sys
