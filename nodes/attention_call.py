@@ -12,6 +12,7 @@ from einops import rearrange
 # Newer releases let a layer prefer an attention of its own (`ComfyAttention`) and may hand over q, k and v in
 # containers. Their `wrap_attn` keeps both the preference and, with containers, the backend from an override.
 HAS_PREFERENCES = hasattr(core, "ComfyAttention")
+ASKING = core.wrap_attn(lambda: None).__code__  # of all its wrappers, whatever other packs do to these
 
 
 class AttentionCall:
@@ -36,6 +37,7 @@ class AttentionCall:
         **others,
     ):
         self.func, self.inputs, self.heads = func, inputs, heads
+        self.contained = hasattr(inputs[0], "peek")
         self.options = others | {
             "mask": mask,
             "attn_precision": attn_precision,
@@ -70,7 +72,7 @@ class AttentionCall:
 
     def let_go(self) -> None:
         """The call is computed: its containers are empty from now on."""
-        if self.func is None:
+        if self.contained:
             for container in self.inputs:
                 container.tensor = None
 
@@ -83,11 +85,11 @@ class AttentionCall:
         if previous is None:
             inside = {**self.options, "_inside_attn_wrapper": True}  # so that no override is asked again
             return self._own_attention()(*self.inputs, self.heads, **inside)
-        if self.func is not None:
+        if not self.contained:
             return previous(self.func, *self.inputs, self.heads, **self.options)
         if function := getattr(previous, "container_function", None):
             return function(*self.inputs, self.heads, **self.options)
-        backend = _asking().get("func", core.optimized_attention.__wrapped__)
+        backend = _asking().get("func", core.optimized_attention)
         return previous(backend, *(x.take() for x in self.inputs), self.heads, **self.options)
 
     def _own_attention(self) -> Callable:
@@ -102,7 +104,7 @@ class AttentionCall:
         return self.func or asking.get("wrapper", core.optimized_attention)
 
     def _tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.inputs if self.func is not None else tuple(x.peek() for x in self.inputs)
+        return tuple(x.peek() for x in self.inputs) if self.contained else self.inputs
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         return rearrange(x, "b l (h d) -> b h l d", h=self.heads)
@@ -115,6 +117,6 @@ def _asking() -> dict[str, Any]:
     others gets its global backend.
     """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not core.optimized_attention.__code__:
+    while frame is not None and frame.f_code is not ASKING:
         frame = frame.f_back
     return frame.f_locals if frame else {}

@@ -5,6 +5,7 @@ comfy/ldm/wan/model.py, comfy/model_prefetch.py and comfy_extras/nodes_sparse_at
 run on top of a checkout of 0.33 (COMFYUI_PATH), with a comfy-kitchen and a comfy-aimdo that fit them.
 """
 
+import functools
 import inspect
 import json
 import sys
@@ -138,6 +139,23 @@ def test_compiled_blocks_keep_preferences(choosy, sample, patched, preferred):
     preferred.calls = 0
     torch.testing.assert_close(sample(model), without, rtol=1e-4, atol=1e-4)
     assert preferred.calls == 2 * STEPS
+
+
+def test_a_pack_that_replaced_core_functions(choosy, sample, patched, preferred, monkeypatch):
+    """Some put objects of their own in ComfyUI's module; nothing of ours depends on what these are."""
+    from comfy.ldm.modules import attention
+
+    for name in ("optimized_attention", "attention_pytorch", "attention_sub_quad"):
+        monkeypatch.setattr(attention, name, functools.partial(getattr(attention, name)))
+    without, preferred.calls = sample(choosy), 0
+    model = patched(choosy, min_tokens=10**6)
+    assert torch.equal(sample(model), without)
+    assert preferred.calls == 2 * STEPS
+    other = choosy.clone()
+    other.model_options["transformer_options"] = {SLOT: lambda func, *args, **call: func(*args, **call)}
+    without = sample(other)
+    monkeypatch.setattr(sys.modules["fgattn_pack.nodes.attention_call"], "_asking", dict)
+    assert torch.equal(sample(patched(other, min_tokens=10**6)), without)
 
 
 def test_in_doubt_the_global_backend_computes(wan, choosy, sample, patched, preferred, monkeypatch):
