@@ -97,3 +97,23 @@ def test_after_a_failure_too(called, early, monkeypatch):
     report, error = called(early)
     assert by_text(report) == {"error": 1}
     assert early.held == [0] and error < 1e-5
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1], ids=["sparse", "dense"])
+def test_an_attention_layer_of_minimax_h3(attention, wan, patched, warmup_steps):
+    """The first model that hands over containers, by its own layer: strided views of one buffer, by head."""
+    import comfy.ops
+    from comfy.ldm.minimax.model import Attention
+
+    layer = Attention(64, heads=2, head_dim=128, eps=1e-6, operations=comfy.ops.disable_weight_init)
+    generator = torch.Generator().manual_seed(0)
+    for weight in layer.parameters():
+        weight.data = torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5
+    model = patched(wan, threshold=0.0, warmup_steps=warmup_steps)
+    engine = sys.modules["fgattn_pack.nodes.patch"].patch_of(model).engine
+    engine.begin_run((1.0, 0.7, 0.5, 0.3, 0.0), True, torch.device("cpu"))
+    options = {**model.model_options["transformer_options"], "grid_sizes": (3, 8, 12), "block_index": 0}
+    x = torch.randn(288 + 20, 64, generator=generator)  # 20 tokens of text
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, None, options), layer(x), rtol=1e-4, atol=1e-5)
+    assert by_text(engine.end_run()) == {("warm-up step" if warmup_steps else "sparse"): 1}
