@@ -45,6 +45,8 @@ class Costs(NamedTuple):
 class Backend:
     """What computes sparse attention on some devices.
 
+    An exception of `reason`, `gains_on` or `probe` is a reason why the backend cannot run the call.
+
     Attributes:
         name: for `impl` and for reports.
         reason: why it cannot run a call, or None; cheap, and does not wait for the device.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import logging
+from typing import Any
 
 import torch
 
@@ -11,10 +13,12 @@ from ..errors import InvalidArgument, Unsupported
 from ..layout import TokenLayout
 from ..outcomes import Outcome, Reason
 from ..settings import Settings
+from ..tensors import OutOfMemory
 from . import hopper, pytorch, selftest, triton
 from .base import Backend, Eligible, without
 
 BACKENDS = [hopper.BACKEND, triton.BACKEND, pytorch.BACKEND, pytorch.SPECIFICATION]
+log = logging.getLogger("fgattn")
 
 
 def choose(call: Call, *, gain: bool = False) -> Eligible | Reason:
@@ -23,30 +27,50 @@ def choose(call: Call, *, gain: bool = False) -> Eligible | Reason:
     Args:
         gain: only backends from which a run can gain on the call's device; else those come first.
     """
+    asked = [(backend, *_ask(backend, "gains_on", call.device)) for backend in BACKENDS]
+    candidates = [(backend, failed) for backend, gains, failed in asked if gains or failed]
+    if gain and not candidates:
+        return Reason(Outcome.NO_KERNEL, f"no sparse kernel for device type {call.device.type}")
     if call.declined:
         return Reason(Outcome.DECLINED, call.declined)
+    if not gain:
+        candidates += [(backend, None) for backend, gains, failed in asked if not (gains or failed)]
     passed_over: list[tuple[str, str]] = []
-    for backend in _candidates(call.device, gain):
-        reason = backend.reason(call)
+    for backend, failed in candidates:
+        reason = failed or _reason(backend, call)
         if reason is None and backend.probe:
-            reason = selftest.failure(backend, call.device, backend.probe(call))
+            settings, reason = _ask(backend, "probe", call)
+            reason = reason or selftest.failure(backend, call.device, settings)
         if reason is None:
             return Eligible(backend, tuple(passed_over))
         passed_over.append((backend.name, reason))
-    if not passed_over:
-        return Reason(Outcome.NO_KERNEL, f"no sparse kernel for device type {call.device.type}")
     last = passed_over[-1][1]
     detail = last + without(tuple(other for other in passed_over if other[1] != last))
     return Reason(Outcome.NO_KERNEL, detail)
 
 
-def _candidates(device: torch.device, gain: bool) -> Iterator[Backend]:
-    for backend in BACKENDS:
-        if backend.gains_on(device):
-            yield backend
-    for backend in BACKENDS:
-        if not gain and not backend.gains_on(device):
-            yield backend
+def _reason(backend: Backend, call: Call) -> str | None:
+    """Why a backend cannot run a call, never empty, or None."""
+    reason, failed = _ask(backend, "reason", call)
+    return failed or (reason if reason is None else reason or "it does not say why")
+
+
+def _ask(backend: Backend, name: str, given: Call | torch.device) -> tuple[Any, str | None]:
+    """What a function of a record answers, and None; where it fails, None, and that as a reason."""
+    try:
+        return getattr(backend, name)(given), None
+    except OutOfMemory:
+        raise  # says nothing of the backend
+    except Exception as error:
+        failed = f"its {name} fails: {selftest.one_line(error)}"
+        _warn(f"FG-Attn leaves its {backend.name} kernels: {failed}")
+        return None, failed
+
+
+@functools.lru_cache(maxsize=64)
+def _warn(text: str) -> None:
+    """Log a text, once."""
+    log.warning(text, exc_info=True)
 
 
 def named(call: Call, name: str) -> Eligible | Reason:
@@ -56,7 +80,7 @@ def named(call: Call, name: str) -> Eligible | Reason:
         InvalidArgument: there is no such backend.
     """
     backend = by_name(name)
-    if reason := call.declined or backend.reason(call):
+    if reason := call.declined or _reason(backend, call):
         return Reason(Outcome.DECLINED, reason)
     return Eligible(backend)
 
@@ -92,9 +116,10 @@ def required(call: Call, impl: str | None) -> Backend:
             "equal head counts, rows contiguous and 16-byte aligned",
             "Run this call dense.",
         )
-    raise Unsupported(
-        "impl", impl, "torch or reference here", f"The {impl} kernels cannot run: {answer.text}."
-    )
+    others = [backend.name for backend in BACKENDS if _reason(backend, call) is None]
+    allowed = f"{' or '.join(others)} here" if others else "nothing here"
+    kernels = "Kernels" if impl is None else f"The {impl} kernels"
+    raise Unsupported("impl", impl, allowed, f"{kernels} cannot run: {answer.text}.")
 
 
 def on_device(device: torch.device, settings: Settings) -> Eligible | Reason:

@@ -419,6 +419,70 @@ def test_a_backend_that_fails_its_self_test_is_passed_over(fresh, monkeypatch):
     assert answer.text.startswith("torch (no toy: the kernels' self-test is off by 2.")
 
 
+@pytest.mark.parametrize("question", ["gains_on", "reason", "probe"])
+def test_a_record_that_fails_is_passed_over(question, fresh, monkeypatch, caplog):
+    """Its name and the error reach the report and, once, the log; the next one runs."""
+
+    def fails(_):
+        raise KeyError("no such GPU")
+
+    monkeypatch.setattr(registry, "BACKENDS", [toy(**{question: fails}), *registry.BACKENDS])
+    registry._warn.cache_clear()
+    for gain in (True, False, True):
+        answer = registry.choose(a_call(), gain=gain)
+        assert answer.text == f"torch (no toy: its {question} fails: KeyError: 'no such GPU')"
+    (said,) = caplog.records
+    assert said.getMessage() == (
+        f"FG-Attn leaves its toy kernels: its {question} fails: KeyError: 'no such GPU'"
+    )
+    assert said.exc_info
+    if question == "reason":
+        with pytest.raises(Unsupported, match="The toy kernels cannot run: its reason fails: KeyError"):
+            sparse_attention(*torch.randn(3, 1, 2, 256, 64), Settings(), LAYOUT, impl="toy")
+
+
+def test_a_full_gpu_says_nothing_of_a_record(monkeypatch):
+    """The next call asks again."""
+
+    def fails(_):
+        raise OutOfMemory("no room")
+
+    monkeypatch.setattr(registry, "BACKENDS", [toy(reason=fails), *registry.BACKENDS])
+    with pytest.raises(OutOfMemory):
+        registry.choose(a_call())
+
+
+@pytest.mark.parametrize("said", ["", "only even heads"])
+def test_a_reason_is_a_reason(said, fresh, monkeypatch):
+    """Chosen or named, a backend runs a call where its reason is None and nowhere else."""
+    monkeypatch.setattr(registry, "BACKENDS", [toy(reason=lambda call: said), *registry.BACKENDS])
+    reason = said or "it does not say why"
+    assert registry.choose(a_call()).text == f"torch (no toy: {reason})"
+    assert registry.named(a_call(), "toy") == Reason(Outcome.DECLINED, reason)
+
+
+def test_what_else_can_run_is_asked(fresh, monkeypatch):
+    """A refusal names the backends that take this call, whatever their names; without a name it has none."""
+    no = {"reason": lambda call: "only even heads"}
+    yes, fails = toy(name="other", probe=None), toy(name="broken", attend=off)
+    monkeypatch.setattr(registry, "BACKENDS", [toy(**no), yes])
+    q = torch.randn(1, 2, 256, 64)
+    with pytest.raises(Unsupported, match=r"^impl: got 'toy'; allowed: other here\. The toy kernels cannot"):
+        build_plan(q, q, Settings(), LAYOUT, impl="toy")
+    monkeypatch.setattr(registry, "BACKENDS", [toy(**no)])
+    with pytest.raises(Unsupported, match=r"^impl: got 'toy'; allowed: nothing here\."):
+        build_plan(q, q, Settings(), LAYOUT, impl="toy")
+    with pytest.raises(
+        Unsupported, match=r"None; allowed: nothing here\. Kernels cannot run: only even heads\."
+    ):
+        build_plan(q, q, Settings(), LAYOUT)
+    monkeypatch.setattr(registry, "BACKENDS", [toy(**no), fails])
+    with pytest.raises(
+        Unsupported, match=r"None; allowed: broken here\. Kernels cannot run: the kernels' self-t"
+    ):
+        build_plan(q, q, Settings(), LAYOUT)
+
+
 def test_impl_reaches_planning_and_attention(monkeypatch):
     """The one that was asked for does both."""
     seen = []
