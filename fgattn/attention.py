@@ -8,7 +8,7 @@ from .backends import execute
 from .backends.base import Planned
 from .backends.registry import required
 from .call import Call
-from .errors import InvalidArgument
+from .errors import InvalidArgument, check_type
 from .layout import TokenLayout
 from .plan import SparsePlan
 from .planning import parts_for
@@ -41,12 +41,14 @@ def attend(
         [B, H, L_q, D] in q's dtype; stored as [B, L_q, H, D] if q is.
 
     Raises:
-        InvalidArgument: shapes that do not fit the plan, unknown impl, an `out` that cannot be written.
+        InvalidArgument: shapes or a device that do not fit the plan, unknown impl, an `out` that cannot be
+            written.
         Unsupported: this backend cannot run these tensors; the message says why.
     """
     call = Call.under(plan, q, k, v)
     backend = required(call, impl)
     out = empty_like(q) if out is None else out
+    check_type("out", out, torch.Tensor, "None makes one.")
     if (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
         raise InvalidArgument(
             "out",
@@ -72,6 +74,7 @@ def sparse_attention(
     impl: str | None = None,
 ) -> torch.Tensor:
     """build_plan and attend, for a part of the heads at a time; arguments, result and errors as there."""
+    check_type("v", v, torch.Tensor, "Pass tensors [B, H, L, D].")
     call = Call.to_plan(q, k, v, settings, layout, scale)
     backend = required(call, impl)
     out = empty_like(q)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import TypeVar
 
 import torch
 
-from .errors import InvalidArgument
+from .errors import InvalidArgument, check_type
 from .layout import Geometry, TokenLayout, geometry
 from .plan import SparsePlan
 from .settings import Settings
@@ -59,9 +61,12 @@ class Call:
             scale: D**-0.5 if None.
 
         Raises:
-            InvalidArgument: shapes, types and layout that do not fit together.
+            InvalidArgument: shapes, types and layout that do not fit together; a scale that is not finite.
         """
         check_tensors(q, k, k if v is None else v)
+        check_type("settings", settings, Settings, "Settings() has the defaults.")
+        check_type("layout", layout, TokenLayout, "TokenLayout.flat(L_k) has no grid.")
+        scale = checked_scale(scale)
         valid = ordered_valid(layout, len(q), k.shape[2], settings.order, q.device)
         geo = geometry(layout, settings.order, q.shape[2], q.device)
         return cls(q, k, v, settings, geo, valid, layout, q.shape[3] ** -0.5 if scale is None else scale)
@@ -71,9 +76,17 @@ class Call:
         """A call under a plan that is there already.
 
         Raises:
-            InvalidArgument: shapes and types that do not fit together or to the plan.
+            InvalidArgument: shapes, types and devices that do not fit together or to the plan.
         """
         check_tensors(q, k, v)
+        check_type("plan", plan, SparsePlan, "build_plan and plan_from_mask make one.")
+        if plan.bits.device != q.device:
+            raise InvalidArgument(
+                "device of the plan",
+                str(plan.bits.device),
+                f"{q.device}, where q, k and v are",
+                "Build the plan from tensors, or a mask, on that device.",
+            )
         fits = all(n in (1, m) for n, m in zip(plan.bits.shape[:2], q.shape[:2], strict=True))
         if not fits or plan.geometry.rows != (q.shape[2], k.shape[2]):
             raise InvalidArgument(
@@ -126,6 +139,19 @@ class Call:
         for i in range(parts):
             part = slice(heads * i // parts, heads * (i + 1) // parts)
             yield part, self.of_heads(part) if parts > 1 else self
+
+
+def checked_scale(scale: float | None) -> float | None:
+    """A softmax scale as a plain number; None stays None.
+
+    Raises:
+        InvalidArgument: anything but a finite number.
+    """
+    if scale is None:
+        return None
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
+        raise InvalidArgument("scale", scale, "a finite number", "None is D**-0.5.")
+    return float(scale)
 
 
 def needed(value: T | None) -> T:

@@ -10,3 +10,9 @@ class InvalidArgument(ValueError):
 
 class Unsupported(InvalidArgument):
     """The inputs are valid, but no implementation here can run them; callers may go dense."""
+
+
+def check_type(what: str, value: object, kind: type, remedy: str) -> None:
+    """Raise InvalidArgument unless the value is of this type; the message has its type, not its text."""
+    if not isinstance(value, kind):
+        raise InvalidArgument(what, type(value), f"an instance of {kind.__name__}", remedy)

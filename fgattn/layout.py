@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from .cache import ByteCache, built_for_all, bytes_of, makes_real_tensors
-from .errors import InvalidArgument
+from .errors import InvalidArgument, check_type
+from .tensors import any_of
 
 CELL = 16  # tokens in a query cell and in a key cell
 CACHE_BYTES = 96 << 20  # of all index tensors that are kept
@@ -42,9 +43,9 @@ class TokenLayout:
     absent: tuple[int, ...] = ()
 
     def __post_init__(self):
-        grid = tuple(self.grid)
-        numbers = (*grid, self.front, self.back, self.query_start or 0)
-        if len(grid) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+        grid, absent = _numbers(self.grid), _numbers(self.absent)
+        places = _numbers((self.front, self.back, 0 if self.query_start is None else self.query_start))
+        if grid is None or len(grid) != 3 or places is None or min(*grid, *places) < 0:
             raise InvalidArgument(
                 "layout",
                 (self.grid, self.front, self.back, self.query_start),
@@ -53,13 +54,16 @@ class TokenLayout:
             )
         object.__setattr__(self, "grid", grid)
         end = self.length - self.back
-        if wrong := [t for t in self.absent if not (0 <= t < self.front or end <= t < self.length)]:
+        if absent is None or not all(0 <= t < self.front or end <= t < self.length for t in absent):
             raise InvalidArgument(
                 "layout.absent",
-                wrong,
-                "numbers of sink tokens",
+                self.absent,
+                "a tuple of numbers of sink tokens",
                 "Use key_valid for padding inside the video.",
             )
+        object.__setattr__(self, "absent", absent)
+        if self.key_valid is not None:
+            check_type("layout.key_valid", self.key_valid, torch.Tensor, "None is: all keys exist.")
 
     @classmethod
     def flat(cls, length: int, query_start: int | None = 0) -> TokenLayout:
@@ -123,8 +127,7 @@ class Geometry:
         tiles = -(-queries // tile_queries)
         kept = torch.zeros(tiles, cells + 1, dtype=torch.bool, device=tile.device)
         kept[tile, self.own_cell] = True  # -1 lands in the last column, which is spare
-        has_sink = torch.zeros(tiles, dtype=torch.bool, device=tile.device)
-        has_sink[tile[self.sink_query]] = True
+        has_sink = any_of(self.sink_query, tile_queries)
         kept[:, :cells] |= self.sink_cell | has_sink[:, None]
         return kept[:, :cells]
 
@@ -201,6 +204,13 @@ def hilbert_index(axes: tuple[np.ndarray, ...]) -> np.ndarray:
         for axis in x:
             index = index << 1 | (axis ^ flip) >> bit & 1
     return index
+
+
+def _numbers(values: object) -> tuple[int, ...] | None:
+    """A tuple or list of whole numbers as a tuple, None for anything else; True is no number."""
+    if isinstance(values, (tuple, list)) and all(type(n) is int for n in values):
+        return tuple(values)
+    return None
 
 
 def _build(layout: TokenLayout, order: str, queries: int, device: torch.device) -> Geometry:

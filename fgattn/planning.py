@@ -6,8 +6,8 @@ import torch
 
 from .backends.execute import plan_of
 from .backends.registry import required
-from .call import Call, ordered_valid
-from .errors import InvalidArgument
+from .call import Call, checked_scale, ordered_valid
+from .errors import InvalidArgument, check_type
 from .layout import CELL, TokenLayout, geometry
 from .packing import Packing
 from .plan import KERNEL_ROWS, SparsePlan, row_bytes, valid_counts
@@ -38,7 +38,7 @@ def build_plan(
             are torch code whatever the backend.
 
     Raises:
-        InvalidArgument: shapes, layout and settings that do not fit together.
+        InvalidArgument: shapes, layout and settings that do not fit together; a scale that is not finite.
         Unsupported: tensors that no backend takes (fewer key heads than query heads, strides), or that
             the named one does not.
 
@@ -100,8 +100,13 @@ def plan_from_mask(
         scale: softmax scale, D**-0.5 if None.
 
     Raises:
-        InvalidArgument: a mask that does not fit the lengths; wrong tile sizes.
+        InvalidArgument: a mask that does not fit the lengths; wrong tile sizes; a scale that is not finite.
     """
+    check_type("mask", mask, torch.Tensor, "Pass bool [tiles, slices], with [H] or [B, H] in front.")
+    scale = checked_scale(scale)
+    for name, length in (("query_length", query_length), ("key_length", key_length)):
+        if length is not None and (type(length) is not int or length < 0):
+            raise InvalidArgument(name, length, "a whole number of at least 0", "None is whole tiles.")
     settings = Settings(tile_queries=tile_queries, tile_keys=tile_keys, tail=tail, order=order)
     if mask.dtype != torch.bool or not 2 <= mask.ndim <= 4:
         raise InvalidArgument(
@@ -114,6 +119,7 @@ def plan_from_mask(
     batch, heads, tiles, slices = mask.shape
     if layout is None:
         layout = TokenLayout.flat(slices * tile_keys if key_length is None else key_length, None)
+    check_type("layout", layout, TokenLayout, "None has no grid.")
     keys = layout.length if key_length is None else key_length
     queries = tiles * tile_queries if query_length is None else query_length
     if -(-queries // tile_queries) != tiles or -(-keys // tile_keys) != slices:

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import pad
 
-from .errors import InvalidArgument
+from .cache import makes_real_tensors
+from .errors import InvalidArgument, check_type
 
 CHUNK_ELEMENTS = 16 << 20  # size of the largest temporary while a chunk of heads is processed
+NO_VALUES = "values that are not in memory, as on the meta device and under FakeTensorMode"
 UNALIGNED = "rows that are not 16-byte aligned"
 OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -20,8 +22,11 @@ def declined(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why valid attention inputs [B, H, L, D] cannot run here, or None."""
     if q.shape[1] != k.shape[1]:
         return f"grouped heads ({q.shape[1]} query heads, {k.shape[1]} key heads)"
+    is_real = makes_real_tensors()
     for name, x in (("q", q), ("k", k), ("v", v)):
         reason = _misplaced(x.shape, x.stride(), x.element_size())
+        if x.numel() and not (is_real and x.data_ptr()):
+            reason = NO_VALUES
         if reason is None and x.data_ptr() % 16:
             reason = UNALIGNED
         if reason:
@@ -54,6 +59,8 @@ def unwritable(out: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> str | Non
 
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Raise InvalidArgument unless q, k, v are attention inputs [B, H, L, D]; `declined` asks for more."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_type(name, x, torch.Tensor, "Pass tensors [B, H, L, D].")
     queries, keys = q.shape, k.shape
     if not (
         len(queries) == len(keys) == 4 and queries[0] == keys[0] and queries[3] == keys[3] and keys == v.shape
@@ -64,6 +71,8 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             "[B, H, L_q, D] and twice [B, H, L_k, D]",
             "Split fused heads first.",
         )
+    if not queries[3]:
+        raise InvalidArgument("D, the head size", 0, "at least 1", "Split heads into channels first.")
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device and q.dtype in DTYPES):
         kinds = {(x.dtype, x.device) for x in (q, k, v)}
         raise InvalidArgument(

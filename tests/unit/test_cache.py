@@ -125,6 +125,7 @@ def test_a_layout_first_seen_under_fake_tensors_serves_real_ones():
         fake = geometry(LAYOUT, "cells", LAYOUT.length, CPU)
         assert type(fake.key_tokens) is not torch.Tensor
         fake.table("length", lambda: torch.zeros(len(fake.key_tokens)))
+        assert fake.always_kept(64).shape == (4, 15)
     assert len(GEOMETRIES) == 0
     q, k, v = tensors()
     assert type(sparse_attention(q, k, v, SETTINGS, LAYOUT)) is torch.Tensor
