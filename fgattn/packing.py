@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -70,11 +70,15 @@ class Packing:
         executed = _pairs(kept, max(m, KERNEL_ROWS), self.queries, weight)
         return Packed(pack(kept), requested, executed, order)
 
-    def plan(self, parts: Sequence[Packed], batch: int) -> SparsePlan:
-        """The plan of all parts, which are in order of batch row and head."""
+    def plan(self, parts: Sequence[Packed], batch: int, heads: int) -> SparsePlan:
+        """The plan of all parts, which are in order of batch row and head; none where there is no head."""
+        if not parts:  # of one head, which is cut off below: the plan has its shapes
+            tiles, slices = -(-self.queries // self.tile_queries), -(-self.keys // self.tile_keys)
+            kept = torch.zeros(1, tiles, slices, dtype=torch.bool, device=self.geometry.key_tokens.device)
+            parts = [replace(self, key_valid=None).packed(kept, kept, 0)]
 
         def whole(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-            return torch.cat(tensors).unflatten(0, (batch, -1))
+            return torch.cat(tensors)[: batch * heads].unflatten(0, (batch, heads))
 
         bits, requested, executed, orders = zip(*parts, strict=True)
         return SparsePlan(
@@ -116,7 +120,7 @@ def plan_selected(call: Call, select: Select) -> SparsePlan:
         else:
             kept = alike = torch.zeros(part.stop - part.start, tiles, slices, dtype=torch.bool, device=device)
         parts.append(packing.packed(kept, alike, b))
-    return packing.plan(parts, batch)
+    return packing.plan(parts, batch, heads)
 
 
 def _pairs(kept: torch.Tensor, rows: int, queries: int, weight: torch.Tensor) -> torch.Tensor:

@@ -137,4 +137,4 @@ def plan_from_mask(
         row_valid = packing.row_valid(b)
         kept = mask[b, part] & (valid_counts(keys, tile_keys, row_valid, mask.device) > 0)
         parts.append(packing.packed(kept, any_of(kept, max(1, CELL // tile_keys)), b))
-    return packing.plan(parts, batch)
+    return packing.plan(parts, batch, heads)

@@ -48,6 +48,8 @@ class Watch:
 
     def sparse(self, at: CallPlace, call: Call, out: torch.Tensor, plan: SparsePlan | Reason) -> None:
         """A call was sparse, with this plan; or why there is no plan of the whole call."""
+        if call.is_empty:
+            return
 
         def look():
             if isinstance(plan, Reason):

@@ -316,6 +316,32 @@ def test_nothing_to_attend_gives_zeros(impl, has_tail):
         assert (attend(q, k, v, plan, impl=impl) == 0).all()
 
 
+@pytest.mark.parametrize(("batch", "heads"), [(0, 2), (2, 0), (0, 0)])
+@pytest.mark.parametrize("method", ["threshold", "top_k"])
+@pytest.mark.parametrize(("m", "n"), [(16, 1), (128, 64)])
+@pytest.mark.parametrize("impl", [None, "torch", "reference"])
+def test_no_batch_row_or_no_head(impl, m, n, method, batch, heads):
+    """An empty output, as of any other operation on tensors, and plans of their usual shapes."""
+    layout = dataclasses.replace(LAYOUT, key_valid=torch.ones(batch, LENGTH, dtype=torch.bool))
+    settings = Settings(tile_queries=m, tile_keys=n, method=method)
+    q, k, v = (torch.empty(batch, heads, LENGTH, 64) for _ in range(3))
+    some = torch.randn(2, 3, LENGTH, 64)
+    usual = build_plan(some, some, settings, LAYOUT)
+    mask = torch.ones(batch, heads, -(-LENGTH // m), -(-LENGTH // n), dtype=torch.bool)
+    for plan in (
+        build_plan(q, k, settings, layout, impl=impl),
+        plan_from_mask(mask, m, n, query_length=LENGTH, layout=layout, tail=True),
+    ):
+        for name in ("bits", "requested", "executed", "cell_order"):
+            expected, got = getattr(usual, name), getattr(plan, name)
+            assert (got is None) == (expected is None)
+            if got is not None:
+                assert (got.dtype, got.shape) == (expected.dtype, (batch, heads, *expected.shape[2:]))
+        assert plan.density == plan.executed_density == 0
+        assert attend(q, k, v, plan, impl=impl).shape == q.shape
+    assert sparse_attention(q, k, v, settings, layout, impl=impl).shape == q.shape
+
+
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_empty_list_gives_zeros_or_the_tail(impl):
     """A tile of a foreign mask may keep nothing."""

@@ -559,6 +559,22 @@ def test_device_without_a_kernel_runs_dense(caplog):
     assert report.implementation == "dense (no sparse kernel for device type meta)"
 
 
+def test_an_empty_call_costs_no_maps():
+    """There is nothing to look at; the calls that follow are looked at."""
+    one = engine()
+    one.begin_run(falling(1), True, CPU)
+    one.begin_evaluation(1.0)
+    for shape in ((0, 2, 256, 64), (1, 0, 256, 64), (1, 2, 0, 64)):
+        q = torch.empty(shape)
+        layout = TokenLayout((4, 8, 8) if shape[2] else (0, 8, 8))
+        assert one.attention(q, q, q, layout=layout, dense=lambda: 1 / 0, block=0).shape == shape
+    q = torch.randn(1, 2, 256, 64)
+    one.attention(q, q, q, layout=TokenLayout((4, 8, 8)), dense=lambda: 1 / 0, block=0)
+    report = one.end_run()
+    assert by_text(report) == {"sparse": 4} and not report.remarks
+    assert report.estimated_error is not None and list(one.last_maps.kept) == [(0, 0)]
+
+
 def test_empty_schedule():
     """A sampler that is called with no schedule at all."""
     one = engine(Policy(warmup_steps=2, final_dense_steps=2))
