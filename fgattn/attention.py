@@ -43,7 +43,8 @@ def attend(
     Raises:
         InvalidArgument: shapes or a device that do not fit the plan, unknown impl, an `out` that cannot be
             written.
-        Unsupported: this backend cannot run these tensors; the message says why.
+        Unsupported: this backend cannot run these tensors; the message says why. None computes gradients:
+            tensors that require them are taken under `torch.no_grad()` or `torch.inference_mode()` only.
     """
     call = Call.under(plan, q, k, v)
     backend = required(call, impl)

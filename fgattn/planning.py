@@ -39,8 +39,8 @@ def build_plan(
 
     Raises:
         InvalidArgument: shapes, layout and settings that do not fit together; a scale that is not finite.
-        Unsupported: tensors that no backend takes (fewer key heads than query heads, strides), or that
-            the named one does not.
+        Unsupported: tensors that no backend takes (fewer key heads than query heads, strides, gradients that
+            are wanted), or that the named one does not.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 2, 4 * 8 * 8, 64).unbind()

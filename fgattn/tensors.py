@@ -12,6 +12,7 @@ from .cache import makes_real_tensors
 from .errors import InvalidArgument, check_type
 
 CHUNK_ELEMENTS = 16 << 20  # size of the largest temporary while a chunk of heads is processed
+GRADIENTS = "gradients are wanted, and sparse attention has no backward pass"
 NO_VALUES = "values that are not in memory, as on the meta device and under FakeTensorMode"
 UNALIGNED = "rows that are not 16-byte aligned"
 OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
@@ -22,6 +23,8 @@ def declined(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why valid attention inputs [B, H, L, D] cannot run here, or None."""
     if q.shape[1] != k.shape[1]:
         return f"grouped heads ({q.shape[1]} query heads, {k.shape[1]} key heads)"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return GRADIENTS
     is_real = makes_real_tensors()
     for name, x in (("q", q), ("k", k), ("v", v)):
         reason = _misplaced(x.shape, x.stride(), x.element_size())
@@ -49,6 +52,8 @@ def unwritable(out: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> str | Non
     """Why kernels cannot write to out [B, H, L, D] while they read the inputs, or None."""
     if reason := _misplaced(out.shape, out.stride(), out.element_size()):
         return reason
+    if torch.is_grad_enabled() and out.requires_grad:
+        return "elements that require gradients"
     if any(stride == 0 and n > 1 for stride, n in zip(out.stride(), out.shape, strict=True)):
         return "elements that share memory"
     memory = out.untyped_storage().data_ptr()  # 0 where nothing is stored

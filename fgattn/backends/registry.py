@@ -13,11 +13,12 @@ from ..errors import InvalidArgument, Unsupported
 from ..layout import TokenLayout
 from ..outcomes import Outcome, Reason
 from ..settings import Settings
-from ..tensors import OutOfMemory
+from ..tensors import GRADIENTS, OutOfMemory
 from . import hopper, pytorch, selftest, triton
 from .base import Backend, Eligible, without
 
 BACKENDS = [hopper.BACKEND, triton.BACKEND, pytorch.BACKEND, pytorch.SPECIFICATION]
+WITHOUT_GRADIENTS = "Call it under torch.no_grad() or torch.inference_mode(), or run this call dense."
 log = logging.getLogger("fgattn")
 
 
@@ -113,8 +114,8 @@ def required(call: Call, impl: str | None) -> Backend:
         raise Unsupported(
             "q, k, v",
             call.declined,
-            "equal head counts, rows contiguous and 16-byte aligned",
-            "Run this call dense.",
+            "equal head counts, rows contiguous and 16-byte aligned, no gradients",
+            WITHOUT_GRADIENTS if call.declined == GRADIENTS else "Run this call dense.",
         )
     others = [backend.name for backend in BACKENDS if _reason(backend, call) is None]
     allowed = f"{' or '.join(others)} here" if others else "nothing here"

@@ -122,10 +122,11 @@ def wan(wan_weights):
 
 @pytest.fixture(scope="session")
 def sample(pack):
-    """Run ComfyUI's sampler on a model: 3 x 8 x 12 video tokens."""
+    """Run ComfyUI's sampler on a model, in inference mode as its executor does: 3 x 8 x 12 video tokens."""
     import comfy.sample
     import torch
 
+    @torch.inference_mode()
     def run(model, steps=8, sampler="euler", cfg=2.0, scheduler="simple", seed=0, **options):
         noise = torch.randn(1, 16, 3, 16, 24, generator=torch.Generator().manual_seed(seed))
         text = torch.randn(2, 1, 8, 4096, generator=torch.Generator().manual_seed(seed + 1))

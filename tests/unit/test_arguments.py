@@ -106,4 +106,21 @@ def test_tensors_without_values(impl):
     check(Q.to("meta"))
     with FakeTensorMode():
         check(torch.empty(1, 2, 64, 64))
-        check(torch.empty(1, 2, 64, 64).requires_grad_())
+
+
+@pytest.mark.parametrize("impl", [None, "torch", "reference", "triton", "hopper"])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_gradients_are_refused(name, impl):
+    """A kernel would lose them without a word; where none are recorded, the tensors are as good as others."""
+    for function in (build_plan, sparse_attention, attend):
+        arguments = GOOD[function]()
+        if name in arguments:
+            arguments[name] = Q.clone().requires_grad_()
+            with pytest.raises(
+                Unsupported, match=r"^q, k, v: got 'gradients.* Call it under torch\.no_grad\("
+            ):
+                function(**arguments, impl=impl)
+            if impl not in ("triton", "hopper"):
+                for mode in (torch.no_grad, torch.inference_mode):
+                    with mode():
+                        function(**arguments, impl=impl)

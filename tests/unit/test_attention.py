@@ -623,6 +623,7 @@ def test_parts_do_not_add_up(monkeypatch):
         ],  # a kernel would write between its elements
         lambda q: torch.empty_like(q.transpose(2, 3)).contiguous().transpose(2, 3),
         lambda q: torch.empty_like(q[:1, :1]).expand(q.shape),
+        lambda q: torch.empty_like(q, requires_grad=True),
         lambda q: q,  # tiles that are written would be read by others
     ],
 )

@@ -575,6 +575,23 @@ def test_an_empty_call_costs_no_maps():
     assert report.estimated_error is not None and list(one.last_maps.kept) == [(0, 0)]
 
 
+def test_gradients_go_dense():
+    """Nodes that train record gradients. ComfyUI samples in inference mode, whatever parameters require."""
+    one, weight = engine(), torch.nn.Parameter(torch.ones(64))
+    one.begin_run(falling(2), True, CPU)
+    one.begin_evaluation(1.0)
+    assert not call(one, q=Q * weight) and not call(one, v=V * weight)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert call(one, q=Q * weight, k=K * weight, v=V * weight)
+    report = one.end_run()
+    assert by_text(report) == {
+        "gradients are wanted, and sparse attention has no backward pass": 2,
+        "sparse": 2,
+    }
+    assert report.failure is None
+
+
 def test_empty_schedule():
     """A sampler that is called with no schedule at all."""
     one = engine(Policy(warmup_steps=2, final_dense_steps=2))
