@@ -165,6 +165,12 @@ def test_a_named_backend_is_seen():
     assert not names_backend('def f():\n    """The Hopper kernel."""')
 
 
+def test_lines_of_the_page_fit():
+    """fgattn/README.md is read beside the code, in an editor."""
+    lines = (LIBRARY / "README.md").read_text().splitlines()
+    assert [line for line in lines if len(line) > 130 and not line.startswith(("|", "    "))] == []
+
+
 def positional(path: Path):
     """(name, number of positional parameters) of every function that is no kernel."""
     for node in ast.walk(ast.parse(path.read_text())):
