@@ -6,6 +6,7 @@ A backend is a folder with such a record, and a line in `registry`. No other cod
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -60,6 +61,9 @@ class Backend:
         costs: figures of a call on a GPU; None where no figures are known, and the call is taken to gain.
         probe: settings of the self-test that stands for a call; None for code that needs no test at first
             use.
+        compiling: makes a context in which `plan`, `tail` and `attend` compile the kernels that they launch,
+            side by side, and run none. What these would write is undefined then: tiles of `probe` have 64
+            queries or more, so that no row is looked up by what planning writes. None without such kernels.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Backend:
     gains_on: Callable[[torch.device], bool]
     costs: Callable[[Call], Costs] | None = None
     probe: Callable[[Call], Settings] | None = None
+    compiling: Callable[[], AbstractContextManager[None]] | None = None
 
 
 @dataclass(frozen=True)

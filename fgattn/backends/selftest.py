@@ -50,19 +50,32 @@ def forget() -> None:
 
 def disagreement(backend: Backend, device: torch.device, settings: Settings) -> str | None:
     """What a backend makes of the small case that the reference does not, or None."""
-    random = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 1, 1, 600, 128, generator=random).to(device, torch.bfloat16).unbind()
-    call = Call.to_plan(q, k, v, settings, LAYOUT)
+    call = case(device, settings)
+    compile_ahead(backend, call)
     planned = plan_of(call, backend)
-    result = attend(call, backend, planned, empty_like(q)).float()
+    result = attend(call, backend, planned, empty_like(call.q)).float()
     expected_bits = plan_of(call, pytorch.BACKEND).plan.bits
     if (planned.plan.bits != expected_bits).double().mean().item() > DIFFERENT_BITS:
         return "the kernels' self-test selects other keys than the reference"
-    expected = attend(call, pytorch.SPECIFICATION, planned, empty_like(q)).float()
+    expected = attend(call, pytorch.SPECIFICATION, planned, empty_like(call.q)).float()
     error = ((result - expected).norm() / expected.norm()).item()
     if not error < LARGEST_ERROR:
         return f"the kernels' self-test is off by {error:.1e}"
     return None
+
+
+def case(device: torch.device, settings: Settings) -> Call:
+    """The small case, on seeded random tensors [1, 1, 600, 128]."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 600, 128, generator=random).to(device, torch.bfloat16).unbind()
+    return Call.to_plan(q, k, v, settings, LAYOUT)
+
+
+def compile_ahead(backend: Backend, call: Call) -> None:
+    """Compile all kernels of a call side by side; they would be compiled one after the other as it runs."""
+    if backend.compiling:
+        with backend.compiling():
+            attend(call, backend, plan_of(call, backend), empty_like(call.q))
 
 
 def one_line(error: Exception) -> str:

@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from fgattn import Settings, TokenLayout
+from fgattn.backends import hopper, selftest
+from fgattn.backends import triton as portable
+from fgattn.backends.shared import plan_table
 from fgattn.backends.shared.available import HEAD_DIMS
 from fgattn.backends.shared.plan_table import PLAN_TABLE
 from fgattn.backends.triton.launch_table import TABLE, launch_for
+from fgattn.call import Call
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 attend_fwd = pytest.importorskip("fgattn.backends.triton.attend")
@@ -47,6 +52,7 @@ TYPES = {
 }
 BOXES = ("k_flat", "k_wide", "k_deep", "v_flat", "v_wide", "v_deep")  # tensor maps of the attention kernel
 ROWS = sorted(TABLE)
+NO_DEVICES = itertools.count(1000)
 
 
 def box_type():
@@ -305,3 +311,53 @@ def test_hopper_tail_kernel(dim, tile_cells, n, tmp_path):
     assert made.metadata.shared <= SHARED_KIB[90] * 1024
     assert registers * 512 <= 65536 and stack <= 24, f"{registers} registers, {stack} bytes of stack"
     assert all(name in made.asm["ptx"] for name in ("wgmma", "setmaxnreg", "cp.async.bulk.tensor"))
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """Names of kernels that launches have Triton compile, for an H100 that is not there."""
+
+    class Driver:
+        def get_current_target(self):
+            return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self):
+            return device
+
+        def set_current_device(self, device):
+            pass
+
+        def get_current_stream(self, device):
+            return 0
+
+    names, device = [], next(NO_DEVICES)  # another one each time: Triton keeps kernels by device
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda src, **_: names.append(src.name))
+    for module in (plan_table, attend_fwd):
+        monkeypatch.setattr(module, "capability", lambda device: 90)
+    plan_table.plan_launch.cache_clear()
+    yield names
+    plan_table.plan_launch.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("backend", "probe", "settings"),
+    [
+        (hopper.BACKEND, hopper.BY_BOXES, Settings()),
+        (hopper.BACKEND, hopper.BY_ROWS, Settings(tile_keys=1)),
+        (portable.BACKEND, portable.PROBE, Settings()),
+    ],
+    ids=["boxes", "rows", "portable"],
+)
+def test_a_run_finds_the_kernels_of_the_self_test(backend, probe, settings, compiles):
+    """First use compiles nothing twice: all kernels at once, and no other for any video, heads and batch."""
+    selftest.compile_ahead(backend, selftest.case(torch.device("cpu"), probe))
+    assert {"total_kernel", "select_kernel", "summarise_kernel"} < set(compiles)
+    assert len(compiles) == len(set(compiles))
+    compiles.clear()
+    for grid, batch, heads, front in (((5, 12, 16), 1, 12, 0), ((3, 10, 12), 2, 1, 77), ((1, 4, 8), 1, 3, 0)):
+        layout = TokenLayout(grid, front)
+        q, k, v = torch.zeros(3, batch, heads, layout.length, 128, dtype=torch.bfloat16).unbind()
+        by_token = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+        selftest.compile_ahead(backend, Call.to_plan(*by_token, settings, layout))
+    assert not compiles

@@ -1,5 +1,6 @@
 """Backends: which one takes a call, why not another, and that a new one is one record."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -20,6 +21,7 @@ from fgattn.backends.hopper.boxes import boxes_for
 from fgattn.backends.shared import available
 from fgattn.call import Call
 from fgattn.outcomes import Outcome, Reason
+from fgattn.plan import KERNEL_ROWS
 from fgattn.runs.engine import Engine
 from fgattn.settings import Policy
 from fgattn.show.text import headline, text
@@ -321,6 +323,25 @@ def test_self_test(kernel, says, fresh, caplog):
     assert [bool(r.exc_info) for r in caplog.records] == [kernel is no_kernel] * len(caplog.records)
 
 
+def test_self_test_compiles_ahead(fresh):
+    """All kernels side by side, before the first one runs."""
+    did = []
+
+    @contextlib.contextmanager
+    def compiling():
+        did.append("begin")
+        yield
+        did.append("end")
+
+    def kernel(call, planned, tail, out):
+        did.append("attend")
+        right(call, planned, tail, out)
+
+    record = toy(kernel, compiling=compiling)
+    assert selftest.failure(record, torch.device("cpu"), Settings(threshold=1.5)) is None
+    assert did == ["begin", "attend", "end", "attend"]
+
+
 def test_self_test_compares_plans(fresh):
     """A backend that selects other keys is as wrong as one that computes other numbers."""
 
@@ -548,5 +569,6 @@ def test_records_are_complete():
     assert len({backend.name for backend in registry.BACKENDS}) == len(registry.BACKENDS)
     for backend in registry.BACKENDS:
         assert isinstance(backend, Backend) and backend.name
-        assert backend.probe is None or isinstance(backend.probe(a_call()), Settings)
+        assert (backend.probe is None) == (backend.compiling is None)
+        assert backend.probe is None or backend.probe(a_call()).tile_queries >= KERNEL_ROWS
     assert Eligible(pytorch.BACKEND).text == "torch" and Planned(None).made is None

@@ -1,5 +1,8 @@
 """Prepared launches: the same variant with the same arguments as Triton would take, or Triton itself."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -46,7 +49,7 @@ class Kernel(triton.JITFunction):
 
     def __init__(self, compiled=Compiled):
         self.arg_names, self.pre_run_hooks = NAMES, []
-        self.ordinary, self.queued = [], []
+        self.ordinary, self.queued, self.ready = [], [], []
         self._compiled = compiled
 
     def __getitem__(self, grid):
@@ -55,6 +58,9 @@ class Kernel(triton.JITFunction):
             return self._compiled(self.queued)
 
         return launch
+
+    def warmup(self, *args, grid, **options):
+        self.ready.append((grid, args, options))
 
     def launch(self, *args, grid=(5,), **options):
         """Whether Triton was left out."""
@@ -72,6 +78,9 @@ def imitated(monkeypatch):
 
         def get_current_device(self):
             return self.device
+
+        def set_current_device(self, device):
+            self.set_to = device
 
         def get_current_stream(self, device):
             return 100 + device
@@ -221,3 +230,62 @@ def test_tensor_maps_are_made_of_what_their_template_was_checked_for():
     for wrong in (X[1:], aligned(8, torch.float16)):
         with pytest.raises(ValueError):
             prepared.like(one, wrong)
+
+
+needs_side_by_side = pytest.mark.skipif(
+    not hasattr(triton, "AsyncCompileMode"), reason="this Triton does not compile side by side"
+)
+
+
+@needs_side_by_side
+def test_compiling_runs_nothing():
+    """Even what is prepared is only made ready; launches that follow, and those of other threads, do run."""
+    kernel, other = Kernel(), Kernel()
+    kernel.launch(X, Y, 7, 0.5)
+    with prepared.compiling():
+        kernel.launch(X, Y, 7, 0.5)
+        kernel.launch(X, Y, 32, 0.5, grid=(2, 3))
+        thread = threading.Thread(target=lambda: other.launch(X, Y, 7, 0.5))
+        thread.start()
+        thread.join()
+    assert len(kernel.ordinary) == 1 and not kernel.queued
+    assert len(other.ordinary) == 1 and not other.ready
+    options = {"BLOCK": 64, "HAS_Y": True, "num_warps": 4}
+    assert kernel.ready == [((5,), (X, Y, 7, 0.5), options), ((2, 3), (X, Y, 32, 0.5), options)]
+    assert kernel.launch(X, Y, 7, 0.5) and not kernel.launch(X, Y, 32, 0.5)
+
+
+@needs_side_by_side
+def test_an_error_ends_the_compiling():
+    """Launches run again."""
+    kernel = Kernel()
+    with pytest.raises(ZeroDivisionError), prepared.compiling():
+        raise ZeroDivisionError
+    assert not kernel.launch(X, Y, 7, 0.5) and len(kernel.ordinary) == 1
+
+
+def test_a_triton_that_compiles_one_after_the_other_runs_the_launches(monkeypatch):
+    monkeypatch.delattr(triton, "AsyncCompileMode", raising=False)
+    kernel = Kernel()
+    with prepared.compiling():
+        kernel.launch(X, Y, 7, 0.5)
+    assert len(kernel.ordinary) == 1 and not kernel.ready
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_launchers_are_made_beside_the_kernels(fails, imitated):
+    """In the worker's thread, on the device of the launch; what fails there shows when it is launched."""
+    seen = []
+
+    class Made:
+        @property
+        def run(self):
+            seen.append((threading.current_thread(), imitated.set_to))
+            if fails:
+                raise RuntimeError("no C compiler")
+
+    made = Made()
+    with ThreadPoolExecutor() as workers:
+        assert prepared._Compilers(workers).submit(lambda: made).result() is made
+    ((thread, device),) = seen
+    assert thread is not threading.current_thread() and device == -1

@@ -62,4 +62,5 @@ BACKEND = Backend(
     gains_on=lambda device: device.type == "cuda",
     costs=costs,
     probe=lambda call: BY_ROWS if boxes_for(call) is None else BY_BOXES,
+    compiling=available.compiling,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -45,6 +46,13 @@ def device_reason(device: torch.device) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     return None
+
+
+def compiling() -> AbstractContextManager[None]:
+    """`Backend.compiling` of all kernels that `launch_kernel` launches."""
+    from .prepared import compiling
+
+    return compiling()
 
 
 def loading_error(module: str) -> str | None:

@@ -6,12 +6,20 @@ value, tensors by type of element, tensor maps by kind. Launches that agree in t
 the device run one variant, if all pointers are divisible by 16. All others, and the first of each kind, go
 the ordinary way. `_prepare` tries whether Triton's launcher works as is assumed here; where it does not, all
 launches go the ordinary way.
+
+Triton compiles a kernel when it is first launched, one after the other. `compiling` makes the kernels of many
+launches ready side by side, before the first of them runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +27,7 @@ import triton
 from triton.runtime import driver
 
 LIMIT = 1024  # kinds of launches that are kept; when there are more, all are forgotten
+COMPILERS = 8  # kernels that are compiled at a time
 SCALARS = (int, float, bool, type(None))
 _knobs: Any = getattr(getattr(triton, "knobs", None), "runtime", None)  # None: an older Triton
 
@@ -30,11 +39,15 @@ class _Prepared(NamedTuple):
     kernel: Any  # held, since keys have its id
 
 
+_is_compiling: ContextVar[bool] = ContextVar("is_compiling", default=False)
 kept: dict[tuple, _Prepared | None] = {}  # None: not to be prepared
 
 
 def launch_kernel(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """`kernel[grid](*args, **options)`, where args are all arguments of the kernel but its constexprs."""
+    if _is_compiling.get():
+        kernel.warmup(*args, grid=grid, **options)
+        return
     known = _key(kernel, args, options)
     if known is None:
         kernel[grid](*args, **options)
@@ -52,6 +65,44 @@ def launch_kernel(kernel, grid: tuple[int, ...], *args, **options) -> None:
         if len(kept) >= LIMIT:
             kept.clear()
         kept[key] = _prepare(kernel, compiled, args, options)
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Within it, launches of this thread make their kernels ready instead of running; at its end all are.
+
+    What launches would write is left as it is. A kernel that fails here fails again when it is launched, and
+    the reason shows there. A Triton that cannot compile side by side runs the launches.
+    """
+    if not hasattr(triton, "AsyncCompileMode"):
+        yield
+        return
+    workers = ThreadPoolExecutor(min(COMPILERS, os.cpu_count() or 1))
+    with workers, triton.AsyncCompileMode(_Compilers(workers), ignore_errors=True):
+        before = _is_compiling.set(True)
+        try:
+            yield
+        finally:
+            _is_compiling.reset(before)
+
+
+class _Compilers:
+    """Where Triton sends what it compiles: the launcher is made and the kernel loaded there, too."""
+
+    def __init__(self, workers: Executor):
+        self._workers = workers
+
+    def submit(self, compile_kernel: Callable) -> Future:
+        device = driver.active.get_current_device()
+
+        def make_ready():
+            driver.active.set_current_device(device)  # of the worker's thread
+            compiled = compile_kernel()
+            with contextlib.suppress(Exception):  # fails again at the launch
+                getattr(compiled, "run", None)  # is made when it is asked for
+            return compiled
+
+        return self._workers.submit(make_ready)
 
 
 def _key(kernel, args: tuple, options: dict) -> tuple[tuple, list, int] | None:

@@ -41,4 +41,5 @@ BACKEND = Backend(
     gains_on=lambda device: device.type == "cuda",
     costs=lambda call: costs(call, SPEED),
     probe=lambda call: PROBE,
+    compiling=available.compiling,
 )
