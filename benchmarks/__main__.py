@@ -1,4 +1,5 @@
-"""python -m benchmarks kernel plan quality generations end2end methods reuse breakeven [--quick]: measure.
+"""python -m benchmarks NAME ... [--quick]: measure. Names are kernel, plan, quality, generations, end2end,
+methods, reuse, breakeven and first_use.
 python -m benchmarks report: write tables and plots of the results into the READMEs."""
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import breakeven, end2end, generations, kernel, methods, plan, quality, reuse, small_tiles
+from . import breakeven, end2end, first_use, generations, kernel, methods, plan, quality, reuse, small_tiles
 
 REGISTRY = {
     "kernel": (kernel.cases, small_tiles.cases),
@@ -13,4 +13,5 @@ REGISTRY = {
     "methods": (methods.cases,),
     "reuse": (reuse.rows,),
     "breakeven": (breakeven.cases,),
+    "first_use": (first_use.rows,),
 }

@@ -18,7 +18,17 @@ from .targets import MEASURED, TARGETS
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 MARKED = re.compile(r"(<!-- results: (.+?) -->\n).*?(<!-- end of results -->)", re.S)
-BENCHMARKS = ("kernel", "plan", "quality", "generations", "end2end", "methods", "reuse", "breakeven")
+BENCHMARKS = (
+    "kernel",
+    "plan",
+    "quality",
+    "generations",
+    "end2end",
+    "methods",
+    "reuse",
+    "breakeven",
+    "first_use",
+)
 NAMED = ("impl", "M", "N", "threshold", "strength", "order", "shape")  # what tells rows apart
 TILE_KEYS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -193,6 +203,20 @@ def breakeven_table(results: Results) -> str:
     return table(head, lines, results, "breakeven")
 
 
+def first_use_table(results: Results) -> str:
+    lines = [
+        [
+            row["busy"],
+            row["cache"],
+            row["kernels"],
+            *(f"{row[part]:.1f}" for part in ("import_s", "selftest_s", "call_s", "seconds")),
+        ]
+        for row in results.measured("first_use")
+    ]
+    head = ["busy processes", "cache", "kernels compiled", "import", "self-test", "first call", "all, s"]
+    return table(head, lines, results, "first_use")
+
+
 def withheld_table(results: Results) -> str:
     """What was asked for and has no figure, with the reason."""
     lines = []
@@ -260,6 +284,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "plan": plan_table,
     "end2end": end2end_table,
     "breakeven": breakeven_table,
+    "first use": first_use_table,
     "withheld": withheld_table,
     **demo_tables.SECTIONS,
     **{f"{name} targets": targets_table(name) for name in TARGETS},

@@ -315,4 +315,12 @@ TARGETS: dict[str, tuple[Target, ...]] = {
             1.85,
         ),
     ),
+    "first_use": (
+        Target(
+            "empty cache, 8 busy processes beside it, s",
+            lowest("seconds", busy=8, cache="empty"),
+            10.0,
+            at_most=True,
+        ),
+    ),
 }

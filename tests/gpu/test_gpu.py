@@ -1,15 +1,11 @@
 """The kernels and the pipeline on a real GPU."""
 
 import dataclasses
-import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.first_use import first_use
 from calls import INFINITE_BOUND, plan_calls
 from fgattn import Settings, TokenLayout, attend, build_plan, plan_from_mask, reference, sparse_attention
 from fgattn.backends import hopper, registry
@@ -604,53 +600,19 @@ def test_engine_times_with_events():
     assert report.implementation == registry.on_device(q.device, Settings()).text
 
 
-FIRST_USE = """
-import json, logging, time
-import torch
-q, k, v = torch.randn(3, 1, 12, 21 * 30 * 52, 128, device="cuda", dtype=torch.bfloat16).unbind()
-lines = []
-class Keep(logging.Handler):
-    def emit(self, record):
-        lines.append(record.getMessage())
-log = logging.getLogger("fgattn")
-log.setLevel(logging.INFO)
-log.addHandler(Keep())
-torch.cuda.synchronize()
-start = time.perf_counter()
-from fgattn import Settings, TokenLayout
-from fgattn.runs.engine import Engine
-from fgattn.settings import Policy
-one = Engine(Settings(), Policy(warmup_steps=0))
-one.begin_run([1.0, 0.0], True, q.device)
-one.begin_evaluation(1.0)
-one.attention(q, k, v, layout=TokenLayout((21, 30, 52)), dense=None, block=0)
-torch.cuda.synchronize()
-calls = {reason.text: number for reason, number in one.end_run().calls.items()}
-print(json.dumps([time.perf_counter() - start, calls, lines]))
-"""
-
-
 def test_first_use(tmp_path):
-    """With an empty cache self-test and first call take under 15 s and say so; then the cache serves."""
-    found = []
-    for _ in range(2):
-        run = subprocess.run(
-            [sys.executable, "-c", FIRST_USE],
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
-            timeout=300,
-        )
-        assert run.returncode == 0, run.stderr
-        found.append(json.loads(run.stdout))
-    (cold, calls, said), (warm, _, nothing) = found
-    print(f"first use {cold:.1f} s, from the cache {warm:.1f} s")
-    assert calls == {"sparse": 1} and cold < 15 and warm < cold / 2
-    compiled = {line.rpartition(" ")[2] for line in said if "is compiling kernels, once: " in line}
-    tail = "tail_kernel" if hopper.device_reason(torch.device("cuda")) else "tail_hopper_kernel"
-    assert {"select_kernel", tail, "list_kernel", "summarise_kernel"} < compiled
-    assert not any("compiling" in line for line in nothing)
+    """With an empty cache each kernel of the first call is compiled once and named; then the cache serves.
+
+    How long it takes depends on what else the machine does: `python -m benchmarks first_use` measures it.
+    """
+    cold, warm = first_use(tmp_path), first_use(tmp_path)
+    assert cold.calls == warm.calls == {"sparse": 1}
+    own = {"tail_kernel", "attend_kernel"}
+    if not hopper.device_reason(torch.device("cuda")):
+        own = {"tail_hopper_kernel", "hopper_kernel"}
+    shared = {"summarise_kernel", "total_kernel", "select_kernel", "slice_kernel", "list_kernel"}
+    assert sorted(cold.compiled) == sorted(shared | own)
+    assert not warm.compiled
 
 
 def test_live_statistics_do_not_wait():

@@ -8,7 +8,18 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from benchmarks import __main__, generations, measure, peers, plot, registry, report, runner, targets
+from benchmarks import (
+    __main__,
+    first_use,
+    generations,
+    measure,
+    peers,
+    plot,
+    registry,
+    report,
+    runner,
+    targets,
+)
 from benchmarks.runner import Case, Run
 from benchmarks.shapes import QKV
 
@@ -445,10 +456,12 @@ def test_report_is_what_the_results_say():
 
 
 def test_committed_targets_are_those_of_the_committed_rows(tmp_path):
+    results = report.Results(measure.RESULTS)
     for name in targets.TARGETS:
-        report.write_targets(report.Results(measure.RESULTS), name, tmp_path)
-        file = f"{name}_targets.csv"
-        assert (tmp_path / file).read_text() == (measure.RESULTS / file).read_text()
+        report.write_targets(results, name, tmp_path)
+        made, committed = (folder / f"{name}_targets.csv" for folder in (tmp_path, measure.RESULTS))
+        assert made.exists() == committed.exists() == bool(results.rows(name))
+        assert not made.exists() or made.read_text() == committed.read_text()
 
 
 def test_every_table_is_on_a_page_and_says_where_it_comes_from():
@@ -479,6 +492,55 @@ def test_results_keep_a_commit_as_text(tmp_path):
     (row,) = report.Results(tmp_path).measured("x", N=16)
     assert row == {"N": 16, "ms": 1.5, "status": "measured"} | MACHINE
     assert report.provenance([row, row]) == "a GPU, torch 2, Triton 3, 2026-01-01, commit 12e4567"
+
+
+def imitated(calls, *said):
+    """A program that says what a first use would."""
+    return f"""
+import json, os
+open(os.environ["TRITON_CACHE_DIR"] + "/kernel", "w")
+print(json.dumps({{"marks": [1.0, 1.5, 7.5, 8.0], "calls": {calls}, "said": {list(said)}}}))
+"""
+
+
+def test_first_use_is_that_of_a_process_of_its_own(tmp_path, monkeypatch):
+    program = imitated({"sparse": 1}, "FG-Attn is compiling kernels, once: select_kernel", "something else")
+    monkeypatch.setattr(first_use, "PROGRAM", program)
+    found = first_use.first_use(tmp_path)
+    assert found == (0.5, 6.0, 0.5, {"sparse": 1}, ["select_kernel"]) and found.seconds == 7.0
+    assert (tmp_path / "kernel").exists()
+    monkeypatch.setattr(first_use, "PROGRAM", "raise ValueError('no kernel image')")
+    with pytest.raises(RuntimeError, match=r"(?s)first use failed: .*no kernel image"):
+        first_use.first_use(tmp_path)
+
+
+@pytest.mark.parametrize(("quick", "busy"), [(False, [0, 0, 8, 8]), (True, [8, 8])])
+def test_first_use_has_its_rows(quick, busy, monkeypatch):
+    """Empty cache first; what did not run sparse has no figure; busy processes end with the rows."""
+    started, beside = [], []
+    popen = first_use.subprocess.Popen
+    monkeypatch.setattr(
+        first_use.subprocess, "Popen", lambda *a, **o: started.append(popen(*a, **o)) or started[-1]
+    )
+
+    def of_process(cache):
+        beside.append(sum(process.poll() is None for process in started))
+        (cache / str(len(beside))).touch()
+        number = len(list(cache.iterdir()))
+        return first_use.FirstUse(0.5, 5.0, 0.5, {"sparse": 1} if number == 1 else {"error": 1}, ["a", "b"])
+
+    monkeypatch.setattr(first_use, "first_use", of_process)
+    rows = list(first_use.rows(quick))
+    assert [row["busy"] for row in rows] == beside == busy
+    assert all(process.poll() is not None for process in started)
+    assert [row["cache"] for row in rows] == ["empty", "filled"] * (len(rows) // 2)
+    assert {(row["cache"], row["status"]) for row in rows} == {
+        ("empty", "measured"),
+        ("filled", "withheld: {'error': 1}"),
+    }
+    assert {row["seconds"] for row in rows} == {6.0} and {row["kernels"] for row in rows} == {2}
+    (target,) = targets.table("first_use", rows)
+    assert target["value"] == 6.0 and target["met"] == "yes"
 
 
 def test_plot_places_points_on_its_axes():
