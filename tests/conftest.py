@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -33,6 +34,17 @@ load("tiers", ROOT / "tests" / "tiers.py")
 record = load("record", ROOT / "tests" / "record.py")
 pages = load("pages", ROOT / "tests" / "pages.py")
 torch.set_num_threads(1)  # the tensors are small; threads would only wait for each other
+
+
+def pytest_sessionstart():
+    """The tier of another Triton must not pass with the one that is installed."""
+    expected = os.environ.get("EXPECTED_TRITON")
+    if not expected:
+        return
+    import triton
+
+    if triton.__version__ != expected:
+        pytest.exit(f"Triton {expected} was asked for, {triton.__version__} was loaded", returncode=2)
 
 
 @pytest.fixture(scope="session")

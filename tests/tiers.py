@@ -27,6 +27,7 @@ PACK = ROOT / ".mypy_cache" / "pack"  # a folder in which the repository has the
 BROWSER = "tests/web/test_browser.py"
 NEWEST = "3.9.0"  # of Triton; `make newest` installs it
 NEWEST_FOLDER = ROOT / ".venv" / "triton" / NEWEST
+WITH_NEWEST = (("PYTHONPATH", str(NEWEST_FOLDER)), ("EXPECTED_TRITON", NEWEST))
 
 
 class Tier(NamedTuple):
@@ -80,14 +81,9 @@ TIERS = {
     "compile": Tier(("tests/compile",), missing=no_triton),
     # The interpreter has to be chosen before a kernel is imported.
     "interpret": Tier(("tests/interpret",), environment=(("TRITON_INTERPRET", "1"),), missing=no_triton),
-    "newest": Tier(
-        ("tests/interpret",),
-        environment=(
-            ("TRITON_INTERPRET", "1"),
-            ("PYTHONPATH", str(NEWEST_FOLDER)),
-            ("EXPECTED_TRITON", NEWEST),
-        ),
-        missing=no_newest,
+    "newest compile": Tier(("tests/compile",), environment=WITH_NEWEST, missing=no_newest),
+    "newest interpret": Tier(
+        ("tests/interpret",), environment=(("TRITON_INTERPRET", "1"), *WITH_NEWEST), missing=no_newest
     ),
     "browser": Tier((BROWSER,), optional=True),
     "comfy": Tier(("tests/comfy",), optional=True),

@@ -123,9 +123,10 @@ def hopper_kernel(
     """
     tile = gl.program_id(0)
     listed_at = gl.program_id(1).to(gl.int64) * tiles + tile
-    head = (first_head + gl.program_id(1)).to(gl.int64)
-    b = head // heads
-    h = head % heads
+    head = first_head + gl.program_id(1)
+    b = (head // heads).to(gl.int64)  # dividing 64 bits would be a call
+    h = (head % heads).to(gl.int64)
+    head = head.to(gl.int64)
     q += b * stride_q[0] + h * stride_q[1]
     k += b * stride_k[0] + h * stride_k[1]
     v += b * stride_v[0] + h * stride_v[1]

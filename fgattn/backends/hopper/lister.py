@@ -21,6 +21,7 @@ from ...plan import SparsePlan
 from ..shared.launch import COUNTS, shared_stride
 from ..shared.prepared import launch_kernel
 from .records import Bits
+from .versions import barrier
 
 WINDOW = gl.constexpr(1024)  # keys
 LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
@@ -149,7 +150,7 @@ def enlist(
         total -= passed
         mbarrier.wait(slots.empty.index(slot), ((i // SLOTS) & 1) ^ 1)
         slots.rows.index(slot).slice(PART * MINE, MINE).store(row)
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(slots.full.index(slot), count=1)
 
 
@@ -179,10 +180,13 @@ def count_kernel(
     """
     BITS: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
     tile = gl.program_id(0)
-    head = gl.program_id(1).to(gl.int64)
-    bits += (head // heads) * stride_bits_b + (head % heads) * stride_bits_h + tile.to(gl.int64) * n_bytes
+    head = gl.program_id(1)
+    b = (head // heads).to(gl.int64)
+    h = (head % heads).to(gl.int64)
+    head = head.to(gl.int64)
+    bits += b * stride_bits_b + h * stride_bits_h + tile.to(gl.int64) * n_bytes
     if valid is not None:
-        valid += (head // heads) * stride_valid
+        valid += b * stride_valid
     source = Bits(bits, valid, n_bytes, keys)
     ones = gl.full([1024], 0, gl.int32, BITS)
     for begin in range(0, gl.cdiv(keys, 32), 1024):

@@ -16,12 +16,13 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..shared.prepared import like, template
 from .boxes import DEEP, OCTET, WIDE
 from .lister import SLOTS
+from .versions import as_boxes, copy_box, copy_rows
 
 PRODUCERS = gl.constexpr(4)  # warps that fetch
 HALF = gl.constexpr(64)  # columns of a box: 128 bytes, the widest that TMA swizzles
@@ -44,21 +45,22 @@ def gather(task, slots, ring, WARPS: gl.constexpr):
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     dim = gl.arange(0, D, gl.SliceLayout(0, layout))
     steps = gl.cdiv(listed, BLOCK_KEYS)
-    exists = (steps - 1) * BLOCK_KEYS + gl.arange(0, BLOCK_KEYS, rows) < listed
+    first = listed - (steps - 1) * BLOCK_KEYS  # keys of the first step
+    place = gl.arange(0, BLOCK_KEYS, rows)
     for i in range(steps):
         stage = i % STAGES
         phase = ((i // STAGES) & 1) ^ 1
         mbarrier.wait(slots.full.index(i % SLOTS), (i // SLOTS) & 1)
         row = slots.rows.index(i % SLOTS).load(rows)
-        kept = exists | (i > 0)  # rows that are not copied are zeros
+        kept = place < gl.where(i == 0, first, BLOCK_KEYS)  # rows that are not copied are zeros
         k_at = task.k + row.to(gl.int64)[:, None] * task.stride_k + dim[None, :]
         mbarrier.wait(ring.k_empty.index(stage), phase)
-        async_copy.async_copy_global_to_shared(ring.k_tiles.index(stage), k_at, mask=kept[:, None])
+        copy_rows(ring.k_tiles.index(stage), k_at, mask=kept[:, None])
         async_copy.mbarrier_arrive(ring.k_full.index(stage), increment_count=False)
         async_copy.mbarrier_arrive(slots.empty.index(i % SLOTS), increment_count=False)
         v_at = task.v + row.to(gl.int64)[:, None] * task.stride_v + dim[None, :]
         mbarrier.wait(ring.v_empty.index(stage), phase)
-        async_copy.async_copy_global_to_shared(ring.v_tiles.index(stage), v_at, mask=kept[:, None])
+        copy_rows(ring.v_tiles.index(stage), v_at, mask=kept[:, None])
         async_copy.mbarrier_arrive(ring.v_full.index(stage), increment_count=False)
     async_copy.wait_group(0)
 
@@ -83,9 +85,7 @@ def _copy(
     """
     OCTETS: gl.constexpr = BLOCK_KEYS // ROWS
     MINE: gl.constexpr = OCTETS // PRODUCERS
-    tiles = tiles._reinterpret(
-        tiles.dtype, [tiles.shape[0] * OCTETS * (D // HALF), 1, 1, 2, ROWS // 2, HALF], kinds.flat.layout
-    )
+    tiles = as_boxes(tiles, [tiles.shape[0] * OCTETS * (D // HALF), 1, 1, 2, ROWS // 2, HALF], kinds.flat)
     mbarrier.expect(full, MINE * ROWS * D * 2)
     for i in gl.static_range(MINE):
         kind = kinds.flat
@@ -96,7 +96,7 @@ def _copy(
         token = gl.where(boxes[i] < 0, 1 << 30, boxes[i] >> 2)  # outside: zeros
         for half in gl.static_range(D // HALF):
             at = (stage * (D // HALF) + half) * OCTETS + PART * MINE + i
-            tma.async_copy_global_to_shared(kind, [head, token, 0, 0, half * HALF], full, tiles.index(at))
+            copy_box(kind, [head, token, 0, 0, half * HALF], full, tiles.index(at))
 
 
 @gluon.jit

@@ -111,11 +111,11 @@ def _consume(task, ring, WARPGROUP: gl.constexpr, TILE_CELLS: gl.constexpr):
         weight = weight.load(gl.SliceLayout(1, by_tile.type.layout))
         weight, _ = gl.broadcast(gl.expand_dims(weight, 1), by_tile)
         weight = gl.convert_layout(weight.reshape([64, STEP]), S, assert_trivial=True)
+        s = s * task.scale + weight.to(gl.float32)
         following = gl.minimum(i + 1, steps - 1)  # the last step's scores come twice: no branch
         mbarrier.wait(full.index(following % STAGES), (following // STAGES) & 1)
         m_tile = ring.m_tiles.index(following % STAGES)
         s_token = warpgroup_mma(c_tile, m_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-        s = s * task.scale + weight.to(gl.float32)
         m_new = gl.maximum(m_i, gl.max(s, 1))
         w = gl.exp2(s - m_new[:, None])
         alpha = gl.exp2(m_i - m_new)
@@ -187,9 +187,10 @@ def tail_hopper_kernel(
         out: fp32 [B * H, query_cells, D]; lse: fp32 [B * H, query_cells], -inf where nothing is skipped; by
         place of execution.
     """
-    head = gl.program_id(1).to(gl.int64)
-    b = head // heads
-    h = head % heads
+    head = gl.program_id(1)
+    b = (head // heads).to(gl.int64)
+    h = (head % heads).to(gl.int64)
+    head = head.to(gl.int64)
     begin = gl.program_id(0) * (64 * CONSUMERS)
     centroid += head * query_cells * D
     out += head * query_cells * D

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from .versions import copy_box
 
 CONSUMERS = gl.constexpr(3)
 STEP = gl.constexpr(64)  # key cells
@@ -28,10 +30,9 @@ def _log2_of_ones(x):
 
 
 @gluon.jit
-def _octets(tile_bits, part, n_bytes):
-    """The byte of a tile's bits that holds slice `part`, shifted so that it is the lowest bit; int32."""
-    octet = gl.load(tile_bits + gl.minimum(part // 8, n_bytes - 1)).to(gl.int32)
-    return octet >> (part % 8)
+def _bytes(tile_bits, at, n_bytes):
+    """The bytes at `at` of a tile's bits, int32; 0 beyond their end."""
+    return gl.load(tile_bits + at, mask=at < n_bytes, other=0).to(gl.int32)
 
 
 @gluon.jit
@@ -43,16 +44,17 @@ def _weights(tile_bits, there, first, place, n_bytes, N: gl.constexpr):
     its strip, [1, 1, places]; there: bits of the keys of each cell that exist, [1, strips, places].
     """
     if N >= 16:  # the slices of a strip lie in one byte
-        kept = (_octets(tile_bits, first * 16 // N, n_bytes) >> (place * 16 // N)) & 1
+        EACH: gl.constexpr = N // 16  # cells of a slice
+        kept = (_bytes(tile_bits, first // (8 * EACH), n_bytes) >> ((first // EACH) % 8 + place // EACH)) & 1
         weights = gl.where(kept == 0, _log2_of_ones(there), float("-inf"))
     elif N == 1:  # a cell has two bytes
-        executed = _octets(tile_bits, (first + place) * 16, n_bytes)
-        executed |= _octets(tile_bits, (first + place) * 16 + 8, n_bytes) << 8
+        executed = _bytes(tile_bits, (first + place) * 2, n_bytes)
+        executed |= _bytes(tile_bits, (first + place) * 2 + 1, n_bytes) << 8
         weights = _log2_of_ones(there & ~executed)
     else:
-        octet = _octets(tile_bits, (first + place) * 16 // N, n_bytes)
         parts: gl.constexpr = 16 // N  # bits, which are moved apart, by halves, and repeated
-        x = octet & ((1 << parts) - 1)
+        octet = _bytes(tile_bits, (first + place) // (8 // parts), n_bytes)
+        x = (octet >> (first + place) % (8 // parts) * parts) & ((1 << parts) - 1)
         x = (x | x << (8 - parts // 2)) & (((1 << parts // 2) - 1) * 0x0101)
         if parts >= 4:
             x = (x | x << (4 - parts // 4)) & (((1 << parts // 4) - 1) * 0x1111)
@@ -82,8 +84,8 @@ def produce(task, ring, TILE_CELLS: gl.constexpr, SLICE_KEYS: gl.constexpr):
         mbarrier.wait(ring.empty.index(stage), ((i // STAGES) & 1) ^ 1)
         mbarrier.expect(full.index(stage), 2 * STEP * D * 2)  # two tiles of 16-bit elements
         at = [task.head, i * STEP, 0]
-        tma.async_copy_global_to_shared(task.mean, at, full.index(stage), ring.m_tiles.index(stage))
-        tma.async_copy_global_to_shared(task.value, at, full.index(stage), ring.v_tiles.index(stage))
+        copy_box(task.mean, at, full.index(stage), ring.m_tiles.index(stage))
+        copy_box(task.value, at, full.index(stage), ring.v_tiles.index(stage))
         first = i * STEP + strip * STRIP
         key_cell = first + place
         if task.valid is None:

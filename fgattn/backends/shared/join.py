@@ -14,10 +14,10 @@ import triton.language as tl
 from ...joining import FARTHEST, WINDOW
 from ...layout import CELL
 from ...plan import KERNEL_ROWS
-from .launch import COUNTS, shared_stride
+from .launch import COUNTS, batch_and_head, shared_stride
 from .prepared import launch_kernel
 
-BLOCK_BYTES, WARPS = 16, 2
+BLOCK_BYTES, WARPS = 8, 2
 
 
 @triton.jit(do_not_specialize=["stride_order", "stride_widths_b", *COUNTS])
@@ -99,7 +99,8 @@ def join_kernel(
         tl.store(joined_order + target, query_cell, mask=target < query_cells)
     joined_tiles = tl.cdiv(tiles, 2)
     joined_bits += head * joined_tiles * n_bytes
-    widths += head // heads * stride_widths_b
+    b, _ = batch_and_head(tl.program_id(1), heads)
+    widths += b * stride_widths_b
     keys = tl.zeros([WINDOW // 2], tl.int32)
     for j in range(0, n_bytes, BLOCK_BYTES):
         byte = j + tl.arange(0, BLOCK_BYTES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import triton
+import triton.language as tl
 
 from ...layout import CELL, Geometry
 
@@ -30,6 +31,12 @@ COUNTS = [
 @triton.jit
 def _nothing():
     """A kernel by which the interpreter is recognised: it is then none of Triton's own type."""
+
+
+@triton.jit
+def batch_and_head(number, heads):
+    """Batch row and head, int64, of the number-th of all B * H heads. Dividing 64 bits would be a call."""
+    return (number // heads).to(tl.int64), (number % heads).to(tl.int64)
 
 
 IS_INTERPRETED = not isinstance(_nothing, triton.JITFunction)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ...layout import CELL
 from ...plan import SparsePlan
-from .launch import COUNTS, LOG2_E, key_rows, shared_stride
+from .launch import COUNTS, LOG2_E, batch_and_head, key_rows, shared_stride
 from .prepared import launch_kernel
 
 LIST_BYTES = 208 << 20  # scratch for lists; heads that do not fit at once run in several launches
@@ -75,8 +75,8 @@ def list_kernel(
     """
     tile = tl.program_id(0)
     row = tl.program_id(1)
-    head = (first_head + row).to(tl.int64)
-    source = bits + (head // heads) * stride_bits_b + (head % heads) * stride_bits_h
+    b, h = batch_and_head(first_head + row, heads)
+    source = bits + b * stride_bits_b + h * stride_bits_h
     source += tile.to(tl.int64) * n_bytes
     out = lists + (row.to(tl.int64) * tiles + tile) * stride_list
     begin = tl.program_id(2) * span  # a multiple of 8 * SLICE_UNITS
@@ -100,7 +100,7 @@ def list_kernel(
         entry = unit
         if HAS_ENTRIES:
             wanted = (kept > 0) & (unit < end)
-            entry = tl.load(entries + (head // heads) * stride_entries_b + unit, mask=wanted, other=-1)
+            entry = tl.load(entries + b * stride_entries_b + unit, mask=wanted, other=-1)
         if CHECKED:
             kept &= (entry >= 0).to(tl.int32)
             octet = tl.sum(kept << i, 0)

@@ -16,7 +16,7 @@ import triton.language as tl
 from ...call import Call
 from ...layout import CELL
 from ...plan import KERNEL_ROWS, row_bytes
-from .launch import COUNTS, shared_stride
+from .launch import COUNTS, batch_and_head, shared_stride
 from .plan_table import plan_launch, shares
 from .prepared import launch_kernel
 from .words import (
@@ -68,6 +68,7 @@ def refine_kernel(
     Writes
         bits: [B * H, tiles, row_words], integers of BLOCK_KEYS / 4 bits, one bit for each key.
     """
+    b, h = batch_and_head(tl.program_id(2), heads)
     head = tl.program_id(2).to(tl.int64)
     place = tl.program_id(0) * BLOCK_QUERY_CELLS + tl.arange(0, BLOCK_QUERY_CELLS)
     query_cell = place
@@ -80,8 +81,8 @@ def refine_kernel(
         other=0.0,
     )
     limit = tl.load(limits + head * query_cells + query_cell, mask=place < query_cells, other=0.0)
-    k += head // heads * stride_kb + head % heads * stride_kh
-    rows += head // heads * stride_rows_b
+    k += b * stride_kb + h * stride_kh
+    rows += b * stride_rows_b
     T: tl.constexpr = BLOCK_QUERY_CELLS // TILE_CELLS  # tiles of this program
     tile = tl.program_id(0) * T + tl.arange(0, T)
     bits += (head * tiles + tile[:, None]) * row_words + tl.arange(0, 4)[None, :]
@@ -135,6 +136,7 @@ def key_slice_kernel(
         requested_pairs, executed_pairs: fp64 [B * H, programs], pairs of a query and a key in the slices of
             the tiles alone, and in those of the tiles that are executed.
     """
+    b, _ = batch_and_head(tl.program_id(1), heads)
     head = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * TILES + tl.arange(0, TILES)
     tile = place
@@ -146,7 +148,7 @@ def key_slice_kernel(
     E: tl.constexpr = TILES // JOINED  # executed tiles of this program
     executed = tl.program_id(0) * E + tl.arange(0, E)
     executed_tiles = tl.cdiv(tiles, JOINED)
-    exists += head // heads * stride_exists_b
+    exists += b * stride_exists_b
     words += (head * tiles + place[:, None]) * row_words
     always += tile[:, None] * cell_bytes
     cell_bits += (head * tiles + tile[:, None]) * cell_bytes

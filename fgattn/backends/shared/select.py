@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import COUNTS
+from .launch import COUNTS, batch_and_head
 from .words import column_order, pairs_of, share, tile_words
 
 SLICE_TILES, SLICE_BYTES = 4, 128  # of a program and of its step
@@ -81,9 +81,10 @@ def total_kernel(
     c, c2 = _centroids(centroid, square, head, query_cell, query_cells, D)
     mean += head * key_cells * D
     variance += head * key_cells * D
-    weights += head // heads * stride_weights_b
+    b, _ = batch_and_head(tl.program_id(2), heads)
+    weights += b * stride_weights_b
     if sources is not None:
-        sources += head // heads * stride_sources_b
+        sources += b * stride_sources_b
     at = tl.arange(0, BLOCK_KEY_CELLS)
     m_i = tl.full([BLOCK_QUERY_CELLS], -1e30, tl.float32)
     l_i = tl.zeros([BLOCK_QUERY_CELLS], tl.float32)
@@ -204,8 +205,9 @@ def slice_kernel(
     """
     head = tl.program_id(1).to(tl.int64)
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
-    widths += head // heads * stride_widths_b
-    exists += head // heads * stride_exists_b
+    b, _ = batch_and_head(tl.program_id(1), heads)
+    widths += b * stride_widths_b
+    exists += b * stride_exists_b
     always += tile[:, None] * cell_bytes
     cell_bits += (head * tiles + tile[:, None]) * cell_bytes
     bits += (head * tiles + tile[:, None]) * n_bytes

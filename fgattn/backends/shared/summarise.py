@@ -15,7 +15,7 @@ import triton.language as tl
 from ...call import Call, needed
 from ...layout import CELL
 from ..base import Planned, Tail
-from .launch import COUNTS, key_rows, query_rows, shared_stride
+from .launch import COUNTS, batch_and_head, key_rows, query_rows, shared_stride
 from .prepared import launch_kernel
 
 CHANNELS = 1024  # of a program, all its cells together: eight a thread
@@ -142,7 +142,7 @@ def summarise_kernel(
         the fields of Summaries, in the type of q, k and v.
     """
     head = tl.program_id(1).to(tl.int64)
-    b, h = head // heads, head % heads
+    b, h = batch_and_head(tl.program_id(1), heads)
     key_rows += b * stride_rows_b
     which = first_tensor + tl.program_id(2)
     if which == 0:

@@ -16,7 +16,7 @@ import triton.language as tl
 from ...call import Call
 from ...layout import CELL
 from ..base import Planned, Tail
-from .launch import COUNTS, shared_stride
+from .launch import COUNTS, batch_and_head, shared_stride
 from .prepared import launch_kernel
 from .summarise import tail_room
 
@@ -67,11 +67,12 @@ def tail_kernel(
         out: fp32 [B * H, query_cells, D]; lse: fp32 [B * H, query_cells], -inf where nothing is skipped; by
         place of execution.
     """
+    b, h = batch_and_head(tl.program_id(1), heads)
     head = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * BLOCK_QUERY_CELLS + tl.arange(0, BLOCK_QUERY_CELLS)
     query_cell = place
     if order is not None:
-        order += head // heads * stride_order_b + head % heads * stride_order_h
+        order += b * stride_order_b + h * stride_order_h
         query_cell = tl.load(order + place, mask=place < query_cells, other=0)
     dim = tl.arange(0, D)
     c = tl.load(
@@ -79,8 +80,8 @@ def tail_kernel(
         mask=place[:, None] < query_cells,
         other=0.0,
     )
-    bits += head // heads * stride_bits_b + head % heads * stride_bits_h
-    widths += head // heads * stride_widths_b
+    bits += b * stride_bits_b + h * stride_bits_h
+    widths += b * stride_widths_b
     T: tl.constexpr = BLOCK_QUERY_CELLS // TILE_CELLS
     tile = tl.program_id(0) * T + tl.arange(0, T)
     bits_of = bits + tile[:, None].to(tl.int64) * n_bytes

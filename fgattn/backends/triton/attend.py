@@ -22,7 +22,7 @@ from ...call import Call, needed
 from ...layout import CELL
 from ...plan import SparsePlan
 from ..base import Tail
-from ..shared.launch import COUNTS, LOG2_E
+from ..shared.launch import COUNTS, LOG2_E, batch_and_head
 from ..shared.lists import Lists, execution_rows, scaled_tail
 from ..shared.plan_table import capability
 from ..shared.prepared import launch_kernel
@@ -145,7 +145,7 @@ def attend_kernel(
     tile = tl.program_id(0)
     row = tl.program_id(1)
     head = (first_head + row).to(tl.int64)
-    b, h = head // heads, head % heads
+    b, h = batch_and_head(first_head + row, heads)
     position = tile * TILE_QUERIES + tl.arange(0, TILE_QUERIES)
     dim = tl.arange(0, D)
     exists = position < queries
