@@ -124,8 +124,8 @@ def list_kernel(
 class Lists:
     """The unit lists of a plan's tiles, made for the heads of one launch after the other.
 
-    Units are 8 keys, listed as their entry in `octets`, if that is given; else up to 16 keys,
-    listed as their place in the order; else single keys, listed as their row of k and v.
+    Units are 8 keys, listed as their entry in `octets`, if that is given; else cells, listed by number, where
+    slices are whole cells and all keys exist; else single keys, listed as their row of k and v.
     """
 
     def __init__(self, plan: SparsePlan, batch: int, heads: int, octets: torch.Tensor | None = None):
@@ -136,7 +136,7 @@ class Lists:
         if octets is not None:
             self.unit, self.entries = 8, octets
         else:
-            self.unit = 1 if plan.key_valid is not None else min(plan.tile_keys, CELL)
+            self.unit = CELL if plan.tile_keys >= CELL and plan.key_valid is None else 1
             self.entries = self.key_rows if self.unit == 1 else None
         self.units, self.slice_units = -(-plan.keys // self.unit), plan.tile_keys // self.unit
         self.slices, self.is_checked = -(-plan.keys // plan.tile_keys), plan.key_valid is not None

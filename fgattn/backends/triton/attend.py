@@ -30,59 +30,47 @@ from .launch_table import launch_for
 
 
 @triton.jit
-def _step(
-    i,
-    count,
-    q,
-    acc,
-    m_i,
-    l_i,
-    k_base,
-    v_base,
-    stride_k,
-    stride_v,
-    units,
-    key_rows,
-    scale,
-    BLOCK_KEYS: tl.constexpr,
-    UNIT: tl.constexpr,
-    D: tl.constexpr,
-    IS_MASKED: tl.constexpr,
-):
-    """One step of the online softmax: BLOCK_KEYS keys, from the i-th of the list's `count` units on.
+def _entries(i, count, units, BLOCK_KEYS: tl.constexpr, UNIT: tl.constexpr):
+    """The entry of each key of a step, int32 [BLOCK_KEYS], from the list's i-th unit on; -1 past its end."""
+    place = i + tl.arange(0, BLOCK_KEYS) // UNIT
+    return tl.load(units + place, mask=place < count, other=-1)
 
-    q: [TILE_QUERIES, D]; units: int32, the list; m_i, l_i: fp32 [TILE_QUERIES], the largest score s so far
-    and the sum of 2^(s - m_i); acc: fp32 [TILE_QUERIES, D], the sum of 2^(s - m_i) v. Returns the new acc,
-    m_i and l_i. IS_MASKED: the step may go beyond the list and hold positions without a key.
-    """
-    lane = tl.arange(0, BLOCK_KEYS)
-    dim = tl.arange(0, D)
-    place = i + lane // UNIT
-    if IS_MASKED:
-        entry = tl.load(units + place, mask=place < count, other=-1)
-    else:
-        entry = tl.load(units + place)
+
+@triton.jit
+def _rows(entry, key_rows, BLOCK_KEYS: tl.constexpr, UNIT: tl.constexpr):
+    """The row of k and v of each key of a step, int32 [BLOCK_KEYS]; -1 where there is no key."""
     row = entry
-    if UNIT > 1 and IS_MASKED:
-        row = tl.load(key_rows + entry * UNIT + lane % UNIT, mask=entry >= 0, other=-1)
-    elif UNIT > 1:
-        row = tl.load(key_rows + entry * UNIT + lane % UNIT)
-    k_at = k_base + row.to(tl.int64)[:, None] * stride_k + dim[None, :]
-    v_at = v_base + row.to(tl.int64)[:, None] * stride_v + dim[None, :]
+    if UNIT > 1:
+        place = entry * UNIT + tl.arange(0, BLOCK_KEYS) % UNIT
+        row = tl.load(key_rows + place, mask=entry >= 0, other=-1)
+    return row
+
+
+@triton.jit
+def _step(row, q, acc, m_i, l_i, k, v, stride_k, stride_v, scale, D: tl.constexpr, IS_MASKED: tl.constexpr):
+    """One step of the online softmax.
+
+    row: int32 [BLOCK_KEYS], rows of k and v; IS_MASKED: some are -1. q: [TILE_QUERIES, D]; m_i, l_i: fp32
+    [TILE_QUERIES], the largest scaled score so far and the sum of 2^(s - m_i); acc: fp32 [TILE_QUERIES, D],
+    the sum of 2^(s - m_i) v. Returns the new acc, m_i and l_i.
+    """
+    dim = tl.arange(0, D)
+    k_at = k + row.to(tl.int64)[:, None] * stride_k + dim[None, :]
+    v_at = v + row.to(tl.int64)[:, None] * stride_v + dim[None, :]
     if IS_MASKED:
-        k = tl.load(k_at, mask=row[:, None] >= 0, other=0.0)
-        v = tl.load(v_at, mask=row[:, None] >= 0, other=0.0)
+        k_tile = tl.load(k_at, mask=row[:, None] >= 0, other=0.0)
+        v_tile = tl.load(v_at, mask=row[:, None] >= 0, other=0.0)
     else:
-        k = tl.load(k_at)
-        v = tl.load(v_at)
-    s = tl.dot(q, tl.trans(k)) * scale  # [TILE_QUERIES, BLOCK_KEYS]
+        k_tile = tl.load(k_at)
+        v_tile = tl.load(v_at)
+    s = tl.dot(q, tl.trans(k_tile))  # [TILE_QUERIES, BLOCK_KEYS]
     if IS_MASKED:
         s = tl.where(row[None, :] >= 0, s, float("-inf"))
-    m_new = tl.maximum(m_i, tl.max(s, 1))
-    p = tl.math.exp2(s - m_new[:, None])
+    m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
+    p = tl.math.exp2(s * scale - m_new[:, None])
     alpha = tl.math.exp2(m_i - m_new)
     l_i = l_i * alpha + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None])
     return acc, m_new, l_i
 
 
@@ -138,14 +126,14 @@ def attend_kernel(
         query_rows: int32 [B * H or 1, queries], row of q and out at each place of execution.
         key_rows: int32 [B or 1, L_k and more], row of k and v at each position; not read if UNIT is 1.
         tail_out: fp32 [B * H, query_cells, D]; tail_lse: fp32 [B * H, query_cells], base 2; if HAS_TAIL.
-        scale: the softmax scale times log2(e).
+        scale: the softmax scale times log2(e), not negative.
     Writes
         out: [B, H, L_q, D].
     """
     tile = tl.program_id(0)
-    row = tl.program_id(1)
-    head = (first_head + row).to(tl.int64)
-    b, h = batch_and_head(first_head + row, heads)
+    own = tl.program_id(1)  # of the heads of the launch
+    head = (first_head + own).to(tl.int64)
+    b, h = batch_and_head(first_head + own, heads)
     position = tile * TILE_QUERIES + tl.arange(0, TILE_QUERIES)
     dim = tl.arange(0, D)
     exists = position < queries
@@ -158,7 +146,7 @@ def attend_kernel(
     k_base = k + b * stride_kb + h * stride_kh
     v_base = v + b * stride_vb + h * stride_vh
     key_rows += b * stride_rows_b
-    at = row.to(tl.int64) * tiles + tile
+    at = own.to(tl.int64) * tiles + tile
     count = tl.cdiv(tl.load(listed + at), UNIT)
     unit_list = lists + at * stride_list
 
@@ -166,46 +154,26 @@ def attend_kernel(
     l_i = tl.zeros([TILE_QUERIES], tl.float32)
     acc = tl.zeros([TILE_QUERIES, D], tl.float32)
     # The last step may be short and may hold the short last unit of the sequence: masked apart.
-    full = tl.maximum(count - 1, 0) // (BLOCK_KEYS // UNIT) * (BLOCK_KEYS // UNIT)
-    for i in range(0, full, BLOCK_KEYS // UNIT):
+    EACH: tl.constexpr = BLOCK_KEYS // UNIT
+    full = tl.maximum(count - 1, 0) // EACH * EACH
+    # Of cells, rows are looked up a step ahead and entries two: looked up in time for the loads that are under
+    # way they would go through shared memory, at a barrier each. Entries that are rows are faster so.
+    if UNIT > 1:
+        row = _rows(_entries(0, count, unit_list, BLOCK_KEYS, UNIT), key_rows, BLOCK_KEYS, UNIT)
+        entry = _entries(EACH, count, unit_list, BLOCK_KEYS, UNIT)
+    for i in range(0, full, EACH):
+        if UNIT == 1:
+            row = tl.load(unit_list + i + tl.arange(0, BLOCK_KEYS))
         acc, m_i, l_i = _step(
-            i,
-            count,
-            q_tile,
-            acc,
-            m_i,
-            l_i,
-            k_base,
-            v_base,
-            stride_kl,
-            stride_vl,
-            unit_list,
-            key_rows,
-            scale,
-            BLOCK_KEYS,
-            UNIT,
-            D,
-            False,
+            row, q_tile, acc, m_i, l_i, k_base, v_base, stride_kl, stride_vl, scale, D, False
         )
+        if UNIT > 1:
+            row = _rows(entry, key_rows, BLOCK_KEYS, UNIT)
+            entry = _entries(i + 2 * EACH, count, unit_list, BLOCK_KEYS, UNIT)
     if count > 0:
+        row = _rows(_entries(full, count, unit_list, BLOCK_KEYS, UNIT), key_rows, BLOCK_KEYS, UNIT)
         acc, m_i, l_i = _step(
-            full,
-            count,
-            q_tile,
-            acc,
-            m_i,
-            l_i,
-            k_base,
-            v_base,
-            stride_kl,
-            stride_vl,
-            unit_list,
-            key_rows,
-            scale,
-            BLOCK_KEYS,
-            UNIT,
-            D,
-            True,
+            row, q_tile, acc, m_i, l_i, k_base, v_base, stride_kl, stride_vl, scale, D, True
         )
     if HAS_TAIL:  # the queries of a cell share it
         query_cell = head * query_cells + position // 16
@@ -227,9 +195,13 @@ def attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -
     """Write softmax over the plan's keys, and the tail if there is one, to out."""
     q, k, v = map(needed, call.tensors)
     (batch, heads, _, dim), queries, tiles = q.shape, plan.queries, plan.bits.shape[2]
+    scale = plan.softmax_scale(dim) * LOG2_E
+    if scale < 0:  # the kernel scales the largest score, not every score
+        q, scale = -q, -scale
     tail_out, tail_lse = scaled_tail(tail)
-    launch = launch_for(capability(q.device), dim, plan.tile_rows)
     lists, (tokens, stride_queries) = Lists(plan, batch, heads), execution_rows(plan, batch, heads)
+    row = launch_for(capability(q.device), dim, plan.tile_rows)
+    launch = row.keys if lists.unit == 1 else row.cells
     for b, first, launch_heads in lists.launches():
         launch_kernel(
             attend_kernel,
@@ -256,7 +228,7 @@ def attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -
             queries,
             tiles,
             -(-queries // CELL),
-            plan.softmax_scale(dim) * LOG2_E,
+            scale,
             TILE_QUERIES=plan.tile_rows,
             BLOCK_KEYS=launch.block_keys,
             UNIT=lists.unit,
