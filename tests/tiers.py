@@ -140,7 +140,7 @@ def run(name: str, record: str | None = None) -> Result:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", *tier.tests, f"--junitxml={report}"]
         if record:  # the newest Triton is another environment of the same tests
-            command += ["--record", f"{'interpret' if name == 'newest' else name}={record}"]
+            command += ["--record", f"{name.removeprefix('newest ')}={record}"]
         code = subprocess.run(command, cwd=ROOT, env=environment).returncode
         text = report.read_text(encoding="utf-8") if report.exists() else None
     return judged(code, text, tier.optional)
