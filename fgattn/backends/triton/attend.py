@@ -156,8 +156,8 @@ def attend_kernel(
     # The last step may be short and may hold the short last unit of the sequence: masked apart.
     EACH: tl.constexpr = BLOCK_KEYS // UNIT
     full = tl.maximum(count - 1, 0) // EACH * EACH
-    # Of cells, rows are looked up a step ahead and entries two: looked up in time for loads that are under way
-    # they would go through shared memory, at a barrier each. Entries that are rows are faster so.
+    # Of cells, rows are looked up a step ahead and entries two: looked up in time for loads that are under
+    # way they would go through shared memory, at a barrier each. Entries that are rows are faster so.
     if UNIT > 1:
         row = _rows(_entries(0, count, unit_list, BLOCK_KEYS, UNIT), key_rows, BLOCK_KEYS, UNIT)
         entry = _entries(EACH, count, unit_list, BLOCK_KEYS, UNIT)
