@@ -66,7 +66,8 @@ def pytest_addoption(parser):
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
     found = {key: len(reports) for key, reports in terminalreporter.stats.items()}
-    if config.option.record and exitstatus in (0, 1) and "passed" in found and "deselected" not in found:
+    whole = exitstatus in (0, 1) and "passed" in found and "deselected" not in found
+    if config.option.record and whole and not hasattr(config, "workerinput"):  # not each worker of xdist
         tier, _, file = config.option.record.partition("=")
         failed = found.get("failed", 0) + found.get("error", 0)
         record.write(Path(file), [record.row(tier, found["passed"], failed, found.get("skipped", 0))])

@@ -18,6 +18,7 @@ from tests.compile.sass import resources, spills_in_loops
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 attend_fwd = pytest.importorskip("fgattn.backends.triton.attend")
+prepared = pytest.importorskip("fgattn.backends.shared.prepared")
 gluon = pytest.importorskip("triton.experimental.gluon._runtime", reason="this Triton has no Gluon")
 gluon_language = pytest.importorskip("triton.experimental.gluon.language")
 lists = pytest.importorskip("fgattn.backends.shared.lists")
@@ -81,7 +82,7 @@ def compiled(kernel, arch, constants, types=(), **options):
     make = gluon.GluonASTSource if kernel.is_gluon() else triton.compiler.ASTSource
     source = make(kernel, signature, constexprs=places, attrs=aligned)
     target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=options | prepared.ALWAYS)
 
 
 def check(made, arch, folder, programs=1, reloads=0):

@@ -29,6 +29,8 @@ from triton.runtime import driver
 LIMIT = 1024  # kinds of launches that are kept; when there are more, all are forgotten
 COMPILERS = 8  # kernels that are compiled at a time
 SCALARS = (int, float, bool, type(None))
+# Of every launch. Without fused multiply-adds, Triton's default from 3.10 on, kernels are slower and bits differ.
+ALWAYS = {"enable_fp_fusion": True}
 _knobs: Any = getattr(getattr(triton, "knobs", None), "runtime", None)  # None: an older Triton
 
 
@@ -46,11 +48,11 @@ kept: dict[tuple, _Prepared | None] = {}  # None: not to be prepared
 def launch_kernel(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """`kernel[grid](*args, **options)`, where args are all arguments of the kernel but its constexprs."""
     if _is_compiling.get():
-        kernel.warmup(*args, grid=grid, **options)
+        kernel.warmup(*args, grid=grid, **options, **ALWAYS)
         return
     known = _key(kernel, args, options)
     if known is None:
-        kernel[grid](*args, **options)
+        kernel[grid](*args, **options, **ALWAYS)
         return
     key, values, device = known
     prepared = kept.get(key)
@@ -60,7 +62,7 @@ def launch_kernel(kernel, grid: tuple[int, ...], *args, **options) -> None:
             x, y, z, driver.active.get_current_stream(device), *prepared.head, *values, *prepared.constants
         )
         return
-    compiled = kernel[grid](*args, **options)
+    compiled = kernel[grid](*args, **options, **ALWAYS)
     if key not in kept:
         if len(kept) >= LIMIT:
             kept.clear()
