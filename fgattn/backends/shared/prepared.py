@@ -29,7 +29,7 @@ from triton.runtime import driver
 LIMIT = 1024  # kinds of launches that are kept; when there are more, all are forgotten
 COMPILERS = 8  # kernels that are compiled at a time
 SCALARS = (int, float, bool, type(None))
-# Of every launch. Without fused multiply-adds, Triton's default from 3.10 on, kernels are slower and bits differ.
+# Of every launch. Triton 3.10 no longer fuses multiply-adds by default: kernels would be slower, bits differ.
 ALWAYS = {"enable_fp_fusion": True}
 _knobs: Any = getattr(getattr(triton, "knobs", None), "runtime", None)  # None: an older Triton
 
