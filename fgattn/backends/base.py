@@ -64,6 +64,7 @@ class Backend:
         compiling: makes a context in which `plan`, `tail` and `attend` compile the kernels that they launch,
             side by side, and run none. What these would write is undefined then: tiles of `probe` have 64
             queries or more, so that no row is looked up by what planning writes. None without such kernels.
+        tested: with what versions its kernels are tested, to be said where they fail their self-test.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Backend:
     costs: Callable[[Call], Costs] | None = None
     probe: Callable[[Call], Settings] | None = None
     compiling: Callable[[], AbstractContextManager[None]] | None = None
+    tested: str | None = None
 
 
 @dataclass(frozen=True)

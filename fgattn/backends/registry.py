@@ -42,6 +42,8 @@ def choose(call: Call, *, gain: bool = False) -> Eligible | Reason:
         if reason is None and backend.probe:
             settings, reason = _ask(backend, "probe", call)
             reason = reason or selftest.failure(backend, call.device, settings)
+            if reason and backend.tested:
+                reason += f"; {backend.tested}"
         if reason is None:
             return Eligible(backend, tuple(passed_over))
         passed_over.append((backend.name, reason))

@@ -167,21 +167,31 @@ def test_why_there_is_no_hopper_kernel(capability, gluon, says, fresh, monkeypat
         monkeypatch.delattr(hopper, "attend", raising=False)
     reason = hopper.device_reason(GPU)
     assert reason is None if says is None else reason.startswith(says)
+    assert gluon or reason.endswith(hopper.TESTED)
 
 
 @pytest.mark.parametrize(
     ("hopper_fails", "portable_fails", "dense", "runs", "tested"),
     [
         (None, None, None, "hopper", ["hopper"]),
-        ("off by 2", None, None, "triton (no hopper: off by 2)", ["hopper", "triton"]),
-        ("off by 2", "no image", "no image (no hopper: off by 2)", None, ["hopper", "triton"]),
+        ("off by 2", None, None, f"triton (no hopper: off by 2; {hopper.TESTED})", ["hopper", "triton"]),
+        (
+            "off by 2",
+            "no image",
+            f"no image (no hopper: off by 2; {hopper.TESTED})",
+            None,
+            ["hopper", "triton"],
+        ),
     ],
     ids=["Hopper", "portable", "dense"],
 )
 def test_every_step_down_has_its_reason(
     hopper_fails, portable_fails, dense, runs, tested, fresh, monkeypatch, caplog
 ):
-    """Hopper, portable, dense: in the answer to the engine, in the doctor and in the log."""
+    """Hopper, portable, dense: in the answer to the engine, in the doctor and in the log.
+
+    A user who has lost the fast kernel reads which versions have it.
+    """
     asked = []
 
     def wrong(backend, device, settings):

@@ -16,6 +16,7 @@ from ..shared.costs import costs
 from .boxes import boxes_for
 
 CAPABILITY = (9, 0)
+TESTED = "the fast kernels of this GPU are tested with Triton 3.6 to 3.9, which torch 2.11 to 2.15 bring"
 # The self-test of each way to bring keys.
 BY_BOXES, BY_ROWS = Settings(threshold=1.5), Settings(threshold=1.5, tile_keys=1)
 
@@ -31,7 +32,7 @@ def device_reason(device: torch.device) -> str | None:
         return absent
     # Gluon is experimental: names and arguments come and go.
     if failed := available.loading_error(f"{__package__}.attend"):
-        return f"this Triton lacks what the Hopper kernel needs: {failed}"
+        return f"this Triton lacks what the Hopper kernel needs: {failed}; {TESTED}"
     return None
 
 
@@ -63,4 +64,5 @@ BACKEND = Backend(
     costs=costs,
     probe=lambda call: BY_ROWS if boxes_for(call) is None else BY_BOXES,
     compiling=available.compiling,
+    tested=TESTED,
 )

@@ -1,6 +1,6 @@
 """Attention on Hopper (compute capability 9.0): the portable kernel's formula (triton/attend.py), in Gluon.
 
-Tested with Triton 3.6; other versions are tried and judged by the self-test.
+Other versions of Triton than those that are tested are tried, and judged by the self-test.
 
 A program computes CONSUMERS * 64 queries of one head. Keys are taken in steps of BLOCK_KEYS; the step that is
 not full comes first. Producer warps bring the listed rows of k and v into a ring, buffers in shared memory
