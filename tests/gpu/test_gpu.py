@@ -404,11 +404,12 @@ def random_plan(r, generator, q, k, layout):
     return plan, settings
 
 
-def test_random_plans():
-    """1 000 in a row: every row of every kernel is that of the torch implementation."""
-    r, generator = random.Random(3), torch.Generator("cuda").manual_seed(3)
+@pytest.mark.parametrize("seed", range(4))
+def test_random_plans(seed):
+    """1 000 in all: every row of every kernel is that of the torch implementation."""
+    r, generator = random.Random(seed), torch.Generator("cuda").manual_seed(seed)
     worst = 0.0
-    for i in range(1000):
+    for i in range(250):
         batch, heads, dim = r.randint(1, 2), r.randint(1, 3), r.choice((64, 128))
         layout, queries = random_layout(r, generator, batch)
         q = stored(r, batch, heads, queries, dim, generator)
