@@ -200,7 +200,7 @@ def test_interpreted_kernels_are_called_as_ever():
     kernel = {(5,): lambda *args, **options: called.append((args, options))}
     for _ in range(2):
         prepared.launch_kernel(kernel, (5,), 1, BLOCK=2)
-    assert called == [((1,), {"BLOCK": 2})] * 2
+    assert called == [((1,), {"BLOCK": 2, **prepared.ALWAYS})] * 2
 
 
 class TensorDescriptor:
@@ -250,7 +250,7 @@ def test_compiling_runs_nothing():
         thread.join()
     assert len(kernel.ordinary) == 1 and not kernel.queued
     assert len(other.ordinary) == 1 and not other.ready
-    options = {"BLOCK": 64, "HAS_Y": True, "num_warps": 4}
+    options = {"BLOCK": 64, "HAS_Y": True, "num_warps": 4, **prepared.ALWAYS}
     assert kernel.ready == [((5,), (X, Y, 7, 0.5), options), ((2, 3), (X, Y, 32, 0.5), options)]
     assert kernel.launch(X, Y, 7, 0.5) and not kernel.launch(X, Y, 32, 0.5)
 

@@ -48,8 +48,9 @@ function send(event) {
 
 /** A node as LiteGraph makes it; `add` puts it into the graph. */
 function create(comfyClass, id, inputs = []) {
-  const node = { comfyClass, id, mode: 0, inputs: inputs.map((_, link) => ({ type: "MODEL", link })), widgets: [
+  const node = { comfyClass, id, mode: 0, inputs: inputs.map(() => ({ type: "MODEL" })), widgets: [
     { name: "threshold", value: 1 }, { name: "warmup_steps", value: 2 }], getInputNode: (slot) => inputs[slot],
+    isInputConnected: (slot) => slot < inputs.length,
   size: [140, 66], computeSize: () => [140, 506], setSize(size) { this.size = size; },
   addDOMWidget(name, type, element, options) {
     const widget = { name, element, options };
