@@ -7,9 +7,18 @@ class InvalidArgument(ValueError):
     def __init__(self, what: str, got: object, allowed: str, remedy: str):
         super().__init__(f"{what}: got {got!r}; allowed: {allowed}. {remedy}")
 
+    def __reduce__(self):
+        """Copied and pickled by the message alone: what was given may be anything."""
+        return _again, (type(self), *self.args)
+
 
 class Unsupported(InvalidArgument):
     """The inputs are valid, but no implementation here can run them; callers may go dense."""
+
+
+def _again(kind: type[InvalidArgument], text: str) -> InvalidArgument:
+    """An error with the message of another."""
+    return kind.__new__(kind, text)
 
 
 def check_type(what: str, value: object, kind: type, remedy: str) -> None:

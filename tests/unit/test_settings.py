@@ -1,9 +1,11 @@
 """Settings: what is refused, and that the refusal helps."""
 
+import copy
 import math
+import pickle
 
 import pytest
-from fgattn import InvalidArgument, Settings
+from fgattn import InvalidArgument, Settings, TokenLayout, Unsupported
 from fgattn.settings import TILE_KEYS, TILE_QUERIES, Policy, parse_blocks, ranges
 from hypothesis import given
 from hypothesis import strategies as st
@@ -161,3 +163,19 @@ def test_block_list_rejects_garbage(text, part):
     assert str(caught.value) == message(
         "dense_blocks", part, RISING, "Separate them with commas, or leave the field empty."
     )
+
+
+@pytest.mark.parametrize(
+    "again",
+    [copy.copy, copy.deepcopy, *(lambda x, p=p: pickle.loads(pickle.dumps(x, p)) for p in range(6))],
+    ids=["copy", "deepcopy", *(f"pickle {p}" for p in range(6))],
+)
+def test_copies(again):
+    """Of what the user chose, and of errors, whatever was given: a queue between processes keeps them."""
+    for chosen in (Settings(threshold=0.5, order="hilbert"), Policy(dense_blocks=frozenset({1, 3}))):
+        assert again(chosen) == chosen
+    assert again(TokenLayout((2, 3, 4), front=5)).length == 29
+    for kind in (InvalidArgument, Unsupported):
+        error = kind("tile_keys", (x for x in "no copy"), "1, 2", "Use 1.")
+        copied = again(error)
+        assert type(copied) is kind and str(copied) == str(error) and copied.args == error.args
