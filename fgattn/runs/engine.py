@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -94,8 +94,6 @@ class Engine:
         """
         self._close()
         self.last_report = self.last_maps = None  # nothing of an earlier run, should this fail
-        sigmas = tuple(sigmas)
-        final = self.policy.final_dense_steps if sigmas and sigmas[-1] == 0 else 0
         compile_log.start()
         try:
             with self.scope():
@@ -106,11 +104,11 @@ class Engine:
                     sliders=[(0, self.settings.threshold, self.policy.warmup_steps)],
                 )
                 self.run = Run(
-                    sigmas=sigmas,
+                    sigmas=tuple(sigmas),
                     full_noise=full_noise,
                     settings=self.settings,
                     policy=self.policy,
-                    final=final,
+                    final=self.policy.final_dense_steps if sigmas and sigmas[-1] == 0 else 0,
                     stats=stats,
                     answer=registry.on_device(device, self.settings),
                     plans=PlanStore(self.policy.reuse_steps, self.policy.reuse_memory_mb * 10**6),
@@ -144,8 +142,7 @@ class Engine:
             InvalidArgument: for values that the settings do not take.
         """
         moved = (replace(self.settings, threshold=threshold), replace(self.policy, warmup_steps=warmup_steps))
-        run = self.run
-        if run:
+        if run := self.run:
             run.moved = moved
         return run is not None
 
@@ -181,6 +178,15 @@ class Engine:
         """Count a call that is left to dense attention before it gets here."""
         if self.run:
             self.run.stats.calls[reason] += 1
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Around what must not cost the render: after a failure in it the run is dense."""
+        try:
+            yield
+        except Exception as error:
+            if run := self.run:
+                self._failed(run, error)
 
     def remark(self, text: str) -> None:
         """Note something that the user should know about this run, once."""
@@ -251,31 +257,34 @@ class Engine:
                 out = self._sparse(run, call, answer, at)
             run.stats.calls[Reason(Outcome.SPARSE)] += 1
             return out
-        except self._passthrough:
-            run.plans.clear()
-            raise
         except Exception as error:
             return self._failed(run, error)
 
-    def _dense(
-        self, run: Run, at: CallPlace, reason: Reason, dense: Callable[[], torch.Tensor]
-    ) -> torch.Tensor:
+    def _dense(self, run: Run, at: CallPlace, reason: Reason, dense: Callable) -> torch.Tensor:
         """A dense call; one that could run sparse, but shall not, is timed to compare with."""
         run.stats.calls[reason] += 1
         run.watch.dense(at, reason)
         if not reason.outcome.could_run:
             return dense()
-        start = run.stats.clock.mark()
+        start = None
+        with self.guarded():
+            start = run.stats.clock.mark()
         out = dense()
-        run.stats.timed(run.step, False, [(start, start, run.stats.clock.mark())])
+        with self.guarded():
+            if start is not None:
+                run.stats.timed(run.step, False, [(start, start, run.stats.clock.mark())])
         return out
 
     def _failed(self, run: Run, error: Exception) -> Reason:
-        """Note a failure, after which the run is dense."""
+        """Note a failure, after which the run is dense; what fails then again is not said again."""
         run.plans.clear()
-        run.stats.failure = f"{type(error).__name__}: {error}"
-        log.exception("FG-Attn failed; the rest of this run is dense")
-        self._notify(f"dense: {run.stats.failure}")
+        if isinstance(error, self._passthrough):
+            raise error
+        if not run.stats.failure:
+            run.stats.failure = f"{type(error).__name__}: {error}"
+            log.exception("FG-Attn failed; the rest of this run is dense")
+            with contextlib.suppress(Exception):
+                self._notify(f"dense: {run.stats.failure}")
         return Reason(Outcome.FAILED)
 
     def _sparse(self, run: Run, call: Call, answer: Eligible, at: CallPlace) -> torch.Tensor:

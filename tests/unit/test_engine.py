@@ -419,6 +419,40 @@ def test_interrupts_pass(monkeypatch, caplog):
     assert one.end_run().failure is None
 
 
+def failing(*_, **__):
+    raise RuntimeError("out of luck")
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1], ids=["sparse", "dense"])
+def test_an_engine_that_cannot_tell_goes_on(warmup_steps, monkeypatch):
+    """Who is told of a failure may fail, too; nor is a time that cannot be taken worth a render."""
+    one = engine(Policy(warmup_steps=warmup_steps), notify=failing)
+    one.begin_run(falling(8), True, CPU)
+    one.begin_evaluation(1.0)
+    monkeypatch.setattr("fgattn.runs.clock.Clock.mark", failing)
+    assert not call(one) and not call(one)
+    monkeypatch.undo()
+    report = one.end_run()
+    assert report.failure == "RuntimeError: out of luck" and sum(report.calls.values()) == 2
+
+
+def test_what_is_guarded_costs_the_run_its_sparse_calls_only(caplog):
+    """Said once, however often it fails; what must reach the caller does; without a run nothing happens."""
+    one = engine(passthrough=(KeyError,))
+    with one.guarded():
+        failing()
+    one.begin_run(falling(4), True, CPU)
+    assert call(one)
+    for _ in range(3):
+        with one.guarded():
+            failing()
+    with pytest.raises(KeyError), one.guarded():
+        raise KeyError
+    assert not call(one) and len(caplog.records) == 1
+    assert by_text(one.end_run()) == {"sparse": 1, "after an error": 1}
+    assert ran_sparse(one, falling(2)) == [True, True]
+
+
 def test_dense_failures_are_not_ours():
     """What the model's own attention raises reaches the caller."""
     one = engine(Policy(warmup_steps=1))
