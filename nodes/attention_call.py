@@ -59,12 +59,17 @@ class AttentionCall:
     def tensors_by_head(self) -> tuple[torch.Tensor, ...]:
         """q, k, v [B, H, L, D]."""
         tensors = self._tensors()
-        return tensors if self.options["skip_reshape"] else tuple(self._split(x) for x in tensors)
+        if self.options["skip_reshape"]:
+            return tensors
+        size = tensors[0].shape[2] // self.heads  # k and v may have fewer heads than q
+        return tuple(rearrange(x, "b l (h d) -> b h l d", d=size) for x in tensors)
 
     def dense_by_head(self, previous: Callable | None) -> torch.Tensor:
         """As `dense`, [B, H, L, D]."""
         out = self.dense(previous)
-        return out if self.options["skip_output_reshape"] else self._split(out)
+        if self.options["skip_output_reshape"]:
+            return out
+        return rearrange(out, "b l (h d) -> b h l d", h=self.heads)
 
     def as_asked(self, out: torch.Tensor) -> torch.Tensor:
         """An output [B, H, L, D] as ComfyUI wants it."""
@@ -105,9 +110,6 @@ class AttentionCall:
 
     def _tensors(self) -> tuple[torch.Tensor, ...]:
         return tuple(x.peek() for x in self.inputs) if self.contained else self.inputs
-
-    def _split(self, x: torch.Tensor) -> torch.Tensor:
-        return rearrange(x, "b l (h d) -> b h l d", h=self.heads)
 
 
 def _asking() -> dict[str, Any]:

@@ -313,6 +313,31 @@ def test_call_layouts(pack, wan, patched, skip_reshape, skip_output_reshape):
     assert by_text(patch.engine.end_run()) == {"sparse": 1}
 
 
+@pytest.mark.parametrize("skip_reshape", [False, True], ids=["fused", "split"])
+def test_grouped_heads_are_declined(pack, wan, patched, skip_reshape):
+    """Fewer key heads than query heads, in both layouts: that call is dense, and no failure."""
+    model = patched(wan)
+    engine = sys.modules["fgattn_pack.nodes.patch"].patch_of(model).engine
+    engine.begin_run([1.0, 0.0], False, torch.device("cpu"))
+    q, k, v = (torch.randn(1, heads, 288, 64) for heads in (6, 2, 2))
+    repeated = (q, *(x.repeat_interleave(3, 1) for x in (k, v)))
+    expected = torch.nn.functional.scaled_dot_product_attention(*repeated).transpose(1, 2).flatten(2)
+    asked = []
+
+    def backend(q, k, v, heads, **options):
+        asked.append((q.shape, k.shape, options["enable_gqa"], options["skip_reshape"]))
+        return expected
+
+    given = (q, k, v) if skip_reshape else tuple(x.transpose(1, 2).flatten(2) for x in (q, k, v))
+    options = model.model_options["transformer_options"]
+    got = slot(model)(
+        backend, *given, heads=6, enable_gqa=True, skip_reshape=skip_reshape, transformer_options=options
+    )
+    assert torch.equal(got, expected) and asked == [(given[0].shape, given[1].shape, True, skip_reshape)]
+    report = engine.end_run()
+    assert by_text(report) == {"grouped heads (6 query heads, 2 key heads)": 1} and report.failure is None
+
+
 @pytest.mark.parametrize(
     ("reason", "mask"),
     [
