@@ -28,6 +28,7 @@ SIDES = {
     "QwenImageTransformer2DModel": "front",
     "MiniMaxH3Model": "front",
 }
+INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "module", "__wrapped__")  # where wrappers have their model
 MASKED = -1e4  # a bias below this removes a key
 NO_GRID = "this model's token grid is not known: sparse in raster order, without sinks"
 
@@ -38,17 +39,42 @@ class Video(NamedTuple):
     grid: tuple[int, int, int]  # (T, H, W)
     side: str  # where other tokens stand, "front" or "back"
     double_blocks: int  # blocks that are counted before the single ones
+    guide_frames: int = 0  # at the end of the grid; the model may leave out tokens of these
 
 
-def video_of(diffusion_model, latent_shape) -> Video | None:
-    """Video tokens of a model for a latent [B, C, T, H, W] or [B, C, H, W]; None for unknown models."""
-    known = [c.__name__ for c in type(diffusion_model).__mro__ if c.__name__ in SIDES]
+def video_of(diffusion_model, latent_shape, guide_tokens: int = 0) -> Video | None:
+    """Video tokens of a model for a latent [B, C, T, H, W] or [B, C, H, W]; None for unknown models.
+
+    Args:
+        diffusion_model: as ComfyUI calls it; may be inside wrappers, such as that of torch.compile.
+        guide_tokens: that stand for guides of LTX models, at the end of the latent.
+    """
+    diffusion_model = unwrapped(diffusion_model)
+    known = _known(diffusion_model)
     patch = _patch_size(diffusion_model) if known else None
     if patch is None or len(latent_shape) not in (4, 5):
         return None
     sizes = (1, *latent_shape[2:])[-3:]
     t, h, w = (-(-int(n) // p) for n, p in zip(sizes, patch, strict=True))
-    return Video((t, h, w), SIDES[known[0]], len(getattr(diffusion_model, "double_blocks", ())))
+    blocks = len(getattr(diffusion_model, "double_blocks", ()))
+    return Video((t, h, w), SIDES[known[0]], blocks, guide_tokens // (h * w))
+
+
+def unwrapped(model):
+    """The model inside all wrappers; the outermost known one."""
+    seen: list = []
+    while not _known(model):
+        seen.append(model)
+        inner = next((x for name in INSIDE if (x := getattr(model, name, None)) is not None), None)
+        if inner is None or any(inner is one for one in seen):
+            break
+        model = inner
+    return model
+
+
+def _known(model) -> list[str]:
+    """Names of the classes in SIDES that a model is of, the nearest first."""
+    return [c.__name__ for c in type(model).__mro__ if c.__name__ in SIDES]
 
 
 def call_layout(
@@ -69,8 +95,10 @@ def call_layout(
         return TokenLayout.flat(query_length)
     grid = options.get("grid_sizes")
     grid = video.grid if grid is None else tuple(int(n) for n in grid)
+    if query_length < math.prod(grid):  # guides on a smaller grid: what is kept of them stands behind
+        grid = (grid[0] - video.guide_frames, *grid[1:])
     others = query_length - math.prod(grid)
-    if others < 0:
+    if others < 0 or not grid[0]:
         return Reason(Outcome.OTHER_TOKENS)
     if others > math.prod(grid):
         return Reason(

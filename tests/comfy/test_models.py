@@ -329,13 +329,14 @@ def evaluate(pack):
         class Executor:
             class_obj = SimpleNamespace(diffusion_model=family.model)
 
-            def __call__(self, x, t, *_, transformer_options, latent_shapes=None):
+            def __call__(self, x, t, *_, transformer_options, latent_shapes=None, **conditions):
                 x = unpack_latents(x, latent_shapes) if latent_shapes else x
-                out = family.model(x, t, transformer_options=transformer_options, **family.made)
+                out = family.model(x, t, transformer_options=transformer_options, **conditions)
                 return pack_latents(out)[0] if latent_shapes else out
 
         args = (family.x if x is None else x), torch.ones(1)
-        rest = {"transformer_options": options} | ({"latent_shapes": family.shapes} if family.shapes else {})
+        rest = {"transformer_options": options, **family.made}
+        rest |= {"latent_shapes": family.shapes} if family.shapes else {}
         with torch.no_grad():
             if threshold is None:
                 return Executor()(*args, **rest), None
@@ -396,6 +397,34 @@ def test_the_grid_is_where_the_tokens_are(family, evaluate):
         assert padding == (7 - 4 if "attention_mask" in family.inputs and family.front else 0)
         changed = (first != second).any(-1).any(1)[0].nonzero().flatten().tolist()
         assert changed == [family.front + (place[0] * h + place[1]) * w + place[2]]
+
+
+def inside_module(model):
+    """A wrapper such as those that spread a model over devices: not known, its model is `module`."""
+    wrapper = torch.nn.Module()
+    wrapper.module, wrapper.forward = model, model.forward
+    return wrapper
+
+
+@pytest.mark.parametrize("name", ["HunyuanVideo", "Wan SCAIL"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: torch.compile(model, backend="eager"),
+        inside_module,
+        lambda model: inside_module(torch.compile(model, backend="eager")),
+    ],
+    ids=["compiled", "module", "both"],
+)
+def test_a_model_inside_wrappers(evaluate, name, wrap):
+    """It has the grid, sinks and block numbers that it has by itself, and the same output."""
+    family, plain, wrapped = ready(name), [], []
+    expected, _ = evaluate(family, threshold=1.0, record=plain)
+    family.model = wrap(family.model)
+    got, report = evaluate(family, threshold=1.0, record=wrapped)
+    places = [[(str(call["layout"]), call["block"]) for _, call in calls] for calls in (plain, wrapped)]
+    assert places[0] == places[1] and (family.front, family.back) != (0, 0)
+    assert torch.equal(got, expected) and not report.remarks
 
 
 def test_wan_animate_2_with_a_pose(evaluate):

@@ -183,6 +183,27 @@ def test_compiled_model(wan, same, first):
     assert same(wan, change, first=first, steps=2)["sparse"] == 2 * BLOCKS
 
 
+@pytest.mark.parametrize(
+    "keys", [["diffusion_model"], ["diffusion_model.blocks.0"]], ids=["whole", "a block"]
+)
+def test_a_compiled_model_does_not_depend_on_the_order_of_nodes(wan, sample, patched, report, keys):
+    """Where the grid shows: compiled before or after our node, the same bits as not compiled."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    def change(model):
+        model = model.clone()
+        set_torch_compile_wrapper(model, backend="eager", keys=keys)
+        return model
+
+    plain, before, after = patched(wan), patched(change(wan)), change(patched(wan))
+    wanted = sample(plain, steps=2)
+    assert not torch.equal(sample(patched(wan, order="raster"), steps=2), wanted)
+    for model in (before, after):
+        assert torch.equal(sample(model, steps=2), wanted)
+        assert by_text(report(model)) == by_text(report(plain)) and not report(model).remarks
+        assert report(model).density == report(plain).density
+
+
 def test_many_short_runs_leave_nothing_behind(wan, sample, patched):
     """500 runs in turn of two patched clones: no growth of objects, wrappers or the override chain."""
     models = [patched(wan, threshold=t) for t in (0.5, 2.0)]
