@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 import weakref
+from collections.abc import Callable
 
 import torch
 
@@ -21,10 +22,17 @@ class Override:
         thread: of this thread's model evaluation: `video`, its token grid; `mask`, the last one that was read
             and what it means; `inside`, whether a call is on its way already.
         previous: the override that was there, or None; it gets the calls that are left dense.
+        outside: called where a call comes while the engine has no run.
     """
 
-    def __init__(self, engine: Engine, thread: threading.local, previous):
-        self.engine, self.thread, self.previous = engine, thread, previous
+    def __init__(
+        self, engine: Engine, thread: threading.local, previous, outside: Callable[[], None] = lambda: None
+    ):
+        self.engine, self.thread, self.previous, self.outside = engine, thread, previous, outside
+
+    def __deepcopy__(self, memo) -> "Override":
+        """Copies of a model share its engine, as clones do."""
+        return self
 
     @torch.compiler.disable
     def __call__(self, func, q, k, v, heads, *args, **kwargs):
@@ -41,10 +49,18 @@ class Override:
         thread = self.thread
         if getattr(thread, "inside", False):  # reached through a foreign override
             return call.dense(self.previous)
+        if self.engine.run is None:
+            self.outside()
+            return call.dense(self.previous)
         thread.inside = True
         try:
             video = getattr(thread, "video", None)
-            layout = self._layout(call, video)
+            block = branch = None
+            layout: TokenLayout | Reason = Reason(Outcome.FAILED)
+            with self.engine.guarded():
+                block = call_block(call.transformer_options, video)
+                branch = call_branch(call.transformer_options)
+                layout = self._layout(call, video)
             if isinstance(layout, Reason):
                 self.engine.decline(layout)
                 return call.dense(self.previous)
@@ -54,8 +70,8 @@ class Override:
                 call.tensors_by_head,
                 layout=layout,
                 dense=lambda: call.dense_by_head(self.previous),
-                block=call_block(call.transformer_options, video),
-                branch=call_branch(call.transformer_options),
+                block=block,
+                branch=branch,
                 scale=call.options.get("scale"),
             )
             call.let_go()

@@ -31,14 +31,23 @@ BOTH_SPARSE = (
     "and with MiniMax-H3 all of them"
 )
 FULL_NOISE_PERCENT = 0.02  # a run that starts within this part of the schedule starts at full noise
+NO_RUN = "no run yet"
+NO_REPORT = "the last run has no report, see the log"
+SECOND = (
+    "not in force: this is the second model of a guider, which samples it in the run of its first one; "
+    "only the first model's FG-Attn node counts"
+)
 log = logging.getLogger("fgattn")
 
 
 class Patch:
-    """One FG-Attn node's hold on a model; its clones share it.
+    """One FG-Attn node's hold on a model; its clones and copies share it.
 
     Args:
         live_sliders: the page may change threshold and warm-up of a run that is going on.
+
+    Attributes:
+        without_run: why there is no report, where there is none.
     """
 
     def __init__(
@@ -54,31 +63,42 @@ class Patch:
         )
         self.live = Live(node_id, self.engine.so_far)
         self.thread = threading.local()  # of this thread's evaluation, see Override; sampling may use several
+        self.without_run = NO_RUN
+        self._sampling = 0  # runs that are going on, also those in which the engine could not start
         self._sigma = None  # the tensor that was read last
+
+    def __deepcopy__(self, memo) -> "Patch":
+        return self
 
     def install(self, model):
         """A clone of the model with this patch; one that is already there is replaced."""
         model = model.clone()
         for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL):
             model.remove_wrappers_with_key(kind, KEY)
-        model.remove_callbacks_with_key(CallbacksMP.ON_DETACH, KEY)
-        model.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, self.unloaded)
+        for kind, callback in (
+            (CallbacksMP.ON_DETACH, self.unloaded),
+            (CallbacksMP.ON_PRE_RUN, self.prepared),
+        ):
+            model.remove_callbacks_with_key(kind, KEY)
+            model.add_callback_with_key(kind, KEY, callback)
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.outer_sample)
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.apply_model)
         options = model.model_options["transformer_options"]
         previous = options.get(SLOT)
         while isinstance(previous, Override):
             previous = previous.previous
-        model.model_options["transformer_options"] = {
-            **options,
-            SLOT: Override(self.engine, self.thread, previous),
-        }
+        model.model_options["transformer_options"] = {**options, SLOT: self._override(previous)}
         return model
+
+    def _override(self, previous) -> Override:
+        return Override(self.engine, self.thread, previous, self.used_outside)
 
     def outer_sample(self, executor, *args, **kwargs):
         """Around one sampling run: args[3] is its schedule."""
-        patcher = executor.class_obj.model_patcher
+        self._sampling += 1
+        self.without_run = NO_RUN
         try:
+            patcher = executor.class_obj.model_patcher
             sigmas = args[3].tolist()
             first = patcher.get_model_object("model_sampling").percent_to_sigma(FULL_NOISE_PERCENT)
             self.engine.begin_run(sigmas, bool(sigmas) and sigmas[0] >= float(first), patcher.load_device)
@@ -96,32 +116,51 @@ class Patch:
             state = "interrupted" if stopped else "failed"
             raise
         finally:
+            self._sampling -= 1
             self._sigma = None
             try:
                 if report := self.engine.end_run():
-                    show(self.node_id, headline(report))
                     self.live.end(report, state)
+                    show(self.node_id, headline(report))
             except Exception:
                 self._lost("could not read its statistics")
 
     def apply_model(self, executor, *args, **kwargs):
         """Around one model evaluation (apply_model's arguments): finds the step, takes the slot."""
-        options = kwargs.get("transformer_options") or args[5]
-        sigma = options.get("sigmas")
-        if sigma is not None and sigma is not self._sigma:
-            self._sigma = sigma
-            self.engine.begin_evaluation(float(sigma.max()))
-            self.live.update()
-        current = options.get(SLOT)
-        if not (isinstance(current, Override) and current.engine is self.engine):
-            options[SLOT] = Override(self.engine, self.thread, current)
-        shape = (kwargs.get("latent_shapes") or [args[0].shape])[0]  # video first, where there is audio too
-        self.thread.video = video_of(executor.class_obj.diffusion_model, shape)
-        self.thread.mask = None
+        self.thread.video = self.thread.mask = None
+        with self.engine.guarded():
+            options = kwargs.get("transformer_options") or args[5]
+            current = options.get(SLOT)
+            if not (isinstance(current, Override) and current.engine is self.engine):
+                options[SLOT] = self._override(current)
+            sigma = options.get("sigmas")
+            if sigma is not None and sigma is not self._sigma:
+                self._sigma = sigma
+                self.engine.begin_evaluation(float(sigma.max()))
+                self.live.update()
+            shape = (kwargs.get("latent_shapes") or [args[0].shape])[0]  # video first, before audio
+            guides = kwargs.get("keyframe_idxs")  # [B, 3, tokens, ...] of LTX models
+            self.thread.video = video_of(
+                executor.class_obj.diffusion_model, shape, 0 if guides is None else guides.shape[2]
+            )
         try:
             return executor(*args, **kwargs)
         finally:
             self.thread.mask = None
+
+    def prepared(self, patcher) -> None:
+        """ComfyUI is about to sample the model: in a run of ours that has begun, or in another's."""
+        if not self._sampling:
+            self.without_run = NO_RUN  # so that it is said once in each of them
+            self.used_outside()
+
+    def used_outside(self) -> None:
+        """The model is sampled or called in a run that may be none of ours: then the node says so, once."""
+        if self._sampling or self.without_run == SECOND:
+            return
+        self.without_run = SECOND
+        self.engine.last_report = self.engine.last_maps = None  # of an earlier run
+        show(self.node_id, SECOND)
 
     def unloaded(self, patcher, unpatch_all: bool) -> None:
         """ComfyUI takes the model off its device."""
@@ -129,6 +168,7 @@ class Patch:
 
     def _lost(self, what: str) -> None:
         log.exception("FG-Attn %s; this run is dense or unreported", what)
+        self.without_run = NO_REPORT
         show(self.node_id, f"FG-Attn {what}, see the log")
 
 

@@ -331,6 +331,7 @@ def evaluate(pack):
 
             def __call__(self, x, t, *_, transformer_options, latent_shapes=None, **conditions):
                 x = unpack_latents(x, latent_shapes) if latent_shapes else x
+                t = conditions.pop("timestep", t)  # by token, where there are guides
                 out = family.model(x, t, transformer_options=transformer_options, **conditions)
                 return pack_latents(out)[0] if latent_shapes else out
 
@@ -425,6 +426,27 @@ def test_a_model_inside_wrappers(evaluate, name, wrap):
     places = [[(str(call["layout"]), call["block"]) for _, call in calls] for calls in (plain, wrapped)]
     assert places[0] == places[1] and (family.front, family.back) != (0, 0)
     assert torch.equal(got, expected) and not report.remarks
+
+
+@pytest.mark.parametrize("dropped", [0, 36, 48], ids=["same grid", "smaller grid", "none of them is left"])
+@pytest.mark.parametrize("name", ["LTXV", "LTX-2, video of video and audio"])
+def test_ltx_guides(evaluate, name, dropped):
+    """The last frame is a guide. On a smaller grid the model keeps some of its tokens: these are sinks."""
+    family = ready(name)
+    family.made["keyframe_idxs"] = torch.rand(1, 3, 48, 2) * 8
+    mask = torch.ones(1, 1, 3, 48)
+    mask[..., 2, 48 - dropped :] = -1
+    family.made |= {"denoise_mask": mask.view(1, 1, 3, 6, 8), "timestep": torch.ones(1, 3 * 48)}
+    if "audio" in family.inputs:
+        family.made["timestep"] = family.made["timestep"], torch.ones(1, 5)
+    record = []
+    got, report = evaluate(family, threshold=0.0, record=record)
+    assert by_text(report)["sparse"] == 2 and not report.remarks
+    layout = record[0][1]["layout"]
+    assert (layout.grid, layout.back) == (((2, 6, 8), 48 - dropped) if dropped else ((3, 6, 8), 0))
+    expected, _ = evaluate(family)
+    assert ((got - expected).norm() / expected.norm()).item() < 1e-4
+    assert evaluate(family, threshold=8.0)[0].isfinite().all()
 
 
 def test_wan_animate_2_with_a_pose(evaluate):
