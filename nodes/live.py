@@ -10,7 +10,7 @@ from collections.abc import Callable
 from ..fgattn.runs.reports import RunReport
 from ..fgattn.show.snapshot import State, snapshot
 from .recent import RECENT
-from .status import prompt_server, tell
+from .status import page_of, prompt_server, tell
 
 log = logging.getLogger("fgattn")
 EVENT = "fgattn.progress"
@@ -54,7 +54,7 @@ class Live:
         """Send a snapshot to the client of the running prompt; a failure is logged, and ends the updates."""
         try:
             server = prompt_server()
-            client = getattr(server, "client_id", None)
+            client = page_of(server)
             if self._node_id is None or client is None or self._broken:
                 return
             if report := read():

@@ -1,8 +1,6 @@
 """The node "FG-Attn Map": keys of one tile of queries over the video, and density by block and head."""
 
-import numpy as np
-import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from PIL import Image
 
 from ..fgattn.errors import InvalidArgument
@@ -11,7 +9,8 @@ from ..fgattn.show import map_chart
 from ..fgattn.show.palette import BACKGROUND
 from ..fgattn.show.text import describe, percent
 from .patch import patch_of
-from .status import show
+from .pictures import BLANK, guarded, preview, tensor
+from .status import own_id, show
 
 
 class FGAttnMap(io.ComfyNode):
@@ -111,31 +110,29 @@ class FGAttnMap(io.ComfyNode):
         if latent is not None:
             return []
         if patch := patch_of(model):
-            patch.engine.watch_tile(cls.hidden.unique_id, (frame, row, column))
+            patch.engine.watch_tile(own_id(cls) or "", (frame, row, column))
         return ["latent"]
 
     @classmethod
     def execute(
         cls, *, model, latent, block: int, head: int, step: int, frame: int = 0, row: int = 0, column: int = 0
     ) -> io.NodeOutput:
-        patch = patch_of(model)
-        text, *images = _draw(
-            patch and patch.engine, cls.hidden.unique_id, block, head, step - 1, (frame, row, column)
+        key, place = own_id(cls) or "", (frame, row, column)
+        text, *images = guarded(
+            lambda: _draw(patch_of(model), key, block, head, step - 1, place), lambda why: (why, BLANK, BLANK)
         )
-        show(cls.hidden.unique_id, text)
-        shown = ui.PreviewImage(_tensor(_stacked(*images)), cls=cls).as_dict()
-        shown |= ui.PreviewText(text).as_dict()
-        return io.NodeOutput(*map(_tensor, images), latent, ui=shown)
+        show(own_id(cls), text)
+        return io.NodeOutput(*map(tensor, images), latent, ui=preview(cls, _stacked(*images), text))
 
 
-def _draw(engine, key: str, block: int, head: int, step: int, place):
+def _draw(patch, key: str, block: int, head: int, step: int, place):
     """A line of text, the map at the key's place and the densities; words instead of what cannot be drawn."""
-    last, maps = (engine.last_report, engine.last_maps) if engine else (None, None)
+    last, maps = (patch.engine.last_report, patch.engine.last_maps) if patch else (None, None)
     if not last or not maps:
         text = (
             "this model does not come through FG-Attn"
-            if not engine
-            else "this model has no run yet"
+            if not patch
+            else patch.without_run
             if not last
             else "the last run left no maps, see the log"
         )
@@ -173,8 +170,3 @@ def _stacked(above: Image.Image, below: Image.Image) -> Image.Image:
     both.paste(above, (0, 0))
     both.paste(below, (0, above.height))
     return both
-
-
-def _tensor(image: Image.Image) -> torch.Tensor:
-    """[1, height, width, 3], as ComfyUI has images."""
-    return torch.from_numpy(np.asarray(image.convert("RGB"), np.float32) / 255)[None]

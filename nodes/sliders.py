@@ -4,7 +4,7 @@ import contextlib
 
 from ..fgattn.errors import InvalidArgument
 from ..fgattn.runs.engine import Engine
-from .status import prompt_server
+from .status import page_of, prompt_server
 
 ROUTE = "/fgattn/sliders"
 FIELDS = {"client", "node", "threshold", "warmup_steps"}
@@ -20,7 +20,7 @@ class Sliders:
     @contextlib.contextmanager
     def during(self, node_id: str | None, engine: Engine):
         """While a node samples; without a page nobody can move its sliders."""
-        page = getattr(prompt_server(), "client_id", None)
+        page = page_of(prompt_server())
         if page is None or node_id is None:
             yield
             return

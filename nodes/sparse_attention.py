@@ -10,6 +10,7 @@ from ..fgattn.errors import InvalidArgument
 from ..fgattn.methods import METHOD_NAMES, check
 from ..fgattn.settings import ORDERS, TILE_KEYS, TILE_QUERIES, Policy, Settings, parse_blocks
 from .patch import Patch
+from .status import own_id
 
 READ: dict[str, Callable[[Any], Any]] = {
     "tile_queries": int,
@@ -200,7 +201,7 @@ class FGAttnPatch(io.ComfyNode):
     def execute(cls, model, live: bool = False, **inputs) -> io.NodeOutput:
         """Inputs that the page leaves out have the defaults of Settings and Policy."""
         settings, policy = chosen(inputs)
-        return io.NodeOutput(Patch(settings, policy, cls.hidden.unique_id, live).install(model))
+        return io.NodeOutput(Patch(settings, policy, own_id(cls), live).install(model))
 
 
 def chosen(inputs: dict[str, Any]) -> tuple[Settings, Policy]:

@@ -1,6 +1,8 @@
-"""Text on a node while the graph runs, without JavaScript."""
+"""Text on a node while the graph runs, without JavaScript. Nothing here raises, so no render is lost."""
 
+import functools
 import logging
+from typing import Any
 
 log = logging.getLogger("fgattn")
 
@@ -13,9 +15,14 @@ def show(node_id: str | None, text: str) -> None:
 
 def tell(node_id: str | None, text: str) -> None:
     """Show text on the node, in the page that queued the prompt; others have other nodes with its id."""
-    client = getattr(prompt_server(), "client_id", None)
-    if node_id is not None and client is not None:
-        prompt_server().send_progress_text(text, node_id, sid=client)
+    server = prompt_server()
+    client = page_of(server)
+    if node_id is None or client is None:
+        return
+    try:
+        server.send_progress_text(text, node_id, sid=client)
+    except Exception as error:
+        _cannot(f"{type(error).__name__}: {error}")
 
 
 def prompt_server():
@@ -24,5 +31,25 @@ def prompt_server():
         from server import PromptServer
 
         return PromptServer.instance
-    except (ImportError, AttributeError):
+    except Exception:
         return None
+
+
+def page_of(server) -> str | None:
+    """The page that queued the prompt, as a server knows it; None without a page."""
+    try:
+        page = server.client_id
+    except Exception:
+        return None
+    return page if isinstance(page, str) else None
+
+
+def own_id(node: Any) -> str | None:
+    """The id that a node has in the graph; None where a script calls it."""
+    return getattr(node.hidden, "unique_id", None)
+
+
+@functools.lru_cache(maxsize=16)
+def _cannot(why: str) -> None:
+    """Once for each reason: a run says many things."""
+    log.warning("FG-Attn cannot show text on its nodes: %s", why)

@@ -1,13 +1,12 @@
 """The node "FG-Attn Timing": what the patched models did in their last run."""
 
-import numpy as np
-import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..fgattn.show import chart
 from ..fgattn.show import text as report
 from .patch import patch_of
-from .status import show
+from .pictures import BLANK, guarded, preview, tensor
+from .status import own_id, show
 
 
 class FGAttnTiming(io.ComfyNode):
@@ -40,23 +39,27 @@ class FGAttnTiming(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent, model_2=None) -> io.NodeOutput:
-        reports, texts = [], []
-        shown: list[str] = []
         models = [m for m in (model, model_2) if m is not None]
-        for number, patched in enumerate(models, 1):
-            name = f"model {number}" if len(models) > 1 else "FG-Attn"
-            patch = patch_of(patched)
-            last = patch.engine.last_report if patch else None
-            if last:
-                reports.append((name, last))
-                body, short = report.text(last), report.summary(last)
-            else:
-                body = short = "no run yet" if patch else "no FG-Attn here"
-            before = f"{name}: " if len(models) > 1 else ""
-            texts.append(before + body)
-            shown += filter(None, (before + short).splitlines())
-        text = "\n\n".join(texts)
-        picture = torch.from_numpy(np.asarray(chart.draw(reports).convert("RGB"), np.float32) / 255)[None]
-        show(cls.hidden.unique_id, "\n\n".join(shown))  # the page folds single line breaks
-        both = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
-        return io.NodeOutput(latent, text, picture, ui=both)
+        text, shown, reports = guarded(lambda: _words(models), lambda why: (why, why, []))
+        picture = guarded(lambda: chart.draw(reports), lambda _: BLANK)
+        show(own_id(cls), shown)
+        return io.NodeOutput(latent, text, tensor(picture), ui=preview(cls, picture, text))
+
+
+def _words(models: list) -> tuple[str, str, list]:
+    """The whole text, a short one for the node, and the reports with their names."""
+    reports, texts = [], []
+    shown: list[str] = []
+    for number, patched in enumerate(models, 1):
+        name = f"model {number}" if len(models) > 1 else "FG-Attn"
+        patch = patch_of(patched)
+        last = patch.engine.last_report if patch else None
+        if last:
+            reports.append((name, last))
+            body, short = report.text(last), report.summary(last)
+        else:
+            body = short = patch.without_run if patch else "no FG-Attn here"
+        before = f"{name}: " if len(models) > 1 else ""
+        texts.append(before + body)
+        shown += filter(None, (before + short).splitlines())
+    return "\n\n".join(texts), "\n\n".join(shown), reports  # the page folds single line breaks

@@ -102,7 +102,7 @@ def test_what_has_no_map_is_said_in_words(wan, sample, patched, drawn, wrong, sa
 def test_dense_runs_and_no_runs(wan, sample, patched, drawn):
     """Why there is nothing to see."""
     model = patched(wan, min_tokens=10_000)
-    assert drawn(model)[0] == "this model has no run yet"
+    assert drawn(model)[0] == "no run yet"
     assert "no map. fewer than 10000 tokens" in drawn(model, sample)[0]
     assert "does not come through FG-Attn" in drawn(wan)[0]
 
