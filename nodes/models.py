@@ -65,11 +65,18 @@ def unwrapped(model):
     seen: list = []
     while not _known(model):
         seen.append(model)
-        inner = next((x for name in INSIDE if (x := getattr(model, name, None)) is not None), None)
+        inner = _inside(model)
         if inner is None or any(inner is one for one in seen):
             break
         model = inner
     return model
+
+
+def _inside(model):
+    """What a wrapper wraps, under a usual name or as its only part; None where the model is no wrapper."""
+    named = [inner for name in INSIDE if (inner := getattr(model, name, None)) is not None]
+    parts = list(model.children()) if isinstance(model, torch.nn.Module) else []
+    return named[0] if named else parts[0] if len(parts) == 1 else None
 
 
 def _known(model) -> list[str]:
