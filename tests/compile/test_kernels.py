@@ -10,7 +10,7 @@ from fgattn.backends import hopper, selftest
 from fgattn.backends import triton as portable
 from fgattn.backends.shared import plan_table
 from fgattn.backends.shared.available import HEAD_DIMS
-from fgattn.backends.shared.plan_table import PLAN_TABLE
+from fgattn.backends.shared.plan_table import PLAN_TABLE, amd_generation, plan_launch_of
 from fgattn.backends.triton.launch_table import TABLE, launch_for
 from fgattn.call import Call
 
@@ -34,7 +34,10 @@ summarise = pytest.importorskip("fgattn.backends.shared.summarise")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.fail("interpreted kernels cannot be compiled: run tests/compile without TRITON_INTERPRET")
 
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block's share, CUDA programming guide
+NVIDIA_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block's share, CUDA programming guide
+AMD_WAVE = {"gfx90a": 64, "gfx942": 64, "gfx1030": 32, "gfx1100": 32, "gfx1201": 32}
+AMD_KIB = 64  # of local data share for a work-group
+ARCHS = [*NVIDIA_KIB, *AMD_WAVE]
 TYPES = {
     **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
     **dict.fromkeys(("lists", "listed", "entries", "query_rows", "key_rows"), "*i32"),
@@ -50,7 +53,6 @@ TYPES = {
     **dict.fromkeys(("lse", "limits", "totals", "weights"), "*fp32"),
 }
 BOXES = ("k_flat", "k_wide", "k_deep", "v_flat", "v_wide", "v_deep")  # tensor maps of the attention kernel
-ROWS = sorted(TABLE)
 NO_DEVICES = itertools.count(1000)
 
 
@@ -81,30 +83,47 @@ def compiled(kernel, arch, constants, types=(), **options):
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     make = gluon.GluonASTSource if kernel.is_gluon() else triton.compiler.ASTSource
     source = make(kernel, signature, constexprs=places, attrs=aligned)
-    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
+    backend, wave = ("hip", AMD_WAVE[arch]) if arch in AMD_WAVE else ("cuda", 32)
+    target = triton.backends.compiler.GPUTarget(backend, arch, wave)
     return triton.compile(source, target=target, options=options | prepared.ALWAYS)
+
+
+def generation_of(arch):
+    """The row of the launch tables that an architecture takes."""
+    return amd_generation(arch) if arch in AMD_WAVE else arch
 
 
 def check(made, arch, folder, programs=1, reloads=0):
     """Shared memory suffices for so many programs, and loops do not spill. Returns registers of a thread.
 
+    Of AMD's GPUs only shared memory is looked at here.
+
     What is spilled outside of loops, arguments mostly, costs nothing that can be measured. reloads: so many
     instructions of all loops together may reload, or store, what is spilled.
     """
+    if arch in AMD_WAVE:
+        assert made.metadata.shared <= AMD_KIB * 1024
+        return None
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(made.asm["cubin"])
     registers, stack = resources(cubin)
     spilled = spills_in_loops(cubin) if stack else []
-    assert programs * (made.metadata.shared + 1024) <= (SHARED_KIB[arch] + 1) * 1024
+    assert programs * (made.metadata.shared + 1024) <= (NVIDIA_KIB[arch] + 1) * 1024
     assert len(spilled) <= reloads, f"{made.name}: {registers} registers, {spilled}"
     return registers
 
 
 def test_table_is_complete():
     """Every GPU generation that can run the kernel, both head sizes, both tile heights."""
-    assert sorted(itertools.product(SHARED_KIB, HEAD_DIMS, (64, 128))) == ROWS
-    for launch in itertools.chain(*TABLE.values()):
-        assert launch.block_keys % 16 == 0 and launch.warps in (4, 8) and launch.stages >= 1
+    generations = {*map(generation_of, ARCHS), "xpu"}
+    assert set(itertools.product(generations, HEAD_DIMS, (64, 128))) == set(TABLE)
+    assert set(PLAN_TABLE) <= generations and {g for g in generations if isinstance(g, str)} <= set(
+        PLAN_TABLE
+    )
+    for (_, _, tile), row in TABLE.items():
+        assert tile // row.parts >= 16
+        for launch in (row.keys, row.cells):
+            assert launch.block_keys % 16 == 0 and launch.warps in (4, 8, 16) and launch.stages >= 1
 
 
 @pytest.mark.parametrize(
@@ -116,14 +135,42 @@ def test_unknown_gpu_takes_the_row_below(arch, row):
         assert launch_for(arch, dim, tile) == TABLE[row, dim, tile]
 
 
+@pytest.mark.parametrize(
+    ("name", "generation"),
+    [
+        ("gfx90a:sramecc+:xnack-", "cdna"),
+        ("gfx942", "cdna"),
+        ("gfx950", "cdna"),
+        ("gfx906", "rdna2"),
+        ("gfx1030", "rdna2"),
+        ("gfx1100", "rdna3"),
+        ("gfx1151", "rdna3"),
+        ("gfx1201", "rdna3"),
+        ("gfx1300", "rdna2"),
+    ],
+)
+def test_amd_is_known_by_its_architecture(name, generation, monkeypatch):
+    """ROCm's compute capability, 9.0 of gfx90a, is not NVIDIA's."""
+    properties = type("Properties", (), {"gcnArchName": name})
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    plan_table.generation.cache_clear()
+    assert plan_table.generation(torch.device("cuda", 0)) == generation
+    plan_table.generation.cache_clear()
+    assert plan_table.generation(torch.device("xpu", 0)) == "xpu"
+
+
 @pytest.mark.parametrize("unit", [1, 16], ids=["keys", "cells"])
-@pytest.mark.parametrize(("arch", "dim", "tile"), ROWS, ids=str)
+@pytest.mark.parametrize("tile", [64, 128])
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_attend_kernel(arch, dim, tile, unit, tmp_path):
     """A spill costs more than any setting of the table gains; too much shared memory does not launch.
 
     With the tail, which needs more of both.
     """
-    row = launch_for(arch, dim, tile)
+    row = launch_for(generation_of(arch), dim, tile)
     launch = row.keys if unit == 1 else row.cells
     made = compiled(
         attend_fwd.attend_kernel,
@@ -131,7 +178,8 @@ def test_attend_kernel(arch, dim, tile, unit, tmp_path):
         num_warps=launch.warps,
         num_stages=launch.stages,
         constants={
-            "TILE_QUERIES": tile,
+            "TILE_QUERIES": tile // row.parts,
+            "PARTS": row.parts,
             "BLOCK_KEYS": launch.block_keys,
             "UNIT": unit,
             "D": dim,
@@ -139,11 +187,16 @@ def test_attend_kernel(arch, dim, tile, unit, tmp_path):
         },
     )
     check(made, arch, tmp_path)
-    assert f"sm_{arch}" in made.asm["ptx"]
+    if arch not in AMD_WAVE:
+        assert f"sm_{arch}" in made.asm["ptx"]
+        return
+    assert arch in made.asm["amdgcn"]
+    if arch != "gfx1030":  # without matrix units any step spills
+        assert ".vgpr_spill_count: 0" in made.asm["amdgcn"]
 
 
 @pytest.mark.parametrize("unit", [1, 16])
-@pytest.mark.parametrize("arch", SHARED_KIB)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_list_kernel(arch, unit, tmp_path):
     """The list of every tile is made on the device."""
     constants = {
@@ -159,7 +212,7 @@ def test_list_kernel(arch, unit, tmp_path):
 
 
 @pytest.mark.parametrize("dim", HEAD_DIMS)
-@pytest.mark.parametrize("arch", SHARED_KIB)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_planning_kernels(arch, dim, tmp_path):
     """Summaries, selection and tail run with one setting on every GPU."""
     tiles = {
@@ -193,10 +246,10 @@ def test_planning_kernels(arch, dim, tmp_path):
 
 
 @pytest.mark.parametrize("dim", HEAD_DIMS)
-@pytest.mark.parametrize("arch", SHARED_KIB)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_selection_kernels(arch, dim, tmp_path):
     """Each GPU's settings: the passes over cells and over keys, and what makes slices of their words."""
-    launch = PLAN_TABLE[max(row for row in PLAN_TABLE if row <= arch)]
+    launch = plan_launch_of(generation_of(arch))
     block, keys = {"BLOCK_QUERY_CELLS": launch.query_cells, "D": dim}, {"BLOCK_KEYS": launch.keys}
     cells = {**block, "BLOCK_KEY_CELLS": launch.key_cells}
     slices = {"TILES": refine.SLICE_TILES, "WORDS": refine.SLICE_WORDS}
@@ -330,7 +383,7 @@ def compiles(monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     monkeypatch.setattr(triton.knobs.compilation, "listener", lambda src, **_: names.append(src.name))
     for module in (plan_table, attend_fwd):
-        monkeypatch.setattr(module, "capability", lambda device: 90)
+        monkeypatch.setattr(module, "generation", lambda device: 90)
     plan_table.plan_launch.cache_clear()
     yield names
     plan_table.plan_launch.cache_clear()

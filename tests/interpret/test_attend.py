@@ -6,6 +6,7 @@ import pytest
 import torch
 from fgattn import Settings, TokenLayout, attend, build_plan, plan_from_mask
 from fgattn.backends.hopper.boxes import octet_boxes
+from fgattn.backends.shared import plan_table
 from fgattn.settings import TILE_KEYS
 from makers import (
     CASES,
@@ -21,6 +22,9 @@ from makers import tensors as make
 
 launch = pytest.importorskip("fgattn.backends.shared.launch", reason="no Triton: nothing to interpret")
 key_lists = pytest.importorskip("fgattn.backends.shared.lists")
+planning = pytest.importorskip("fgattn.backends.shared.planning")
+refine = pytest.importorskip("fgattn.backends.shared.refine")
+attend_kernels = pytest.importorskip("fgattn.backends.triton.attend")
 
 LAYOUT = TokenLayout((2, 5, 9), front=3, back=5)  # 98 tokens
 LENGTH = LAYOUT.length
@@ -65,6 +69,22 @@ def test_head_size_128(n):
     """The size of the large video models."""
     q, k, v = make(1, LENGTH, dim=128, dtype=torch.float16)
     assert_kernel(q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=128, tile_keys=n), LAYOUT))
+
+
+@pytest.mark.parametrize("generation", ["cdna", "rdna2", "rdna3"])
+@pytest.mark.parametrize("n", [1, 16])
+def test_other_makers_settings(n, generation, monkeypatch):
+    """Smaller blocks of planning, and two programs that share a tile."""
+    plan_launch = plan_table.plan_launch_of(generation)
+    monkeypatch.setattr(planning, "plan_launch", lambda device: plan_launch)
+    monkeypatch.setattr(refine, "plan_launch", lambda device: plan_launch)
+    monkeypatch.setattr(attend_kernels, "generation", lambda device: generation)
+    q, k, v = make(1, 2 * LENGTH + 9, dim=128, dtype=torch.float16)
+    layout = TokenLayout((4, 5, 10), front=3, back=2)
+    settings = Settings(threshold=2.0, tile_queries=128, tile_keys=n)
+    plan = build_plan(q, k, settings, layout, impl="triton")
+    assert (plan.bits != build_plan(q, k, settings, layout, impl="torch").bits).float().mean() < 0.01
+    assert_kernel(q, k, v, plan)
 
 
 @pytest.mark.parametrize("has_tail", [False, True], ids=["no tail", "tail"])

@@ -239,6 +239,14 @@ def test_an_old_gpu_says_so(fresh, monkeypatch):
     )
 
 
+def test_intel_is_left_to_the_self_test(fresh, monkeypatch):
+    """Triton may run there: the kernels are tried, and a run takes them where they pass."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(selftest, "disagreement", lambda *_: None)
+    answer = registry.choose(on(torch.device("xpu", 0), a_call()), gain=True)
+    assert answer.text == "triton"
+
+
 def test_broken_triton_is_a_reason(fresh, monkeypatch):
     """Installed, but for another driver or torch: everything but the kernels still works."""
     pytest.importorskip("triton")

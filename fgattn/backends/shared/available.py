@@ -39,6 +39,8 @@ def missing() -> str | None:
 @functools.cache
 def device_reason(device: torch.device) -> str | None:
     """Why no Triton kernel can run on a device, or None."""
+    if device.type == "xpu":
+        return None  # Intel's: the self-test tells
     if device.type != "cuda":
         from .launch import IS_INTERPRETED
 

@@ -38,7 +38,7 @@ BACKEND = Backend(
     plan=_plan,
     tail=_tail,
     attend=_attend,
-    gains_on=lambda device: device.type == "cuda",
+    gains_on=lambda device: device.type in ("cuda", "xpu"),
     costs=lambda call: costs(call, SPEED),
     probe=lambda call: PROBE,
     compiling=available.compiling,

@@ -24,7 +24,7 @@ from ...plan import SparsePlan
 from ..base import Tail
 from ..shared.launch import COUNTS, LOG2_E, batch_and_head
 from ..shared.lists import Lists, execution_rows, scaled_tail
-from ..shared.plan_table import capability
+from ..shared.plan_table import generation
 from ..shared.prepared import launch_kernel
 from .launch_table import launch_for
 
@@ -109,15 +109,16 @@ def attend_kernel(
     query_cells,
     scale,
     TILE_QUERIES: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     UNIT: tl.constexpr,
     D: tl.constexpr,
     HAS_TAIL: tl.constexpr,
 ):
-    """Attention of one tile over its list, by the formula above.
+    """Attention of one of the PARTS of a tile over the tile's list, by the formula above.
 
-    Launched by `attend`. Grid: (tiles, heads of the launch); head `first_head` of all B * H comes
-    first.
+    Launched by `attend`. Grid: (tiles * PARTS, heads of the launch); head `first_head` of all B * H comes
+    first. TILE_QUERIES: of a part.
 
     Reads
         q: [B, H, L_q, D]; k, v: [B, H, L_k, D], the channels of a row next to each other.
@@ -130,11 +131,11 @@ def attend_kernel(
     Writes
         out: [B, H, L_q, D].
     """
-    tile = tl.program_id(0)
+    part = tl.program_id(0)
     own = tl.program_id(1)  # of the heads of the launch
     head = (first_head + own).to(tl.int64)
     b, h = batch_and_head(first_head + own, heads)
-    position = tile * TILE_QUERIES + tl.arange(0, TILE_QUERIES)
+    position = part * TILE_QUERIES + tl.arange(0, TILE_QUERIES)
     dim = tl.arange(0, D)
     exists = position < queries
     token = tl.load(query_rows + head * stride_queries + position, mask=exists, other=0).to(tl.int64)
@@ -146,7 +147,7 @@ def attend_kernel(
     k_base = k + b * stride_kb + h * stride_kh
     v_base = v + b * stride_vb + h * stride_vh
     key_rows += b * stride_rows_b
-    at = own.to(tl.int64) * tiles + tile
+    at = own.to(tl.int64) * tiles + part // PARTS
     count = tl.cdiv(tl.load(listed + at), UNIT)
     unit_list = lists + at * stride_list
 
@@ -200,12 +201,12 @@ def attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -
         q, scale = -q, -scale
     tail_out, tail_lse = scaled_tail(tail)
     lists, (tokens, stride_queries) = Lists(plan, batch, heads), execution_rows(plan, batch, heads)
-    row = launch_for(capability(q.device), dim, plan.tile_rows)
+    row = launch_for(generation(q.device), dim, plan.tile_rows)
     launch = row.keys if lists.unit == 1 else row.cells
     for b, first, launch_heads in lists.launches():
         launch_kernel(
             attend_kernel,
-            (tiles, launch_heads),
+            (tiles * row.parts, launch_heads),
             q,
             k,
             v,
@@ -229,7 +230,8 @@ def attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -
             tiles,
             -(-queries // CELL),
             scale,
-            TILE_QUERIES=plan.tile_rows,
+            TILE_QUERIES=plan.tile_rows // row.parts,
+            PARTS=row.parts,
             BLOCK_KEYS=launch.block_keys,
             UNIT=lists.unit,
             D=dim,

@@ -1,8 +1,10 @@
-"""Launch settings of the portable attention kernel, by GPU generation, head size and tile."""
+"""Launch settings of the portable attention kernel, by generation of GPUs, head size and tile."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from ..shared.plan_table import Generation
 
 
 class Launch(NamedTuple):
@@ -16,6 +18,7 @@ class Row(NamedTuple):
 
     keys: Launch
     cells: Launch
+    parts: int = 1  # programs that share the queries of a tile
 
 
 def _two_ahead(block_keys: int, warps: int) -> Row:
@@ -23,10 +26,17 @@ def _two_ahead(block_keys: int, warps: int) -> Row:
     return Row(Launch(block_keys, warps, 6), Launch(block_keys, warps, 3))
 
 
-# Keys: (compute capability, head size, tile rows).
+def _alike(launch: Launch, parts: int = 1) -> Row:
+    """The same settings whatever a list holds."""
+    return Row(launch, launch, parts)
+
+
+# Keys: (generation, head size, tile rows); a generation of NVIDIA's is the compute capability, for others see
+# `generation` in shared/plan_table.py.
 # sm_90: measured on one H100, see benchmarks/NOTES.md. The others are not measured: the largest step
-# that compiles without spills in a loop and within shared memory (tests/compile).
-TABLE: dict[tuple[int, int, int], Row] = {
+# that compiles without spills in a loop and within shared memory (tests/compile). RDNA 2 has no matrix
+# units, so that operands are fp32 there and registers spill whatever the step. For Intel nothing is compiled.
+TABLE: dict[tuple[Generation, int, int], Row] = {
     (80, 64, 64): _two_ahead(64, 4),
     (80, 64, 128): _two_ahead(64, 8),
     (80, 128, 64): _two_ahead(64, 8),
@@ -51,10 +61,29 @@ TABLE: dict[tuple[int, int, int], Row] = {
     (120, 64, 128): _two_ahead(64, 8),
     (120, 128, 64): _two_ahead(32, 8),
     (120, 128, 128): _two_ahead(32, 8),
+    ("cdna", 64, 64): _alike(Launch(64, 8, 2)),
+    ("cdna", 64, 128): _alike(Launch(64, 8, 2)),
+    ("cdna", 128, 64): _alike(Launch(64, 8, 2)),
+    ("cdna", 128, 128): _alike(Launch(64, 8, 2)),
+    ("rdna2", 64, 64): _alike(Launch(16, 16, 1)),
+    ("rdna2", 64, 128): _alike(Launch(16, 16, 1)),
+    ("rdna2", 128, 64): _alike(Launch(16, 16, 1)),
+    ("rdna2", 128, 128): _alike(Launch(16, 16, 1), parts=2),
+    ("rdna3", 64, 64): _alike(Launch(32, 8, 2)),
+    ("rdna3", 64, 128): _alike(Launch(32, 16, 2)),
+    ("rdna3", 128, 64): _alike(Launch(16, 8, 2)),
+    ("rdna3", 128, 128): _alike(Launch(16, 16, 2)),
+    ("xpu", 64, 64): _alike(Launch(64, 8, 2)),
+    ("xpu", 64, 128): _alike(Launch(64, 8, 2)),
+    ("xpu", 128, 64): _alike(Launch(64, 8, 2)),
+    ("xpu", 128, 128): _alike(Launch(64, 8, 2)),
 }
 
 
-def launch_for(arch: int, head_dim: int, tile_rows: int) -> Row:
-    """Settings for compute capability `arch` (major * 10 + minor): the nearest row not above it."""
-    rows = [a for a, d, m in TABLE if (d, m) == (head_dim, tile_rows) and a <= arch]
-    return TABLE[max(rows, default=80), head_dim, tile_rows]
+def launch_for(generation: Generation, head_dim: int, tile_rows: int) -> Row:
+    """Settings of a generation; for compute capabilities without a row, of the nearest row not above."""
+    if isinstance(generation, str):
+        return TABLE[generation, head_dim, tile_rows]
+    capabilities = [g for g, d, m in TABLE if (d, m) == (head_dim, tile_rows) and isinstance(g, int)]
+    nearest = max((c for c in capabilities if c <= generation), default=min(capabilities))
+    return TABLE[nearest, head_dim, tile_rows]
