@@ -8,12 +8,12 @@ from .backends import execute
 from .backends.base import Planned
 from .backends.registry import required
 from .call import Call
-from .errors import InvalidArgument, check_type
+from .errors import InvalidArgument
 from .layout import TokenLayout
 from .plan import SparsePlan
 from .planning import parts_for
 from .settings import Settings
-from .tensors import empty_like, unwritable
+from .tensors import check_tensor, empty_like, unwritable
 
 
 def attend(
@@ -49,7 +49,7 @@ def attend(
     call = Call.under(plan, q, k, v)
     backend = required(call, impl)
     out = empty_like(q) if out is None else out
-    check_type("out", out, torch.Tensor, "None makes one.")
+    check_tensor("out", out, "None makes one.")
     if (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
         raise InvalidArgument(
             "out",
@@ -75,7 +75,7 @@ def sparse_attention(
     impl: str | None = None,
 ) -> torch.Tensor:
     """build_plan and attend, for a part of the heads at a time; arguments, result and errors as there."""
-    check_type("v", v, torch.Tensor, "Pass tensors [B, H, L, D].")
+    check_tensor("v", v, "Pass tensors [B, H, L, D].")
     call = Call.to_plan(q, k, v, settings, layout, scale)
     backend = required(call, impl)
     out = empty_like(q)

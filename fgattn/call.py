@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import TypeVar
 
 import torch
 
-from .errors import InvalidArgument, check_type
+from .errors import InvalidArgument, check_type, is_number
 from .layout import Geometry, TokenLayout, geometry
 from .plan import SparsePlan
 from .settings import Settings
@@ -149,7 +147,7 @@ def checked_scale(scale: float | None) -> float | None:
     """
     if scale is None:
         return None
-    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
+    if not is_number(scale):
         raise InvalidArgument("scale", scale, "a finite number", "None is D**-0.5.")
     return float(scale)
 
@@ -182,6 +180,10 @@ def ordered_valid(
             (valid.dtype, tuple(valid.shape)),
             f"bool {(batch, keys)}",
             "Give one row per batch row.",
+        )
+    if valid.is_meta and device.type != "meta":
+        raise InvalidArgument(
+            "layout.key_valid", "a tensor on meta", f"values, such as on {device}", "Give it values."
         )
     tokens = geometry(replace(layout, query_start=None), order, 0, device).key_tokens
     return valid.to(device)[:, tokens]

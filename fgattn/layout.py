@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from .cache import ByteCache, built_for_all, bytes_of, makes_real_tensors
-from .errors import InvalidArgument, check_type
-from .tensors import any_of
+from .errors import InvalidArgument
+from .tensors import any_of, check_tensor
 
 CELL = 16  # tokens in a query cell and in a key cell
+MOST_TOKENS = 2**31 - 1  # of a sequence: kernels count in int32
 CACHE_BYTES = 96 << 20  # of all index tensors that are kept
 T = TypeVar("T")
 
@@ -45,7 +46,7 @@ class TokenLayout:
     def __post_init__(self):
         grid, absent = _numbers(self.grid), _numbers(self.absent)
         places = _numbers((self.front, self.back, 0 if self.query_start is None else self.query_start))
-        if grid is None or len(grid) != 3 or places is None or min(*grid, *places) < 0:
+        if grid is None or len(grid) != 3 or places is None or not _may_be(*grid, *places):
             raise InvalidArgument(
                 "layout",
                 (self.grid, self.front, self.back, self.query_start),
@@ -53,6 +54,10 @@ class TokenLayout:
                 "Give the grid after patching.",
             )
         object.__setattr__(self, "grid", grid)
+        if not _may_be(self.length):
+            raise InvalidArgument(
+                "layout.length", self.length, f"at most {MOST_TOKENS} tokens", "Give the grid after patching."
+            )
         end = self.length - self.back
         if absent is None or not all(0 <= t < self.front or end <= t < self.length for t in absent):
             raise InvalidArgument(
@@ -63,7 +68,7 @@ class TokenLayout:
             )
         object.__setattr__(self, "absent", absent)
         if self.key_valid is not None:
-            check_type("layout.key_valid", self.key_valid, torch.Tensor, "None is: all keys exist.")
+            check_tensor("layout.key_valid", self.key_valid, "None is: all keys exist.")
 
     @classmethod
     def flat(cls, length: int, query_start: int | None = 0) -> TokenLayout:
@@ -204,6 +209,11 @@ def hilbert_index(axes: tuple[np.ndarray, ...]) -> np.ndarray:
         for axis in x:
             index = index << 1 | (axis ^ flip) >> bit & 1
     return index
+
+
+def _may_be(*numbers: int) -> bool:
+    """Whether these are numbers or places of tokens."""
+    return min(numbers) >= 0 and max(numbers) <= MOST_TOKENS
 
 
 def _numbers(values: object) -> tuple[int, ...] | None:

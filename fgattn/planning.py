@@ -8,11 +8,11 @@ from .backends.execute import plan_of
 from .backends.registry import required
 from .call import Call, checked_scale, ordered_valid
 from .errors import InvalidArgument, check_type
-from .layout import CELL, TokenLayout, geometry
+from .layout import CELL, MOST_TOKENS, TokenLayout, geometry
 from .packing import Packing
 from .plan import KERNEL_ROWS, SparsePlan, row_bytes, valid_counts
 from .settings import Settings
-from .tensors import any_of, head_chunks
+from .tensors import any_of, check_tensor, head_chunks
 
 CALL_BYTES = 250 * 10**6  # that a call with single keys shall need beside its tensors
 
@@ -102,11 +102,13 @@ def plan_from_mask(
     Raises:
         InvalidArgument: a mask that does not fit the lengths; wrong tile sizes; a scale that is not finite.
     """
-    check_type("mask", mask, torch.Tensor, "Pass bool [tiles, slices], with [H] or [B, H] in front.")
+    check_tensor("mask", mask, "Pass bool [tiles, slices], with [H] or [B, H] in front.")
     scale = checked_scale(scale)
     for name, length in (("query_length", query_length), ("key_length", key_length)):
-        if length is not None and (type(length) is not int or length < 0):
-            raise InvalidArgument(name, length, "a whole number of at least 0", "None is whole tiles.")
+        if length is not None and (type(length) is not int or not 0 <= length <= MOST_TOKENS):
+            raise InvalidArgument(
+                name, length, f"a whole number from 0 to {MOST_TOKENS}", "None is whole tiles."
+            )
     settings = Settings(tile_queries=tile_queries, tile_keys=tile_keys, tail=tail, order=order)
     if mask.dtype != torch.bool or not 2 <= mask.ndim <= 4:
         raise InvalidArgument(

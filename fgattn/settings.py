@@ -8,11 +8,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from . import methods
-from .errors import InvalidArgument
+from .errors import InvalidArgument, check_type, is_number
 
 TILE_QUERIES = (16, 32, 64, 128)
 TILE_KEYS = (1, 2, 4, 8, 16, 32, 64, 128)
 ORDERS = ("cells", "raster", "hilbert")
+MOST = 10**9  # of any whole number
+LAST_BLOCK = 9999
 MARGIN = 1e-3  # a logit that equals the bound but for rounding is kept
 
 
@@ -40,8 +42,7 @@ class Settings:
     method_parameter: float = 0.0
 
     def __post_init__(self):
-        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
-        if not number or not 0 <= self.threshold < math.inf:
+        if not is_number(self.threshold) or self.threshold < 0:
             raise InvalidArgument(
                 "threshold",
                 self.threshold,
@@ -51,7 +52,7 @@ class Settings:
         _one_of("tile_queries", self.tile_queries, TILE_QUERIES, "128 is the fastest.")
         _one_of("tile_keys", self.tile_keys, TILE_KEYS, "16 is a good start.")
         _one_of("order", self.order, ORDERS, "Use cells for video.")
-        _boolean("tail", self.tail)
+        check_boolean("tail", self.tail)
         methods.check(self.method, self.method_parameter)
 
     def log_bound(self, keys: int) -> float:
@@ -92,20 +93,25 @@ class Policy:
     def __post_init__(self):
         for name in ("warmup_steps", "final_dense_steps", "min_tokens", "reuse_memory_mb"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise InvalidArgument(name, value, "a whole number of at least 0", "Use 0 for none.")
-        if type(self.reuse_steps) is not int or self.reuse_steps < 1:
+            if type(value) is not int or not 0 <= value <= MOST:
+                raise InvalidArgument(name, value, f"a whole number from 0 to {MOST}", "Use 0 for none.")
+        if type(self.reuse_steps) is not int or not 1 <= self.reuse_steps <= MOST:
             raise InvalidArgument(
                 "reuse_steps",
                 self.reuse_steps,
-                "a whole number of at least 1",
+                f"a whole number from 1 to {MOST}",
                 "Use 1 for a fresh plan in every call.",
             )
-        _boolean("estimate_error", self.estimate_error)
+        check_boolean("estimate_error", self.estimate_error)
         blocks = self.dense_blocks
-        if not isinstance(blocks, frozenset) or any(type(b) is not int for b in blocks):
+        if not isinstance(blocks, frozenset) or not all(
+            type(b) is int and 0 <= b <= LAST_BLOCK for b in blocks
+        ):
             raise InvalidArgument(
-                "dense_blocks", blocks, "a frozenset of whole numbers", "Use parse_blocks for text."
+                "dense_blocks",
+                blocks,
+                f"a frozenset of whole numbers from 0 to {LAST_BLOCK}",
+                "Use parse_blocks for text.",
             )
 
 
@@ -115,6 +121,7 @@ def parse_blocks(text: str) -> frozenset[int]:
     Raises:
         InvalidArgument: for anything else, naming the part that is wrong.
     """
+    check_type("dense_blocks", text, str, 'Write block numbers such as "0, 1, 38-39".')
     blocks: set[int] = set()
     for part in text.split(",") if text.strip() else []:
         match = re.fullmatch(r"\s*([0-9]{1,4})\s*(?:-\s*([0-9]{1,4})\s*)?", part)
@@ -146,6 +153,7 @@ def _one_of(name: str, value: object, allowed: tuple, remedy: str) -> None:
         raise InvalidArgument(name, value, ", ".join(map(str, allowed)), remedy)
 
 
-def _boolean(name: str, value: object) -> None:
+def check_boolean(name: str, value: object) -> None:
+    """Raise InvalidArgument for anything but True and False."""
     if not isinstance(value, bool):
         raise InvalidArgument(name, value, "True or False", "Pass a boolean.")

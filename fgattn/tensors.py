@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
@@ -62,10 +63,20 @@ def unwritable(out: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> str | Non
     return None
 
 
+def check_tensor(name: str, x: Any, remedy: str) -> None:
+    """Raise InvalidArgument unless this is a tensor that is neither sparse nor nested."""
+    check_type(name, x, torch.Tensor, remedy)
+    if x.is_nested or x.layout is not torch.strided:
+        kind = "a nested tensor" if x.is_nested else str(x.layout)
+        raise InvalidArgument(
+            name, kind, "a dense tensor", "Convert it with to_dense() or to_padded_tensor()."
+        )
+
+
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Raise InvalidArgument unless q, k, v are attention inputs [B, H, L, D]; `declined` asks for more."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_type(name, x, torch.Tensor, "Pass tensors [B, H, L, D].")
+        check_tensor(name, x, "Pass tensors [B, H, L, D].")
     queries, keys = q.shape, k.shape
     if not (
         len(queries) == len(keys) == 4 and queries[0] == keys[0] and queries[3] == keys[3] and keys == v.shape

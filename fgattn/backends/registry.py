@@ -95,7 +95,7 @@ def by_name(name: str) -> Backend:
         InvalidArgument: there is none.
     """
     for backend in BACKENDS:
-        if backend.name == name:
+        if isinstance(name, str) and backend.name == name:
             return backend
     raise InvalidArgument(
         "impl", name, ", ".join(backend.name for backend in BACKENDS), "None chooses the fastest."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import InvalidArgument
+from ..errors import InvalidArgument, is_number
 from ..layout import CELL
 from . import hierarchical, radial, sol, top_k
 from .common import Heads, folded
@@ -27,15 +27,12 @@ def check(method: str, parameter: float) -> None:
     """Raise InvalidArgument unless this is a method and a strength it takes."""
     if not isinstance(method, str) or method not in METHOD_NAMES:
         raise InvalidArgument("method", method, ", ".join(METHOD_NAMES), "threshold is the default.")
-    number = isinstance(parameter, (int, float)) and not isinstance(parameter, bool)
-    if method == "threshold":
-        if not number or parameter != 0:
-            raise InvalidArgument(
-                "method_parameter", parameter, "0 with method threshold", "Its strength is `threshold`."
-            )
+    if method == "threshold":  # has no use for it, as the others have none for the threshold
+        if not is_number(parameter):
+            raise InvalidArgument("method_parameter", parameter, "a finite number", "0 is the default.")
         return
     rule = METHODS[method]
-    if not number or not 0 <= parameter <= rule.most:
+    if not is_number(parameter) or not 0 <= parameter <= rule.most:
         raise InvalidArgument(
             "method_parameter",
             parameter,

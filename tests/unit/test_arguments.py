@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from fgattn import (
@@ -48,7 +49,9 @@ def test_nonsense_is_refused(function, name, bad):
         function(**arguments)
 
 
-@pytest.mark.parametrize("scale", [float("inf"), -float("inf"), True, 1j, torch.tensor(0.1)], ids=str)
+@pytest.mark.parametrize(
+    "scale", [float("inf"), -float("inf"), 10**400, True, 1j, torch.tensor(0.1)], ids=lambda x: str(x)[:9]
+)
 @pytest.mark.parametrize("function", [build_plan, sparse_attention, plan_from_mask])
 def test_a_scale_is_a_finite_number(function, scale):
     """It would come out as a picture of NaN."""
@@ -90,6 +93,55 @@ def test_a_plan_of_another_device():
     plan = plan_from_mask(MASK.to("meta"), 64, 16)
     with pytest.raises(InvalidArgument, match=r"^device of the plan: got 'meta'; allowed: cpu, where q, k"):
         attend(Q, Q, Q, plan)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (function, name)
+        for function in GOOD
+        for name in inspect.signature(function).parameters
+        if name in ("q", "k", "v", "mask", "out", "key_valid")
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.__name__,
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_without_an_element_in_each_place(function, name):
+    """Sparse and nested tensors have no memory that a kernel could be given."""
+    good = {"mask": MASK, "key_valid": torch.ones(1, 66, dtype=torch.bool)}.get(name, Q)
+    for odd in (good.to_sparse(), torch.nested.nested_tensor([good.float()])):
+        with pytest.raises(InvalidArgument, match=rf"{name}: got .*; allowed: a dense tensor\. Convert"):
+            function(**GOOD[function]() | {name: odd})
+
+
+@pytest.mark.parametrize("function", [attend, build_plan, sparse_attention])
+@pytest.mark.parametrize("impl", [np.array(["torch", "triton"]), 0, True, ["torch"]], ids=repr)
+def test_a_backend_is_named_by_text(function, impl):
+    """What compares with a text element by element, too."""
+    with pytest.raises(InvalidArgument, match=r"^impl: got .*; allowed: hopper, triton, torch, reference"):
+        function(**GOOD[function](), impl=impl)
+
+
+@pytest.mark.parametrize("number", [2**31, 10**30, 10**5000], ids=["2**31", "10**30", "10**5000"])
+def test_more_tokens_than_can_be_counted(number):
+    """Kernels count tokens in 32 bits."""
+    for name in ("front", "back", "query_start"):
+        with pytest.raises(InvalidArgument, match=r"^layout: got "):
+            TokenLayout((2, 4, 8), **{name: number})
+    with pytest.raises(InvalidArgument, match=r"^layout: got "):
+        TokenLayout((number, 1, 1))
+    with pytest.raises(InvalidArgument, match=r"^layout\.length: got 4294967296; allowed: at most"):
+        TokenLayout((2**16, 2**16, 1))
+    for name in ("query_length", "key_length"):
+        with pytest.raises(InvalidArgument, match=rf"^{name}: got .*; allowed: a whole number from 0 to"):
+            plan_from_mask(MASK, 64, 16, **{name: number})
+
+
+def test_valid_keys_without_values():
+    """They decide what is computed."""
+    layout = TokenLayout((2, 4, 8), key_valid=torch.ones(1, 64, dtype=torch.bool, device="meta"))
+    with pytest.raises(InvalidArgument, match=r"^layout\.key_valid: got 'a tensor on meta'; allowed: values"):
+        build_plan(Q, Q, Settings(), layout)
 
 
 @pytest.mark.parametrize("impl", [None, "torch", "reference", "triton"])

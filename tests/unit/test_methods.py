@@ -431,7 +431,9 @@ def test_it_is_torch_code_whatever_the_backend(method, monkeypatch):
             "method: got 'topk'; allowed: threshold, top_k, sol, hierarchical, radial. threshold is",
         ),
         (None, 0.0, "method: got None; allowed: threshold, top_k"),
-        ("threshold", 0.3, "method_parameter: got 0.3; allowed: 0 with method threshold. Its strength is"),
+        ("threshold", math.nan, "method_parameter: got nan; allowed: a finite number"),
+        ("threshold", "1", "method_parameter: got '1'; allowed: a finite number"),
+        ("radial", 10**400, "; allowed: above 0 up to 8 with radial"),
         ("top_k", 1.5, "got 1.5; allowed: above 0 up to 1 with top_k (share of the keys). 0 chooses 0.3."),
         ("hierarchical", -0.1, "got -0.1; allowed: above 0 up to 1 with hierarchical"),
         ("sol", math.nan, "got nan; allowed: above 0 up to 8 with sol (tau, standard deviations)"),
@@ -446,6 +448,12 @@ def test_nonsense_is_refused(method, parameter, says):
     with pytest.raises(InvalidArgument) as caught:
         Settings(method=method, method_parameter=parameter)
     assert says in str(caught.value)
+
+
+def test_a_parameter_that_the_method_does_not_use():
+    """It waits for a method that does, as the threshold does."""
+    assert Settings(threshold=0.7, method_parameter=3.0).strength == 0.7
+    assert Settings(threshold=7, method="sol", method_parameter=3.0).strength == 3.0
 
 
 def test_strength():

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 NUMBER = "a finite number of at least 0"
-WHOLE = "a whole number of at least 0"
-POSITIVE = "a whole number of at least 1"
+WHOLE = "a whole number from 0 to 1000000000"
+POSITIVE = "a whole number from 1 to 1000000000"
+SET = "a frozenset of whole numbers from 0 to 9999"
 ROWS = "16, 32, 64, 128"
 SLICES = "1, 2, 4, 8, 16, 32, 64, 128"
 RISING = 'block numbers and rising ranges such as "0, 1, 38-39"'
@@ -45,6 +46,8 @@ def message(what, got, allowed, remedy):
         (Settings, "tail", 1, "True or False", "Pass a boolean."),
         (Settings, "tail", "on", "True or False", "Pass a boolean."),
         (Policy, "warmup_steps", -1, WHOLE, "Use 0 for none."),
+        (Policy, "warmup_steps", 10**9 + 1, WHOLE, "Use 0 for none."),
+        (Policy, "reuse_steps", 10**30, POSITIVE, "Use 1 for a fresh plan in every call."),
         (Policy, "warmup_steps", 0.5, WHOLE, "Use 0 for none."),
         (Policy, "final_dense_steps", True, WHOLE, "Use 0 for none."),
         (Policy, "min_tokens", "4096", WHOLE, "Use 0 for none."),
@@ -55,15 +58,11 @@ def message(what, got, allowed, remedy):
         (Policy, "reuse_steps", 2.0, POSITIVE, "Use 1 for a fresh plan in every call."),
         (Policy, "reuse_steps", True, POSITIVE, "Use 1 for a fresh plan in every call."),
         (Policy, "reuse_steps", None, POSITIVE, "Use 1 for a fresh plan in every call."),
-        (Policy, "dense_blocks", "0, 1", "a frozenset of whole numbers", "Use parse_blocks for text."),
-        (Policy, "dense_blocks", [0, 1], "a frozenset of whole numbers", "Use parse_blocks for text."),
-        (
-            Policy,
-            "dense_blocks",
-            frozenset({"0"}),
-            "a frozenset of whole numbers",
-            "Use parse_blocks for text.",
-        ),
+        (Policy, "dense_blocks", "0, 1", SET, "Use parse_blocks for text."),
+        (Policy, "dense_blocks", [0, 1], SET, "Use parse_blocks for text."),
+        (Policy, "dense_blocks", frozenset({"0"}), SET, "Use parse_blocks for text."),
+        (Policy, "dense_blocks", frozenset({-1}), SET, "Use parse_blocks for text."),
+        (Policy, "dense_blocks", frozenset({10_000}), SET, "Use parse_blocks for text."),
     ],
     ids=lambda x: x.__name__ if isinstance(x, type) else str(x)[:24],
 )
@@ -73,6 +72,25 @@ def test_bad_value_is_named(kind, what, got, allowed, remedy):
         kind(**{what: got})
     assert str(caught.value) == message(what, got, allowed, remedy)
     assert isinstance(caught.value, ValueError)  # callers that know nothing of us still catch it
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("threshold", 10**400), ("threshold", -(10**5000)), ("threshold", "x" * 20_000_000)],
+    ids=["no float", "no text", "long"],
+)
+def test_a_message_is_short(name, value):
+    """Whatever was given: a number that no float can hold, one without a text, a text of 20 MB."""
+    with pytest.raises(InvalidArgument, match=rf"^{name}: got .*allowed: {NUMBER}") as caught:
+        Settings(**{name: value})
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("text", [["0"], None, 1, b"0"], ids=repr)
+def test_a_block_list_is_text(text):
+    """Whatever comes through a link of a graph."""
+    with pytest.raises(InvalidArgument, match=r"^dense_blocks: got <class .*instance of str"):
+        parse_blocks(text)
 
 
 @pytest.mark.parametrize("m", TILE_QUERIES)
