@@ -1,11 +1,14 @@
 """Live sliders: the page posts values of a node that is sampling, its engine takes them at the next step."""
 
 import contextlib
+import json
 
-from ..fgattn.errors import InvalidArgument
+from ..fgattn.errors import InvalidArgument, is_number
 from ..fgattn.runs.engine import Engine
+from .inputs import MOST_THRESHOLD, MOST_WARMUP
 from .status import page_of, prompt_server
 
+LONGEST = 4096  # bytes of a message
 ROUTE = "/fgattn/sliders"
 FIELDS = {"client", "node", "threshold", "warmup_steps"}
 NOT_RUNNING = "no such node of this page is sampling with live sliders"
@@ -42,6 +45,9 @@ class Sliders:
         if engine is None:
             return 404, NOT_RUNNING
         try:
+            for name, most in (("threshold", MOST_THRESHOLD), ("warmup_steps", MOST_WARMUP)):
+                if is_number(message[name]) and message[name] > most:
+                    raise InvalidArgument(name, message[name], f"at most {most:g}", "The slider ends there.")
             taken = engine.move(message["threshold"], message["warmup_steps"])
         except InvalidArgument as error:
             return 400, str(error)
@@ -58,8 +64,24 @@ def serve(server, sliders: Sliders = SLIDERS) -> None:
     @server.routes.post(ROUTE)
     async def move(request):
         try:
-            message = await request.json()
-        except ValueError:
-            message = None
-        status, reason = sliders.move(message)
+            message = await read(request)
+        except Exception as error:  # whatever is wrong with it, it is the sender's
+            status, reason = 400, f"the message cannot be read: {one_line(error)}"
+        else:
+            status, reason = sliders.move(message)
         return web.json_response({"refused": reason} if reason else {}, status=status)
+
+
+async def read(request) -> object:
+    """The JSON of a request; raises an exception of any kind where there is none."""
+    body = bytearray()
+    async for part in request.content.iter_chunked(LONGEST):
+        body += part
+        if len(body) > LONGEST:
+            raise ValueError(f"it has more than {LONGEST} bytes")
+    return json.loads(body.decode(request.charset or "utf-8"))
+
+
+def one_line(error: Exception) -> str:
+    """An exception as a short text."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

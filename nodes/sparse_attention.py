@@ -1,22 +1,13 @@
 """The node "FG-Attn Sparse Attention": checks the settings and patches the model."""
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
 from comfy_api.latest import io
 
 from ..fgattn.errors import InvalidArgument
-from ..fgattn.methods import METHOD_NAMES, check
-from ..fgattn.settings import ORDERS, TILE_KEYS, TILE_QUERIES, Policy, Settings, parse_blocks
+from ..fgattn.methods import METHOD_NAMES
+from ..fgattn.settings import ORDERS, TILE_KEYS, TILE_QUERIES, Policy, Settings, check_boolean, parse_blocks
+from .inputs import MOST_PARAMETER, MOST_THRESHOLD, MOST_WARMUP, Most, chosen
 from .patch import Patch
 from .status import own_id
-
-READ: dict[str, Callable[[Any], Any]] = {
-    "tile_queries": int,
-    "tile_keys": int,
-    "dense_blocks": parse_blocks,
-}  # from what the page has to a field
 
 
 class FGAttnPatch(io.ComfyNode):
@@ -36,7 +27,7 @@ class FGAttnPatch(io.ComfyNode):
                     "threshold",
                     default=Settings.threshold,
                     min=0.0,
-                    max=8.0,
+                    max=Most(MOST_THRESHOLD),
                     step=0.05,
                     display_mode=io.NumberDisplay.slider,
                     tooltip="Keeps what is expected to get at least this many times the average attention. "
@@ -60,7 +51,7 @@ class FGAttnPatch(io.ComfyNode):
                     "warmup_steps",
                     default=Policy.warmup_steps,
                     min=0,
-                    max=50,
+                    max=MOST_WARMUP,
                     display_mode=io.NumberDisplay.slider,
                     tooltip="Dense steps at the start, where the picture is laid out; at most a quarter of "
                     "the run's steps. Only in runs that begin at full noise, so not in a second sampler.",
@@ -120,7 +111,7 @@ class FGAttnPatch(io.ComfyNode):
                     "method_parameter",
                     default=Settings.method_parameter,
                     min=0.0,
-                    max=8.0,
+                    max=Most(MOST_PARAMETER),
                     step=0.05,
                     optional=True,
                     advanced=True,
@@ -179,20 +170,15 @@ class FGAttnPatch(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        dense_blocks: str | None = "",
-        method: str | None = "threshold",
-        method_parameter: float | None = 0.0,
-    ) -> bool | str:
+    def validate_inputs(cls, dense_blocks: str | None = "") -> bool | str:
         """Refuse what is wrong when the graph is queued; None comes through a link and is checked later.
 
-        ComfyUI's server checks the other inputs against the schema.
+        ComfyUI's server checks the other inputs against the schema. It reports what is refused here under
+        the name of every argument of this function, so there is only one. Whether a method takes its
+        parameter is found when the node runs, before anything is computed.
         """
         try:
-            parse_blocks(dense_blocks or "")
-            if method is not None and method_parameter is not None:
-                check(method, method_parameter)
+            parse_blocks("" if dense_blocks is None else dense_blocks)
         except InvalidArgument as error:
             return str(error)
         return True
@@ -201,19 +187,5 @@ class FGAttnPatch(io.ComfyNode):
     def execute(cls, model, live: bool = False, **inputs) -> io.NodeOutput:
         """Inputs that the page leaves out have the defaults of Settings and Policy."""
         settings, policy = chosen(inputs)
+        check_boolean("live", live)
         return io.NodeOutput(Patch(settings, policy, own_id(cls), live).install(model))
-
-
-def chosen(inputs: dict[str, Any]) -> tuple[Settings, Policy]:
-    """What the inputs of the node choose; each has the name of a field.
-
-    Raises:
-        InvalidArgument: for values that the settings do not take.
-        TypeError: for names that are no field.
-    """
-    values = {name: READ[name](value) if name in READ else value for name, value in inputs.items()}
-    own = {field.name for field in dataclasses.fields(Settings)}
-    return (
-        Settings(**{name: value for name, value in values.items() if name in own}),
-        Policy(**{name: value for name, value in values.items() if name not in own}),
-    )

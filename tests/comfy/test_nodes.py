@@ -99,30 +99,6 @@ def test_right_blocks_are_accepted(nodes):
     assert nodes.FGAttnPatch.validate_inputs(dense_blocks="") is True
 
 
-@pytest.mark.parametrize(
-    ("method", "parameter", "says"),
-    [
-        ("threshold", 0.3, "0 with method threshold"),
-        ("top_k", 1.5, "up to 1 with top_k"),
-        ("sol", 9.0, "up to 8 with sol"),
-        ("topk", 0.0, "threshold, top_k, sol, hierarchical, radial"),
-    ],
-)
-def test_wrong_methods_are_refused_when_queued(nodes, method, parameter, says):
-    """A strength that the method does not take stops the graph before anything is computed."""
-    message = nodes.FGAttnPatch.validate_inputs(dense_blocks="", method=method, method_parameter=parameter)
-    assert isinstance(message, str) and says in message
-
-
-def test_right_methods_are_accepted(nodes):
-    """Every listed method with its default; what comes through a link is only known later."""
-    method = next(i for i in nodes.FGAttnPatch.GET_SCHEMA().inputs if i.id == "method")
-    for name in method.options:
-        assert nodes.FGAttnPatch.validate_inputs(dense_blocks="", method=name, method_parameter=0.0) is True
-    assert nodes.FGAttnPatch.validate_inputs(dense_blocks=None, method="sol", method_parameter=1.0) is True
-    assert nodes.FGAttnPatch.validate_inputs(dense_blocks="", method=None, method_parameter=0.4) is True
-
-
 @pytest.mark.parametrize("method", ["top_k", "sol", "hierarchical", "radial"])
 def test_every_method_samples(wan, sample, patched, timing, method):
     """In the graph, in its own order, and named in the report."""

@@ -1,6 +1,8 @@
 """Sliders that the page moves while the model samples, over the pack's route."""
 
 import asyncio
+import gzip
+import json
 import sys
 import types
 
@@ -59,6 +61,15 @@ def test_only_the_page_that_queued_and_only_its_running_node(wan, sample, patche
         (message(-1.0), 400),
         (message("2"), 400),
         (message(2.0, 1.5), 400),
+        (message(10**400), 400),
+        (message(1e300), 400),
+        (message(8.05), 400),
+        (message(True), 400),
+        (message(float("nan")), 400),
+        (message("x" * 20_000_000), 400),
+        (message(1.0, 10**9), 400),
+        (message(1.0, 51), 400),
+        (message(1.0, True), 400),
         (None, 400),
         ([], 400),
         ({}, 400),
@@ -66,7 +77,7 @@ def test_only_the_page_that_queued_and_only_its_running_node(wan, sample, patche
     ]
     model = patched(wan, live=True)
     answers = []
-    for part in (refused[:5], refused[5:]):
+    for part in (refused[:5], refused[5:12], refused[12:]):
         callback = moving({step: given for step, (given, _) in enumerate(part)})
         sample(model, callback=callback)
         answers += callback.answers
@@ -123,6 +134,44 @@ def test_the_route(sliders, pack):
     assert answers[0] == (200, {}) and engine.moved == [(1.5, 2)]
     assert [status for status, _ in answers[1:]] == [400, 400, 404]
     assert all(body["refused"] for _, body in answers[1:])
+
+
+GZIP = {"Content-Encoding": "gzip"}
+
+
+@pytest.mark.parametrize(
+    ("data", "headers"),
+    [
+        (b"[" * 2000, {}),
+        (b"[" * 200_000, {}),
+        (b'{"a":' * 800, {}),
+        (b"{}", {"Content-Type": "application/json; charset=klingon"}),
+        (b"\xff\xfe{}", {}),
+        (b"no gzip", GZIP),
+        (gzip.compress(b"{}" * 99)[:-20], GZIP),
+        (gzip.compress(b"0" * 20_000_000), GZIP),
+        (json.dumps({"client": "tab", "node": "1", "threshold": "x" * 20_000_000, "warmup_steps": 0}), {}),
+        (b"9" * 4000, {}),
+    ],
+    ids=["deep", "deeper", "deep objects", "charset", "no text", "gzip", "cut", "bomb", "20 MB", "digits"],
+)
+def test_what_cannot_be_read_is_refused(sliders, data, headers):
+    """With a short reason, never as an error of the server; a long value is not sent back."""
+    from aiohttp import web
+    from aiohttp.test_utils import TestClient, TestServer
+
+    async def talk():
+        server = types.SimpleNamespace(routes=web.RouteTableDef())
+        sliders.serve(server)
+        app = web.Application(client_max_size=100 << 20)  # about as ComfyUI has it
+        app.add_routes(server.routes)
+        async with TestClient(TestServer(app)) as client:
+            answer = await client.post("/fgattn/sliders", data=data, headers=headers, skip_auto_headers=())
+            return answer.status, await answer.read()
+
+    status, body = asyncio.run(talk())
+    assert status == 400 and len(body) < 1000
+    assert json.loads(body)["refused"]
 
 
 def test_the_extension_serves_its_routes(pack, monkeypatch):
