@@ -21,7 +21,9 @@ from .quantise import load_model
 from .scenes import conditioning, to_rgb
 from .show import Progress, side_by_side, table
 
+PICTURES = "side_by_side.webp", "chart.png"
 CPU_SIZE, CPU_STEPS = (9, 24, 32), 12  # T, H, W of the latent: 1 728 tokens
+INTERRUPTED = 130  # exit code, as shells have it
 CUDA_SIZE, CUDA_STEPS = (21, 60, 104), 20  # 32 760 tokens, 480p
 
 
@@ -29,10 +31,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         settings, steps = _checked(options)
+        return run(settings, steps, options.seed, options.out)
     except InvalidArgument as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    return run(settings, steps, options.seed, options.out)
+    except OSError as error:  # such as a disk that is full by now
+        sys.stderr.write(f"\nerror: the pictures cannot be written: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("\nThe demo was stopped before its end; no picture is complete.\n")
+        return INTERRUPTED
 
 
 def run(settings: Settings, steps: int, seed: int, out: Path) -> int:
@@ -64,10 +72,10 @@ def run(settings: Settings, steps: int, seed: int, out: Path) -> int:
         print("This is a CPU: sparse attention is shown for its quality here, not for speed.")
     if not ran_sparse:
         print(f"FG-Attn did not run sparse. {headline(sparse)}")
-    side_by_side(list(zip(policies, videos, strict=True)), out / "side_by_side.webp")
+    side_by_side(list(zip(policies, videos, strict=True)), out / PICTURES[0])
     names = "dense (for comparison)", "FG-Attn"
-    chart.draw(list(zip(names, reports, strict=True))).save(out / "chart.png")
-    print(f"Written: {out / 'side_by_side.webp'}, {out / 'chart.png'}")
+    chart.draw(list(zip(names, reports, strict=True))).save(out / PICTURES[1])
+    print(f"Written: {', '.join(str(out / name) for name in PICTURES)}")
     return 0 if ran_sparse else 1
 
 
@@ -103,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _checked(options: argparse.Namespace) -> tuple[Settings, int]:
-    """Settings and steps; the folder exists afterwards."""
+    """Settings and steps; the folder exists afterwards, and its files can be written."""
     settings = Settings(
         threshold=options.threshold, tile_queries=options.tile_queries, tile_keys=options.tile_keys
     )
@@ -116,6 +124,8 @@ def _checked(options: argparse.Namespace) -> tuple[Settings, int]:
         raise InvalidArgument("seed", options.seed, "a whole number from 0 to 2**63 - 1", "Use 0.")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
+        for name in PICTURES:
+            _try_to_write(options.out / name)
     except OSError as error:
         raise InvalidArgument(
             "out",
@@ -124,6 +134,15 @@ def _checked(options: argparse.Namespace) -> tuple[Settings, int]:
             "Name another one.",
         ) from None
     return settings, steps
+
+
+def _try_to_write(path: Path) -> None:
+    """Raise OSError unless the file can be written; it stays as it is, or absent."""
+    existed = path.exists()
+    with path.open("ab"):
+        pass
+    if not existed:
+        path.unlink()
 
 
 if __name__ == "__main__":

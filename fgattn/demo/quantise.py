@@ -15,8 +15,10 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..errors import InvalidArgument
 from ..runs.engine import Engine
 from ..settings import Policy, Settings
 from .model import CHANNELS, VideoTransformer
@@ -56,9 +58,21 @@ def dequantise(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def load_model(path: Path = HERE / WEIGHTS) -> VideoTransformer:
-    """The model with 8-bit or plain weights, fp32, on the CPU."""
+    """The model with 8-bit or plain weights, fp32, on the CPU.
+
+    Raises:
+        InvalidArgument: the file is missing or damaged, or has other weights.
+    """
     model = VideoTransformer().requires_grad_(False).train(False)
-    model.load_state_dict(dequantise(load_file(path)))
+    try:
+        model.load_state_dict(dequantise(load_file(path)))
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise InvalidArgument(
+            "weights",
+            str(path),
+            f"the model's weights ({' '.join(str(error).split())[:200]})",
+            "Get the file anew, from the project's repository or package.",
+        ) from error
     return model
 
 
@@ -87,8 +101,13 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write("usage: python -m fgattn.demo.quantise SOURCE.safetensors\n")
         return 2
     source = Path(arguments[0])
+    try:
+        golden = record_golden(load_model(source))
+    except InvalidArgument as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
     save_file(quantise(load_file(source)), HERE / WEIGHTS)
-    save_file(record_golden(load_model(source)), HERE / GOLDEN)
+    save_file(golden, HERE / GOLDEN)
     return 0
 
 

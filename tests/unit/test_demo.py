@@ -1,5 +1,6 @@
 """The demo: its 8-bit model, its sampling loop, and the command."""
 
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from fgattn.runs.engine import Engine
 from fgattn.settings import Policy, Settings
 from makers import by_text
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ROOT = quantise.HERE.parents[1]
 ORIGINAL = ROOT.parent / "shared" / "testbed" / "wan_mini.safetensors"
@@ -224,6 +225,79 @@ def test_wrong_values_are_explained(arguments, message, tmp_path, monkeypatch, c
     monkeypatch.setattr(command, "run", lambda *args: pytest.fail("computed"))
     assert command.main(arguments) == 2
     assert f"error: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", command.PICTURES)
+def test_a_picture_that_cannot_be_written_is_found_first(name, tmp_path, monkeypatch, capsys):
+    """Not after both generations; pictures of an earlier run stay as they are."""
+    (other,) = set(command.PICTURES) - {name}
+    (tmp_path / name).mkdir()
+    (tmp_path / other).write_bytes(b"earlier")
+    monkeypatch.setattr(command, "run", lambda *args: pytest.fail("computed"))
+    assert command.main(["--out", str(tmp_path)]) == 2
+    assert "allowed: a folder that can be written (Is a directory)" in capsys.readouterr().err
+    assert (tmp_path / other).read_bytes() == b"earlier"
+
+
+def test_a_folder_without_pictures_stays_empty(tmp_path, monkeypatch):
+    """What is tried is taken away again."""
+    monkeypatch.setattr(command, "run", lambda *args: 0)
+    assert command.main(["--out", str(tmp_path)]) == 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "truncated", "header", "another model's", "no scale"])
+def test_damaged_weights_are_one_sentence(kind, small, tmp_path, monkeypatch, capsys):
+    """Whatever is wrong with the file: its name, and what to do."""
+    weights, path = (quantise.HERE / quantise.WEIGHTS).read_bytes(), tmp_path / quantise.WEIGHTS
+    if kind == "another model's":
+        save_file({"w": torch.zeros(2)}, path)
+    elif kind == "no scale":
+        stored = load_file(quantise.HERE / quantise.WEIGHTS)
+        save_file({name: x for name, x in stored.items() if not name.endswith(".scale")}, path)
+    elif kind != "missing":
+        path.write_bytes({"empty": b"", "truncated": weights[:-1000], "header": weights[:50]}[kind])
+    load = quantise.load_model
+    monkeypatch.setattr(command, "load_model", lambda: load(path))
+    assert command.main(["--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: weights: got ") and said.count("\n") == 1
+    assert quantise.WEIGHTS in said and "Get the file anew" in said and "Traceback" not in said
+    assert quantise.main([str(path)]) == 2
+    assert capsys.readouterr().err.startswith("error: weights: got ")
+    assert (quantise.HERE / quantise.WEIGHTS).read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (KeyboardInterrupt(), 130, "The demo was stopped before its end"),
+        (OSError(28, "No space left on device"), 1, "cannot be written: [Errno 28] No space left on device"),
+    ],
+    ids=["Ctrl-C", "full disk"],
+)
+def test_what_ends_the_demo_early_is_one_sentence(error, code, says, small, tmp_path, monkeypatch, capsys):
+    """No traceback, and an exit code that scripts notice."""
+
+    def stop(*args):
+        raise error
+
+    monkeypatch.setattr(command, "side_by_side", stop)
+    assert command.main(["--steps", "1", "--out", str(tmp_path)]) == code
+    assert capsys.readouterr().err.splitlines()[-1].count(says) == 1
+
+
+def test_ctrl_c_in_the_middle_of_a_generation(small, tmp_path, monkeypatch, capsys):
+    """The signal comes while the engine is at work, which survives most of what fails in it."""
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("fgattn.backends.execute.plan_of", interrupted)
+    assert command.main(["--steps", "4", "--out", str(tmp_path)]) == 130 and len(calls) == 1
+    assert "The demo was stopped before its end" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_number_is_a_usage_error(capsys):
