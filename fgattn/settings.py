@@ -104,15 +104,18 @@ class Policy:
             )
         check_boolean("estimate_error", self.estimate_error)
         blocks = self.dense_blocks
-        if not isinstance(blocks, frozenset) or not all(
-            type(b) is int and 0 <= b <= LAST_BLOCK for b in blocks
-        ):
+        if not isinstance(blocks, frozenset) or not all(map(is_block, blocks)):
             raise InvalidArgument(
                 "dense_blocks",
                 blocks,
                 f"a frozenset of whole numbers from 0 to {LAST_BLOCK}",
                 "Use parse_blocks for text.",
             )
+
+
+def is_block(value: object) -> bool:
+    """Whether this can be the number of a transformer block."""
+    return type(value) is int and 0 <= value <= LAST_BLOCK
 
 
 def parse_blocks(text: str) -> frozenset[int]:

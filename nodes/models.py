@@ -117,7 +117,9 @@ def call_layout(
 def call_block(options: dict, video: Video | None) -> int | None:
     """Number of the transformer block that calls, single ones after double ones, if the model reports it."""
     block = options.get("block_index")
-    if block is not None and video is not None and options.get("block_type") == "single":
+    if not isinstance(block, int):
+        return None
+    if video is not None and options.get("block_type") == "single":
         block += video.double_blocks
     return block
 

@@ -26,7 +26,7 @@ from ..layout import TokenLayout, release
 from ..outcomes import Outcome, Reason
 from ..plan import SparsePlan
 from ..planning import parts_for
-from ..settings import Policy, Settings
+from ..settings import Policy, Settings, is_block
 from ..tensors import OutOfMemory, empty_like
 from .break_even import faster
 from .clock import Clock
@@ -222,7 +222,7 @@ class Engine:
             tensors: gives q, k, v [B, H, L, D]. Nothing holds them while `dense` runs, which may free them.
             layout: of the keys.
             dense: computes the call densely, [B, H, L_q, D].
-            block: number of the transformer block, None if unknown.
+            block: number of the transformer block; None, and what is no such number, if unknown.
             branch: what tells this call from others of the block in a step: conditionings, context
                 window; None if unknown. Plans are kept only where block and branch are known.
             scale: softmax scale, D**-0.5 if None.
@@ -230,6 +230,7 @@ class Engine:
         run = self.run
         if run is None:
             return dense()
+        block = block if is_block(block) else None
         at = CallPlace(run.step, block, branch)
         run.blocks.add(block)
         out = self._sparse_or_reason(run, at, tensors, layout, scale)

@@ -494,3 +494,13 @@ def test_padding_beside_the_video(pack, front, back, removed, expected):
         row[tokens] = False
     found = models.without_padding(layout, valid)
     assert (found and found.absent) == expected
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"), [(3, 5), (None, None), ("3", None), (torch.tensor(3), None), ([3], None)], ids=str
+)
+def test_a_block_has_a_number(pack, index, expected):
+    """Single blocks come after two double ones; what is no number is unknown."""
+    models = sys.modules["fgattn_pack.nodes.models"]
+    options = {"block_index": index, "block_type": "single"}
+    assert models.call_block(options, models.Video((1, 2, 2), "front", 2)) == expected

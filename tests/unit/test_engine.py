@@ -264,6 +264,18 @@ def test_dense_blocks_that_are_not_there(seen, remark):
         assert [*one.end_run().remarks] == ([remark] if remark and evaluations == 4 else [])
 
 
+@pytest.mark.parametrize("block", [-1, "0", 1.5, True, (0,), [0], 10**400], ids=lambda b: str(b)[:9])
+def test_what_is_no_block_is_unknown(block):
+    """The call runs sparse, and the report has it, beside calls of blocks that are numbers."""
+    one = engine(Policy(warmup_steps=0, final_dense_steps=0, dense_blocks=frozenset({1, 2})))
+    one.begin_run(falling(1), True, CPU)
+    one.begin_evaluation(1.0)
+    assert [call(one, block=b) for b in (0, block, 1)] == [True, True, False]
+    report = one.end_run()
+    assert [b.block for b in report.blocks] == [-1, 0] and not report.failure
+    assert [*report.remarks] == ["dense_blocks: this model has no block 2"]
+
+
 def test_a_short_sequence_is_counted():
     """The report says how many tokens were too few."""
     one = engine(Policy(warmup_steps=0, min_tokens=129))
