@@ -33,8 +33,9 @@ from .clock import Clock
 from .maps import NOBODY, Maps, Place
 from .plan_store import MADE, REUSED, PlanStore
 from .reports import RunReport
-from .run import Run, number_of, step_of
+from .run import Run, number_of
 from .stats import CallPlace, RunStats
+from .steps import Steps
 from .watch import Watch
 
 log = logging.getLogger("fgattn")
@@ -98,13 +99,15 @@ class Engine:
         try:
             with self.scope():
                 self._places, self._asked = self._asked or self._places, {}
+                steps = max(1, len(sigmas) - 1)
                 stats = RunStats(
                     Clock(device),
-                    scheduled=max(1, len(sigmas) - 1),
+                    scheduled=steps,
                     sliders=[(0, self.settings.threshold, self.policy.warmup_steps)],
                 )
                 self.run = Run(
-                    sigmas=tuple(sigmas),
+                    schedule=Steps(sigmas),
+                    steps=steps,
                     full_noise=full_noise,
                     settings=self.settings,
                     policy=self.policy,
@@ -122,13 +125,12 @@ class Engine:
             log.warning("FG-Attn runs dense: %s", self.run.device_reason.text)
 
     def begin_evaluation(self, sigma: float) -> None:
-        """Note that the model is evaluated at this noise level; finds the step it belongs to."""
+        """Note that a sampler evaluates the model at this noise level; finds the step it belongs to."""
         if run := self.run:
-            step = step_of(sigma, run.sigmas)
-            is_new, run.step = step != run.step, step
+            before, step = run.step, run.schedule.evaluated(sigma)
             if run.moved and not run.stats.began(step):
                 run.take_moved()
-            if run.rule and is_new:  # sliders that moved end what was learnt
+            if run.rule and step != before:  # sliders that moved end what was learnt
                 run.densities = run.stats.densities() if len(run.stats.sliders) == 1 else {}
             run.stats.begin_step(step, step < run.warmup(run.policy))
             run.plans.begin_evaluation(step)

@@ -1,8 +1,8 @@
-"""The state of one sampling run, and where in its schedule it is."""
+"""The state of one sampling run."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 
 from ..backends.base import Costs, Eligible
@@ -13,6 +13,7 @@ from .break_even import faster
 from .plan_store import PlanStore
 from .reports import RunSettings
 from .stats import UNKNOWN_BLOCK, CallPlace, RunStats
+from .steps import Steps
 from .watch import Watch
 
 
@@ -23,7 +24,8 @@ class Run:
     `settings` and `policy` are those in force now; the engine has those that the next run begins with.
     """
 
-    sigmas: tuple[float, ...]
+    schedule: Steps  # where the sampler is
+    steps: int  # of the schedule
     full_noise: bool  # it begins where the model's noise schedule does
     settings: Settings
     policy: Policy
@@ -33,7 +35,6 @@ class Run:
     plans: PlanStore
     rule: bool  # of break_even, in force
     watch: Watch
-    step: int = 0
     blocks: set[int | None] = field(default_factory=set)  # that called attention, None for those unknown
     densities: dict[int, float] = field(default_factory=dict)  # executed, by block, before this step
     parts: int = 1  # that the heads are computed in
@@ -50,8 +51,8 @@ class Run:
         return self.answer.text if isinstance(self.answer, Eligible) else f"dense ({self.answer.text})"
 
     @property
-    def steps(self) -> int:
-        return max(1, len(self.sigmas) - 1)
+    def step(self) -> int:
+        return self.schedule.step
 
     def warmup(self, policy: Policy) -> int:
         """Dense steps at the start."""
@@ -140,13 +141,3 @@ class Run:
 def number_of(block: int | None) -> int:
     """Under which the books have a block."""
     return UNKNOWN_BLOCK if block is None else block
-
-
-def step_of(sigma: float, sigmas: Sequence[float]) -> int:
-    """Step i of a falling schedule with sigmas[i] >= sigma > sigmas[i + 1], to rounding.
-
-    Samplers that evaluate between scheduled levels stay in the step they started from; above the
-    first level it is step 0, at the end the last step.
-    """
-    at_or_above = sum(level >= sigma * (1 - 1e-4) for level in sigmas[:-1])
-    return max(0, at_or_above - 1)

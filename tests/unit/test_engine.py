@@ -14,7 +14,7 @@ from fgattn.backends.execute import plan_of
 from fgattn.call import Call
 from fgattn.outcomes import Outcome, Reason
 from fgattn.runs.engine import SHORT_OF_MEMORY, Engine, OutOfMemory
-from fgattn.runs.run import Run, step_of
+from fgattn.runs.run import Run
 from fgattn.settings import Policy
 from fgattn.show.text import describe, headline
 from fgattn.tensors import empty_like
@@ -647,44 +647,6 @@ def test_empty_schedule():
     assert by_text(one.end_run()) == {"sparse": 1}
 
 
-SCHEDULE = [14.6, 7.0, 3.0, 1.0, 0.2, 0.0]
-FLOW = falling(5)
-
-
-@pytest.mark.parametrize(
-    ("sigmas", "evaluated", "steps"),
-    [
-        (SCHEDULE, SCHEDULE[:-1], [0, 1, 2, 3, 4]),
-        (FLOW, FLOW[:-1], [0, 1, 2, 3, 4]),
-        (FLOW, [s * (1 + 5e-5) for s in FLOW[:-1]], [0, 1, 2, 3, 4]),
-        (FLOW, [s * (1 - 5e-5) for s in FLOW[:-1]], [0, 1, 2, 3, 4]),
-        (SCHEDULE, [10.0, 7.1, 6.9, 0.21, 0.1], [0, 0, 1, 3, 4]),
-        (SCHEDULE, [20.0, 14.7], [0, 0]),
-        (SCHEDULE, [1e-3, 0.0], [4, 4]),
-        (FLOW[2:], [0.6, 0.5, 0.4, 0.2], [0, 0, 1, 2]),
-        (FLOW[:3], [1.0, 0.8, 0.7, 0.6], [0, 1, 1, 1]),
-        ([1.0, 0.0], [1.0, 0.5, 0.0], [0, 0, 0]),
-        ([1.0], [1.0], [0]),
-    ],
-    ids=[
-        "euler",
-        "flow",
-        "rounded up",
-        "rounded down",
-        "between levels",
-        "above the first",
-        "at the end",
-        "slice that starts late",
-        "slice that ends with noise",
-        "one step",
-        "no step",
-    ],
-)
-def test_step_of(sigmas, evaluated, steps):
-    """The step that an evaluation belongs to, from its noise level alone."""
-    assert [step_of(s, sigmas) for s in evaluated] == steps
-
-
 def test_heun_and_correctors_belong_to_their_steps():
     """Second evaluations: at the next level (heun) they count there, between levels where they began."""
     one = engine(Policy(warmup_steps=1))
@@ -695,6 +657,25 @@ def test_heun_and_correctors_belong_to_their_steps():
     midpoint = [1.0, 0.87, 0.75, 0.61, 0.5, 0.35, 0.25, 0.1]
     assert ran_sparse(one, sigmas, evaluations=midpoint) == [False, False] + [True] * 6
     assert [s.dense_calls + s.sparse_calls for s in one.end_run().steps] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("factor", [0.98, 1.1], ids=["detail", "churn"])
+def test_warm_up_and_final_steps_where_levels_are_off(factor):
+    """What the sampler tells the model is not the schedule's: as many dense steps all the same."""
+    one = engine(Policy(warmup_steps=2, final_dense_steps=1))
+    sigmas = [8 * s / (1 + 7 * s) for s in falling(20)]  # the first levels are less than 1 % apart
+    ran = ran_sparse(one, sigmas, evaluations=[factor * s for s in sigmas[:-1]])
+    assert ran == [False] * 2 + [True] * 17 + [False]
+    assert [s.index for s in one.end_run().steps] == [*range(20)]
+
+
+def test_warm_up_where_the_first_level_is_repeated():
+    """The report has one warm-up step of four, and so has the run."""
+    one = engine(Policy(warmup_steps=2))
+    assert ran_sparse(one, [1.0, 1.0, 0.75, 0.5, 0.0]) == [False] + [True] * 3
+    report = one.end_run()
+    assert "warm-up 1 of 4 steps" in describe(report.settings)
+    assert [(s.index, s.warmup) for s in report.steps] == [(0, True), (1, False), (2, False), (3, False)]
 
 
 def test_sampler_that_goes_back():
