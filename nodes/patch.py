@@ -11,6 +11,7 @@ import logging
 import threading
 
 import comfy.model_management
+import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..fgattn.runs.engine import Engine
@@ -65,7 +66,9 @@ class Patch:
         self.thread = threading.local()  # of this thread's evaluation, see Override; sampling may use several
         self.without_run = NO_RUN
         self._sampling = 0  # runs that are going on, also those in which the engine could not start
-        self._sigma = None  # the tensor that was read last
+        self._sigma: torch.Tensor | None = None  # of the evaluation that is going on
+        self._level: float | None = None  # what that tensor holds
+        self._is_told = False  # when an evaluation begins
 
     def __deepcopy__(self, memo) -> "Patch":
         return self
@@ -73,16 +76,20 @@ class Patch:
     def install(self, model):
         """A clone of the model with this patch; one that is already there is replaced."""
         model = model.clone()
-        for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL):
+        wrappers = (
+            (WrappersMP.OUTER_SAMPLE, self.outer_sample),
+            (WrappersMP.PREDICT_NOISE, self.predict_noise),
+            (WrappersMP.APPLY_MODEL, self.apply_model),
+        )
+        for kind, wrapper in wrappers:
             model.remove_wrappers_with_key(kind, KEY)
+            model.add_wrapper_with_key(kind, KEY, wrapper)
         for kind, callback in (
             (CallbacksMP.ON_DETACH, self.unloaded),
             (CallbacksMP.ON_PRE_RUN, self.prepared),
         ):
             model.remove_callbacks_with_key(kind, KEY)
             model.add_callback_with_key(kind, KEY, callback)
-        model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.outer_sample)
-        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.apply_model)
         options = model.model_options["transformer_options"]
         previous = options.get(SLOT)
         while isinstance(previous, Override):
@@ -117,7 +124,7 @@ class Patch:
             raise
         finally:
             self._sampling -= 1
-            self._sigma = None
+            self._sigma, self._level, self._is_told = None, None, False
             try:
                 if report := self.engine.end_run():
                     self.live.end(report, state)
@@ -125,8 +132,23 @@ class Patch:
             except Exception:
                 self._lost("could not read its statistics")
 
+    def predict_noise(self, executor, x, timestep, *args, **kwargs):
+        """Around one evaluation that a sampler asks for, in one call of the model or several."""
+        with self.engine.guarded():
+            self._is_told = True
+            self._evaluation(timestep)
+        return executor(x, timestep, *args, **kwargs)
+
+    def _evaluation(self, sigma: torch.Tensor) -> None:
+        """Finds the step, unless this evaluation goes on: wrappers around the model may copy the tensor."""
+        if sigma is not self._sigma:
+            self._sigma, before, self._level = sigma, self._level, float(sigma.max())
+            if self._is_told or self._level != before:
+                self.engine.begin_evaluation(self._level)
+                self.live.update()
+
     def apply_model(self, executor, *args, **kwargs):
-        """Around one model evaluation (apply_model's arguments): finds the step, takes the slot."""
+        """Around one call of the model (apply_model's arguments): takes the slot."""
         self.thread.video = self.thread.mask = None
         with self.engine.guarded():
             options = kwargs.get("transformer_options") or args[5]
@@ -134,10 +156,8 @@ class Patch:
             if not (isinstance(current, Override) and current.engine is self.engine):
                 options[SLOT] = self._override(current)
             sigma = options.get("sigmas")
-            if sigma is not None and sigma is not self._sigma:
-                self._sigma = sigma
-                self.engine.begin_evaluation(float(sigma.max()))
-                self.live.update()
+            if sigma is not None and not self._is_told:  # by guiders that leave out the wrapper above
+                self._evaluation(sigma)
             shape = (kwargs.get("latent_shapes") or [args[0].shape])[0]  # video first, before audio
             guides = kwargs.get("keyframe_idxs")  # [B, 3, tokens, ...] of LTX models
             self.thread.video = video_of(

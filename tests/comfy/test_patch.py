@@ -453,6 +453,48 @@ def test_context_windows_keep_their_own_plans(wan, sample, patched, report, plan
         assert (block, branch) == (made_for_block, made_for_branch) and made_in == step - step % 2
 
 
+def tiled(model):
+    """A wrapper that evaluates the left and the right half by themselves, with copies of all tensors."""
+
+    def halves(apply_model, args):
+        c, options = args["c"], args["c"]["transformer_options"]
+        return torch.cat(
+            [
+                apply_model(
+                    half,
+                    args["timestep"].clone(),
+                    **{**c, "transformer_options": {**options, "sigmas": options["sigmas"].clone()}},
+                )
+                for half in args["input"].chunk(2, -1)
+            ],
+            -1,
+        )
+
+    model = model.clone()
+    model.set_model_unet_function_wrapper(halves)
+    return model
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("told", [True, False], ids=["evaluations told", "not told"])
+def test_tiles_keep_their_own_plans(wan, sample, patched, report, plan_uses, monkeypatch, sampler, told):
+    """The sigmas of a tile are another tensor, but the evaluation is the same."""
+    if not told:  # a guider of another node may leave out the wrappers around an evaluation
+        from comfy.samplers import CFGGuider
+
+        monkeypatch.setattr(CFGGuider, "__call__", CFGGuider.predict_noise)
+    model = tiled(patched(wan, reuse_steps=8))
+    sample(model, sampler=sampler)
+    first = {block: plan for step, block, *_, plan in plan_uses[:BLOCKS]}
+    second = {block: plan for step, block, *_, plan in plan_uses[BLOCKS : 2 * BLOCKS]}
+    assert not any(first[block] is second[block] for block in range(BLOCKS))
+    if told:
+        assert report(model).plans["made"] == 2 * BLOCKS
+        for i, (_, block, *_, plan) in enumerate(plan_uses):
+            assert plan is (second if i // BLOCKS % 2 else first)[block]
+    assert report(model).failure is None
+
+
 def test_control_blocks_keep_their_own_plans(vace, sample, patched, report, plan_uses):
     """VACE runs a second attention under the number of block 0."""
     model = patched(vace, reuse_steps=2)
