@@ -16,8 +16,22 @@ CHUNK_ELEMENTS = 16 << 20  # size of the largest temporary while a chunk of head
 GRADIENTS = "gradients are wanted, and sparse attention has no backward pass"
 NO_VALUES = "values that are not in memory, as on the meta device and under FakeTensorMode"
 UNALIGNED = "rows that are not 16-byte aligned"
-OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+FULL = (  # what a RuntimeError says where memory is full, in lower case and without underscores
+    "out of memory",  # PyTorch's allocators, CUDA, HIP and Triton
+    "out of device memory",  # Level Zero
+    "alloc failed",  # cuBLAS, cuDNN
+    "allocate memory",  # the host's allocator, on Linux and macOS
+    "not enough memory",  # the same, on Windows
+)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of whatever type, says that memory is full: less at a time may fit."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower().replace("_", " ")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in FULL)
 
 
 def declined(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:

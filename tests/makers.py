@@ -18,6 +18,19 @@ from fgattn.runs.reports import RunReport, RunSettings
 # Of a usual run, for tests that are about something else.
 CHOSEN = RunSettings("threshold", 1.0, 128, 16, "cells", True, 2, 8)
 SHORT_OF_BOUND = 1e-4  # decisions closer to the threshold than this may differ
+Accelerator = getattr(torch, "AcceleratorError", RuntimeError)  # torch 2.8 and newer
+FULL = [  # a full memory, in the words of whoever finds it
+    torch.cuda.OutOfMemoryError("no room"),
+    Accelerator("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("level_zero backend failed with error: UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"),
+    MemoryError(),
+]
 
 
 def tensors(heads, queries, keys=None, dim=64, *, batch=1, dtype=torch.float32, seed=0):

@@ -13,7 +13,7 @@ from ..errors import InvalidArgument, Unsupported
 from ..layout import TokenLayout
 from ..outcomes import Outcome, Reason
 from ..settings import Settings
-from ..tensors import GRADIENTS, OutOfMemory
+from ..tensors import GRADIENTS, is_out_of_memory
 from . import hopper, pytorch, selftest, triton
 from .base import Backend, Eligible, without
 
@@ -62,9 +62,9 @@ def _ask(backend: Backend, name: str, given: Call | torch.device) -> tuple[Any, 
     """What a function of a record answers, and None; where it fails, None, and that as a reason."""
     try:
         return getattr(backend, name)(given), None
-    except OutOfMemory:
-        raise  # says nothing of the backend
     except Exception as error:
+        if is_out_of_memory(error):
+            raise  # says nothing of the backend
         failed = f"its {name} fails: {selftest.one_line(error)}"
         _warn(f"FG-Attn leaves its {backend.name} kernels: {failed}")
         return None, failed

@@ -14,7 +14,7 @@ import torch
 from ..call import Call
 from ..layout import TokenLayout
 from ..settings import Settings
-from ..tensors import OutOfMemory, empty_like
+from ..tensors import empty_like, is_out_of_memory
 from . import pytorch
 from .base import Backend
 from .execute import attend, plan_of
@@ -33,9 +33,9 @@ def failure(backend: Backend, device: torch.device, settings: Settings) -> str |
     """
     try:
         reason = disagreement(backend, device, settings)
-    except OutOfMemory:
-        raise  # says nothing of the kernels: the next call tests them again
     except Exception as error:
+        if is_out_of_memory(error):
+            raise  # says nothing of the kernels: the next call tests them again
         log.warning("FG-Attn leaves its %s kernels, which fail their self-test:", backend.name, exc_info=True)
         return f"the kernels do not compile or run here: {one_line(error)}"
     if reason:

@@ -27,7 +27,7 @@ from ..outcomes import Outcome, Reason
 from ..plan import SparsePlan
 from ..planning import parts_for
 from ..settings import Policy, Settings, is_block
-from ..tensors import OutOfMemory, empty_like
+from ..tensors import empty_like, is_out_of_memory
 from .break_even import faster
 from .clock import Clock
 from .maps import NOBODY, Maps, Place
@@ -304,8 +304,8 @@ class Engine:
                     spans.append(span)
                 run.stats.timed(run.step, True, spans)
                 break
-            except OutOfMemory:
-                if parts >= heads:
+            except Exception as error:
+                if parts >= heads or not is_out_of_memory(error):
                     raise
             run.plans.close()
             run.parts = min(heads, 2 * parts)

@@ -25,7 +25,7 @@ from fgattn.plan import KERNEL_ROWS
 from fgattn.runs.engine import Engine
 from fgattn.settings import Policy
 from fgattn.show.text import headline, text
-from fgattn.tensors import OutOfMemory
+from makers import FULL
 from torch.nn.functional import scaled_dot_product_attention
 
 ROOT = Path(__file__).parents[2]
@@ -370,10 +370,11 @@ def test_self_test_compares_plans(fresh):
     assert said == "the kernels' self-test selects other keys than the reference"
 
 
-def test_a_full_gpu_says_nothing_of_the_kernels(fresh, monkeypatch):
+@pytest.mark.parametrize("error", FULL, ids=lambda error: f"{type(error).__name__} {str(error)[:40]}")
+def test_a_full_gpu_says_nothing_of_the_kernels(error, fresh, monkeypatch):
     """Another model may fill it while the self-test runs: that must not last for the process."""
-    monkeypatch.setattr(selftest, "disagreement", lambda *_: (_ for _ in ()).throw(OutOfMemory("no room")))
-    with pytest.raises(OutOfMemory):
+    monkeypatch.setattr(selftest, "disagreement", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error)):
         selftest.failure(pytorch.BACKEND, torch.device("cpu"), Settings())
 
 
@@ -480,14 +481,15 @@ def test_a_record_that_fails_is_passed_over(question, fresh, monkeypatch, caplog
             sparse_attention(*torch.randn(3, 1, 2, 256, 64), Settings(), LAYOUT, impl="toy")
 
 
-def test_a_full_gpu_says_nothing_of_a_record(monkeypatch):
+@pytest.mark.parametrize("error", FULL, ids=lambda error: f"{type(error).__name__} {str(error)[:40]}")
+def test_a_full_gpu_says_nothing_of_a_record(error, monkeypatch):
     """The next call asks again."""
 
     def fails(_):
-        raise OutOfMemory("no room")
+        raise error
 
     monkeypatch.setattr(registry, "BACKENDS", [toy(reason=fails), *registry.BACKENDS])
-    with pytest.raises(OutOfMemory):
+    with pytest.raises(type(error)):
         registry.choose(a_call())
 
 

@@ -13,12 +13,12 @@ from fgattn.backends import execute
 from fgattn.backends.execute import plan_of
 from fgattn.call import Call
 from fgattn.outcomes import Outcome, Reason
-from fgattn.runs.engine import SHORT_OF_MEMORY, Engine, OutOfMemory
+from fgattn.runs.engine import SHORT_OF_MEMORY, Engine
 from fgattn.runs.run import Run
 from fgattn.settings import Policy
 from fgattn.show.text import describe, headline
 from fgattn.tensors import empty_like
-from makers import by_text, tensors
+from makers import FULL, by_text, tensors
 
 CPU = torch.device("cpu")
 LAYOUT = TokenLayout((4, 4, 8))  # 128 tokens
@@ -933,7 +933,7 @@ def test_out_of_memory_takes_fewer_heads_then_goes_dense(fits, sparse, monkeypat
         sizes.append(call.q.shape[1])
         made.add(planned.plan)
         if call.q.shape[1] > fits:
-            raise OutOfMemory("no room")
+            raise torch.OutOfMemoryError("no room")
         return compute(call, backend, planned, out)
 
     def one_output(q):
@@ -964,6 +964,25 @@ def test_out_of_memory_takes_fewer_heads_then_goes_dense(fits, sparse, monkeypat
         assert report.plans == {"not kept": 8}
     if not sparse:
         assert report.failure.startswith("OutOfMemoryError")
+
+
+@pytest.mark.parametrize("stage", ["plan_of", "attend"])
+@pytest.mark.parametrize("error", FULL, ids=lambda error: f"{type(error).__name__} {str(error)[:40]}")
+def test_out_of_memory_in_other_clothes(error, stage, monkeypatch):
+    """Whatever type its error has, a full memory takes fewer heads, and the run stays sparse."""
+    compute, sizes = getattr(execute, stage), []
+
+    def short(call, *rest):
+        sizes.append(call.q.shape[1])
+        if call.q.shape[1] > 1:
+            raise error
+        return compute(call, *rest)
+
+    monkeypatch.setattr(f"fgattn.backends.execute.{stage}", short)
+    one = engine()
+    assert ran_sparse(one, falling(2)) == [True, True] and sizes == [2, 1, 1, 1, 1]
+    report = one.end_run()
+    assert report.failure is None and report.remarks == (SHORT_OF_MEMORY,)
 
 
 def watched_run(policy, blocks=(0, 1, 2, 3), **options):
@@ -1016,7 +1035,7 @@ def test_failure_of_the_looking_leaves_the_run_alone(what, monkeypatch, caplog):
     wanted = watched_run(Policy(warmup_steps=2))[1]
 
     def fail(*_):
-        raise OutOfMemory("no room")
+        raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(f"fgattn.runs.{what}", fail)
     one, outs = watched_run(Policy(warmup_steps=2))
@@ -1031,7 +1050,7 @@ def test_maps_that_do_not_fit_on_the_host_cost_no_report(monkeypatch, caplog):
     """Bringing them there may fail near the limit of memory; so may looking, half way through."""
 
     def fail(*_):
-        raise OutOfMemory("no room")
+        raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr("fgattn.runs.maps.Maps.to_host", fail)
     one, _ = watched_run(Policy(warmup_steps=2))
