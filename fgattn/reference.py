@@ -1,7 +1,7 @@
 """The specification: selection, tail and attention in plain code with dense masks, for short inputs.
 
 Means are summed in fp32 and rounded to the tensors' type as everywhere; all else is float64.
-float64 tensors are never rounded.
+float64 tensors are never rounded. What is not finite in means of queries and keys is 0 in the tail.
 """
 
 from __future__ import annotations
@@ -89,14 +89,17 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SparsePlan) 
                 centroids = _cells(rows, torch.ones_like(rows[:, 0], dtype=torch.bool))[0]
                 means, _, counts = _cells(keys, valid)
                 skipped = counts - torch.stack([c.sum(1) for c in mask.split(CELL, 1)], 1)
-                tail = scale * _rounded(centroids, q) @ _rounded(means, q).T
+                tail = scale * _rounded(_finite(centroids), q) @ _rounded(_finite(means), q).T
                 tail = tail.repeat_interleave(CELL, 0)[: len(rows)]
                 tail = torch.where(skipped > 0, tail + skipped.double().log(), -math.inf)
                 scores = torch.cat((scores, tail), 1)
                 entries = torch.cat((entries, _rounded(_cells(values, valid)[0], q)))
-            # Rows without any entry are zero; entries that do not count must not spread their NaN.
+            # Rows without any entry are zero; entries that do not count must not spread what is not finite.
             weights = torch.softmax(scores, 1).masked_fill(scores == -math.inf, 0.0)
-            result = weights @ entries.masked_fill((weights == 0).all(0)[:, None], 0.0)
+            result = torch.zeros_like(rows, dtype=torch.float64)
+            for tile in torch.arange(len(rows), device=q.device).split(plan.tile_rows):
+                counts = (scores[tile] != -math.inf).any(0)
+                result[tile] = weights[tile][:, counts] @ entries[counts]
             out[b, h, tokens] = result.to(q.dtype)
     return out
 
@@ -112,6 +115,10 @@ def _cells(rows: torch.Tensor, valid: torch.Tensor):
         variances.append((cell - mean).square().sum(0) / max(1, len(cell)))
         counts.append(len(cell))
     return torch.stack(means), torch.stack(variances), torch.tensor(counts, device=rows.device)
+
+
+def _finite(x: torch.Tensor) -> torch.Tensor:
+    return x.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _rounded(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

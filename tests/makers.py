@@ -5,7 +5,7 @@ import math
 from collections import Counter
 
 import torch
-from fgattn import SparsePlan, TokenLayout, plan_from_mask, reference
+from fgattn import SparsePlan, TokenLayout, plan_from_mask, reference, sparse_attention
 from fgattn.backends import registry
 from fgattn.backends.base import Planned
 from fgattn.backends.execute import plan_of
@@ -280,3 +280,17 @@ def planned(q, k, v, settings, layout, impl="triton", scale=None):
     """A call, its backend and what that one plans: a plan, and what serves the tail of the same call."""
     call, backend = Call.to_plan(q, k, v, settings, layout, scale), registry.by_name(impl)
     return call, backend, plan_of(call, backend)
+
+
+def assert_finite_where_dense_is(
+    impl, value, side, settings, layout, *, device="cpu", dtype=torch.float32, dim=64
+):
+    """An element of q (side 0) or k (1) that is not finite costs the rows that it costs dense attention."""
+    qkv = [x.to(device, dtype) for x in tensors(2, layout.length, dim=dim)]
+    clean = sparse_attention(*qkv, settings, layout, impl=impl)
+    qkv[side][0, 0, 40, 3] = value
+    got = sparse_attention(*qkv, settings, layout, impl=impl).isfinite().all(3)
+    dense = torch.softmax(qkv[0].double() @ qkv[1].double().mT * dim**-0.5, 3) @ qkv[2].double()
+    expected = dense.isfinite().all(3)
+    assert clean.isfinite().all() and expected[0, 1].all() and not expected.all()
+    assert (got == expected).all() if side == 0 else got[expected].all()

@@ -1,6 +1,7 @@
 """The Triton kernels against the reference, on the CPU in Triton's interpreter."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from fgattn.settings import TILE_KEYS
 from makers import (
     CASES,
     assert_error_of_rounding,
+    assert_finite_where_dense_is,
     executed_mask,
     mask_plan,
     poisoned,
@@ -141,6 +143,15 @@ def test_absent_tokens(m, n):
     assert torch.equal(whole.bits, plan.bits) and torch.equal(whole.executed, plan.executed)
     got = attend(q, k, v, whole, impl="triton")
     assert torch.equal(got.index_select(2, there), expected) and not got[:, :, list(layout.absent)].any()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.0])
+@pytest.mark.parametrize(("side", "value"), [(0, math.nan), (0, math.inf), (1, math.inf)])
+def test_rows_that_are_not_finite_spoil_no_others(value, side, threshold):
+    """They share cells and tiles with rows that are finite in dense attention: those stay so."""
+    for m, n in ((64, 16), (16, 4)):
+        settings = Settings(threshold=threshold, tile_queries=m, tile_keys=n)
+        assert_finite_where_dense_is("triton", value, side, settings, LAYOUT)
 
 
 @pytest.mark.parametrize("has_tail", [False, True], ids=["no tail", "tail"])

@@ -28,6 +28,7 @@ from fgattn.settings import TILE_KEYS, TILE_QUERIES, Policy
 from makers import (
     CASES,
     assert_error_of_rounding,
+    assert_finite_where_dense_is,
     executed_mask,
     in_memory_order,
     low_precision,
@@ -559,6 +560,33 @@ def test_absent_tokens(order, m, n, impl):
     torch.testing.assert_close(sparse_attention(q, k, v, settings, layout, impl=impl), expected)
     with pytest.raises(InvalidArgument, match=r"\[B, H, L_q, L_k\]"):
         attend(*short, build_plan(q, k, settings, layout))
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("threshold", [0.0, 2.0])
+@pytest.mark.parametrize("side", [0, 1], ids=["query", "key"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_rows_that_are_not_finite_spoil_no_others(value, side, threshold, impl):
+    """They share cells and tiles with rows that are finite in dense attention: those stay so."""
+    if side == 1 and math.isnan(value):
+        return  # of all rows
+    for m, n, has_tail in ((128, 16, True), (16, 4, True), (64, 32, False)):
+        settings = Settings(threshold=threshold, tile_queries=m, tile_keys=n, tail=has_tail)
+        assert_finite_where_dense_is(impl, value, side, settings, LAYOUT)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_stay_in_their_tiles(value, impl):
+    """A tile that skips the key has nothing of it; with a tail it has the mean, as dense attention would."""
+    q, k, v = make(2, LENGTH)
+    v[0, 0, 50, 3] = value
+    mask = torch.ones(-(-LENGTH // 64), -(-LENGTH // 4), dtype=torch.bool)
+    mask[[0, 2], 50 // 4] = False
+    plan = plan_from_mask(mask, 64, 4, query_length=LENGTH, key_length=LENGTH)
+    keeps = mask[:, 50 // 4].repeat_interleave(64)[:LENGTH]
+    out = attend(q, k, v, plan, impl=impl)
+    assert torch.equal(out[0, 0].isfinite().all(1), ~keeps) and out[0, 1].isfinite().all()
 
 
 @pytest.mark.parametrize("absent", [(30,), (-1,), (222,), (209,)])

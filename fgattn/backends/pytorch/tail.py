@@ -1,7 +1,8 @@
 """Tail: what a tile skips still counts, by key cell, and is shared by the 16 rows of a query cell.
 
 For centroid c every cell adds weight n_r * exp(scale * c.m) with value mean(v): m and mean(v) over
-the cell's valid keys, n_r the number of them that the tile does not execute.
+the cell's valid keys, n_r the number of them that the tile does not execute. What is not finite in c and m
+is 0: the rows of a query cell share c, and rows that are finite stay so.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def tail(call: Call, plan: SparsePlan) -> tuple[torch.Tensor, torch.Tensor]:
         valid = plan.valid_keys(b)
         key_mean, _, count = summarise(ordered(k, b, part, plan.geometry.key_tokens), valid)
         value_mean, _, _ = summarise(ordered(v, b, part, plan.geometry.key_tokens), valid)
+        query_mean, key_mean = (x.nan_to_num_(0.0, 0.0, 0.0) for x in (query_mean, key_mean))
         logits = cell_logits(query_mean, key_mean, None, plan.softmax_scale(dim), rows.dtype)
         skipped = (count - plan.executed_keys(b, part)).to(wide)
         logits += skipped.log().repeat_interleave(plan.tile_rows // CELL, 1)[:, :query_cells]
