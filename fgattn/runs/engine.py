@@ -157,8 +157,7 @@ class Engine:
 
     def end_run(self) -> RunReport | None:
         """Read the books, which waits for the device; None if no run was going on."""
-        run = self._close()
-        if run is None:
+        if (run := self._close()) is None:
             return None
         run.check_blocks()
         self.last_report = run.stats.report(run.chosen, run.implementation)
@@ -265,13 +264,11 @@ class Engine:
 
     def _dense(self, run: Run, at: CallPlace, reason: Reason, dense: Callable) -> torch.Tensor:
         """A dense call; one that could run sparse, but shall not, is timed to compare with."""
-        run.stats.calls[reason] += 1
-        run.watch.dense(at, reason)
-        if not reason.outcome.could_run:
-            return dense()
         start = None
         with self.guarded():
-            start = run.stats.clock.mark()
+            run.stats.calls[reason] += 1
+            run.watch.dense(at, reason)
+            start = run.stats.clock.mark() if reason.outcome.could_run else None
         out = dense()
         with self.guarded():
             if start is not None:
