@@ -64,7 +64,7 @@ TABLE: dict[tuple[Generation, int, int], Row] = {
     ("cdna", 64, 64): _alike(Launch(64, 8, 2)),
     ("cdna", 64, 128): _alike(Launch(64, 8, 2)),
     ("cdna", 128, 64): _alike(Launch(64, 8, 2)),
-    ("cdna", 128, 128): _alike(Launch(64, 8, 2)),
+    ("cdna", 128, 128): _alike(Launch(64, 8, 2), parts=2),
     ("rdna2", 64, 64): _alike(Launch(16, 16, 1)),
     ("rdna2", 64, 128): _alike(Launch(16, 16, 1)),
     ("rdna2", 128, 64): _alike(Launch(16, 16, 1)),
