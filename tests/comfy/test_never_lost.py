@@ -106,7 +106,7 @@ def test_the_pack_loads_with_such_a_server(nodes, waited, server):
         "fgattn.runs.maps.Maps.skip",
         "fgattn.runs.maps.Maps.to_host",
         "fgattn.runs.run.Run.check_blocks",
-        "fgattn.runs.engine.step_of",
+        "fgattn.runs.steps.Steps.evaluated",
         "fgattn.runs.engine.Engine.begin_run",
         "fgattn.runs.engine.Engine.end_run",
         "fgattn.backends.compile_log.start",
