@@ -26,6 +26,11 @@ def _again(kind: type[InvalidArgument], text: str) -> InvalidArgument:
     return kind.__new__(kind, text)
 
 
+def one_line(error: Exception) -> str:
+    """An exception as a short text."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def check_type(what: str, value: object, kind: type, remedy: str) -> None:
     """Raise InvalidArgument unless the value is of this type; the message has its type, not its text."""
     if not isinstance(value, kind):

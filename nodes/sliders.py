@@ -3,7 +3,7 @@
 import contextlib
 import json
 
-from ..fgattn.errors import InvalidArgument, is_number
+from ..fgattn.errors import InvalidArgument, is_number, one_line
 from ..fgattn.runs.engine import Engine
 from .inputs import MOST_THRESHOLD, MOST_WARMUP
 from .status import page_of, prompt_server
@@ -80,8 +80,3 @@ async def read(request) -> object:
         if len(body) > LONGEST:
             raise ValueError(f"it has more than {LONGEST} bytes")
     return json.loads(body.decode(request.charset or "utf-8"))
-
-
-def one_line(error: Exception) -> str:
-    """An exception as a short text."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

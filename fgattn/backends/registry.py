@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..call import Call
-from ..errors import InvalidArgument, Unsupported
+from ..errors import InvalidArgument, Unsupported, one_line
 from ..layout import TokenLayout
 from ..outcomes import Outcome, Reason
 from ..settings import Settings
@@ -65,7 +65,7 @@ def _ask(backend: Backend, name: str, given: Call | torch.device) -> tuple[Any, 
     except Exception as error:
         if is_out_of_memory(error):
             raise  # says nothing of the backend
-        failed = f"its {name} fails: {selftest.one_line(error)}"
+        failed = f"its {name} fails: {one_line(error)}"
         _warn(f"FG-Attn leaves its {backend.name} kernels: {failed}")
         return None, failed
 
@@ -131,6 +131,4 @@ def on_device(device: torch.device, settings: Settings) -> Eligible | Reason:
         q = torch.zeros(1, 1, 16, 128, dtype=torch.bfloat16, device=device)
         return choose(Call.to_plan(q, q, q, settings, TokenLayout.flat(16)), gain=True)
     except (RuntimeError, NotImplementedError) as error:
-        return Reason(
-            Outcome.NO_KERNEL, f"no sparse kernel for device type {device.type}: {selftest.one_line(error)}"
-        )
+        return Reason(Outcome.NO_KERNEL, f"no sparse kernel for device type {device.type}: {one_line(error)}")

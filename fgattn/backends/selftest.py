@@ -12,6 +12,7 @@ import logging
 import torch
 
 from ..call import Call
+from ..errors import one_line
 from ..layout import TokenLayout
 from ..settings import Settings
 from ..tensors import empty_like, is_out_of_memory
@@ -76,8 +77,3 @@ def compile_ahead(backend: Backend, call: Call) -> None:
     if backend.compiling:
         with backend.compiling():
             attend(call, backend, plan_of(call, backend), empty_like(call.q))
-
-
-def one_line(error: Exception) -> str:
-    """An exception as text for reports; Triton's run over many lines."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

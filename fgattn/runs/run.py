@@ -74,9 +74,10 @@ class Run:
 
     def too_dense(self, call: Call, answer: Eligible, at: CallPlace) -> Reason | None:
         """Whether the block has kept so much in the steps before that dense attention is faster."""
-        density, costs = self.densities.get(number_of(at.block)), self.costs(call, answer)
-        gains = density is None or not costs or faster(costs, call, density)
-        return None if gains else Reason(Outcome.TOO_DENSE)
+        density = self.densities.get(number_of(at.block))
+        if density is None or not (costs := self.costs(call, answer)) or faster(costs, call, density):
+            return None
+        return Reason(Outcome.TOO_DENSE)
 
     def plan_key(self, call: Call, at: CallPlace) -> Hashable | None:
         """What tells the call's plan from others that are kept; None where it is not to be kept."""

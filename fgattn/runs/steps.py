@@ -10,10 +10,7 @@ from collections.abc import Sequence
 
 ROUNDING = 1e-4  # relative: levels that are this close are the same
 HONEST = 1e-3  # some samplers begin this little below the first level, for numerical reasons
-SHIFTS = (
-    0.7,
-    1.5,
-)  # a first evaluation between these multiples of the first level is of step 0; s_churn: 1.414
+SHIFTS = (0.7, 1.5)  # times the first level, between which a first evaluation is of step 0; s_churn: 1.414
 NEAR = 0.7  # times the next step's level, down to which an evaluation may be of that step
 
 

@@ -185,6 +185,7 @@ def test_attend_kernel(arch, dim, tile, unit, tmp_path):
             "PARTS": row.parts,
             "BLOCK_KEYS": launch.block_keys,
             "UNIT": unit,
+            "AHEAD": launch.ahead,
             "D": dim,
             "HAS_TAIL": True,
         },

@@ -18,7 +18,7 @@ from fgattn.runs.estimate import exact
 from fgattn.settings import TILE_KEYS, TILE_QUERIES, Policy
 from hypothesis import example, given
 from hypothesis import settings as examples
-from makers import assert_finite_where_dense_is, by_text, tail_of
+from makers import by_text, tail_of
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -223,15 +223,6 @@ def test_absent_tokens(impl, front, back, absent, m, n):
     assert boxed[0] == boxed[1]
     got = attend(q, k, v, whole, impl=impl)
     assert torch.equal(got.index_select(2, there), expected) and not got[:, :, gone].any()
-
-
-@pytest.mark.parametrize(("side", "value"), [(0, torch.nan), (0, torch.inf), (1, torch.inf)])
-def test_rows_that_are_not_finite_spoil_no_others(impl, side, value):
-    """They share cells and tiles with rows that are finite in dense attention: those stay so."""
-    layout = TokenLayout((3, 7, 10), front=3, back=9)
-    for m, n, threshold in ((128, 16, 0.0), (128, 16, 2.0), (64, 8, 2.0)):
-        settings = Settings(threshold=threshold, tile_queries=m, tile_keys=n)
-        assert_finite_where_dense_is(impl, value, side, settings, layout, device="cuda", dtype=BF16, dim=128)
 
 
 def test_lists_agree_with_the_reference():

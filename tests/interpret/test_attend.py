@@ -1,18 +1,17 @@
 """The Triton kernels against the reference, on the CPU in Triton's interpreter."""
 
 import dataclasses
-import math
 
 import pytest
 import torch
 from fgattn import Settings, TokenLayout, attend, build_plan, plan_from_mask
 from fgattn.backends.hopper.boxes import octet_boxes
 from fgattn.backends.shared import plan_table
+from fgattn.backends.triton.launch_table import Row
 from fgattn.settings import TILE_KEYS
 from makers import (
     CASES,
     assert_error_of_rounding,
-    assert_finite_where_dense_is,
     executed_mask,
     mask_plan,
     poisoned,
@@ -70,6 +69,16 @@ def test_every_kind_of_sequence(case):
 def test_head_size_128(n):
     """The size of the large video models."""
     q, k, v = make(1, LENGTH, dim=128, dtype=torch.float16)
+    assert_kernel(q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=128, tile_keys=n), LAYOUT))
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("n", [1, 16, 128])
+def test_rows_looked_up_ahead_or_in_time(n, ahead, monkeypatch):
+    """Either kind of list, with several steps of the loop."""
+    launch = attend_kernels.launch_for(80, 64, 128).cells._replace(ahead=ahead)
+    monkeypatch.setattr(attend_kernels, "launch_for", lambda *_: Row(launch, launch))
+    q, k, v = make(1, LENGTH)
     assert_kernel(q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=128, tile_keys=n), LAYOUT))
 
 
@@ -143,15 +152,6 @@ def test_absent_tokens(m, n):
     assert torch.equal(whole.bits, plan.bits) and torch.equal(whole.executed, plan.executed)
     got = attend(q, k, v, whole, impl="triton")
     assert torch.equal(got.index_select(2, there), expected) and not got[:, :, list(layout.absent)].any()
-
-
-@pytest.mark.parametrize("threshold", [0.0, 2.0])
-@pytest.mark.parametrize(("side", "value"), [(0, math.nan), (0, math.inf), (1, math.inf)])
-def test_rows_that_are_not_finite_spoil_no_others(value, side, threshold):
-    """They share cells and tiles with rows that are finite in dense attention: those stay so."""
-    for m, n in ((64, 16), (16, 4)):
-        settings = Settings(threshold=threshold, tile_queries=m, tile_keys=n)
-        assert_finite_where_dense_is("triton", value, side, settings, LAYOUT)
 
 
 @pytest.mark.parametrize("has_tail", [False, True], ids=["no tail", "tail"])

@@ -131,7 +131,7 @@ def one_call(r, one, grid):
 
 
 def run_of(seed, monkeypatch):
-    """One run, with what it must keep to; returns whether it ended by an interruption or by the model."""
+    """One run, with what it must keep to: its sparse calls, whether it failed, whether it was ended."""
     r = random.Random(seed)
     shares = {name: r.choice((0.005, 0.05, 0.5)) for name in PLACES if r.random() < 0.15}
     failing(monkeypatch, r, shares)
@@ -179,15 +179,18 @@ def run_of(seed, monkeypatch):
     assert text(report) and snapshot(report, "1", "run", "done")
     if seed % 25 == 0:
         assert draw_chart([("run", report)]).size
-    return ended
+    return report.count(Outcome.SPARSE), report.failure is not None, not ended
 
 
 @pytest.mark.parametrize("first", range(0, RUNS, EACH))
 def test_the_render_comes_out(first, monkeypatch, caplog):
     """No error of ours reaches the model, outputs are finite where dense ones are, and the books add up."""
+    runs = []
     for seed in range(first, min(first + EACH, RUNS)):
         with monkeypatch.context() as patch:
             try:
-                run_of(seed, patch)
+                runs.append(run_of(seed, patch))
             except Exception as error:
                 raise AssertionError(f"seed {seed}") from error
+    sparse, failed, ended = zip(*runs, strict=True)
+    assert sum(sparse) > EACH and any(failed) and any(ended), "runs must be of all kinds"

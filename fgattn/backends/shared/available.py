@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from ...call import Call
+from ...errors import one_line
 
 HEAD_DIMS = (64, 128)
 OLDEST = (8, 0)  # compute capability
@@ -62,5 +63,5 @@ def loading_error(module: str) -> str | None:
     try:
         importlib.import_module(module)
     except Exception as error:  # a build for another Python, driver or torch; one that is too old
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return one_line(error)
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -42,10 +43,15 @@ def plan_launch(device: torch.device) -> PlanLaunch:
 
 def plan_launch_of(generation: Generation) -> PlanLaunch:
     """Settings of a generation; for compute capabilities without a row, of the nearest row not above."""
+    return PLAN_TABLE[nearest(generation, PLAN_TABLE)]
+
+
+def nearest(generation: Generation, rows: Iterable[Generation]) -> Generation:
+    """The row of a generation: its own; of compute capabilities the highest not above, else the lowest."""
     if isinstance(generation, str):
-        return PLAN_TABLE[generation]
-    capabilities = [row for row in PLAN_TABLE if isinstance(row, int)]
-    return PLAN_TABLE[max((c for c in capabilities if c <= generation), default=min(capabilities))]
+        return generation
+    capabilities = [row for row in rows if isinstance(row, int)]
+    return max((c for c in capabilities if c <= generation), default=min(capabilities))
 
 
 @functools.cache

@@ -243,8 +243,7 @@ def summarise(q, k, v, query_rows: torch.Tensor, key_rows: torch.Tensor, second:
 def tail_room(call: Call, planned: Planned) -> tuple[Means, torch.Tensor, Tail]:
     """What a tail kernel needs: means, those of the plan if it has them; rows of keys; room for the tail.
 
-    The tail is out [B, H, query cells, D] and log-sum-exp [B, H, query cells] in fp32, not yet written. What
-    is not finite in means of queries and keys becomes 0: it would spoil all rows that share the tail.
+    The tail is out [B, H, query cells, D] and log-sum-exp [B, H, query cells] in fp32, not yet written.
     """
     q, k, v = call.tensors
     batch, heads, _, dim = q.shape
@@ -255,8 +254,6 @@ def tail_room(call: Call, planned: Planned) -> tuple[Means, torch.Tensor, Tail]:
     elif made.value is None:
         made = made._replace(value=summarise(None, None, v, query_rows(call.geometry), rows).value)
     means = Means(needed(made.centroid), needed(made.mean), needed(made.value))
-    for x in (means.centroid, means.mean):
-        x.nan_to_num_(0.0, 0.0, 0.0)
     query_cells = -(-call.queries // CELL)
     out = torch.empty(batch, heads, query_cells, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, heads, query_cells, dtype=torch.float32, device=q.device)

@@ -112,6 +112,7 @@ def attend_kernel(
     PARTS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     UNIT: tl.constexpr,
+    AHEAD: tl.constexpr,
     D: tl.constexpr,
     HAS_TAIL: tl.constexpr,
 ):
@@ -157,18 +158,19 @@ def attend_kernel(
     # The last step may be short and may hold the short last unit of the sequence: masked apart.
     EACH: tl.constexpr = BLOCK_KEYS // UNIT
     full = tl.maximum(count - 1, 0) // EACH * EACH
-    # Of cells, rows are looked up a step ahead and entries two: looked up in time for loads that are under
-    # way they would go through shared memory, at a barrier each. Entries that are rows are faster so.
-    if UNIT > 1:
+    # Ahead: rows are looked up a step before they are needed, and entries two. Looked up in time for loads
+    # that are under way they go through shared memory, at a barrier each, but are not waited for.
+    if AHEAD:
         row = _rows(_entries(0, count, unit_list, BLOCK_KEYS, UNIT), key_rows, BLOCK_KEYS, UNIT)
         entry = _entries(EACH, count, unit_list, BLOCK_KEYS, UNIT)
     for i in range(0, full, EACH):
-        if UNIT == 1:
-            row = tl.load(unit_list + i + tl.arange(0, BLOCK_KEYS))
+        if not AHEAD:
+            entry = tl.load(unit_list + i + tl.arange(0, BLOCK_KEYS) // UNIT)
+            row = _rows(entry, key_rows, BLOCK_KEYS, UNIT)
         acc, m_i, l_i = _step(
             row, q_tile, acc, m_i, l_i, k_base, v_base, stride_kl, stride_vl, scale, D, False
         )
-        if UNIT > 1:
+        if AHEAD:
             row = _rows(entry, key_rows, BLOCK_KEYS, UNIT)
             entry = _entries(i + 2 * EACH, count, unit_list, BLOCK_KEYS, UNIT)
     if count > 0:
@@ -234,6 +236,7 @@ def attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -
             PARTS=row.parts,
             BLOCK_KEYS=launch.block_keys,
             UNIT=lists.unit,
+            AHEAD=launch.ahead,
             D=dim,
             HAS_TAIL=tail is not None,
             num_warps=launch.warps,

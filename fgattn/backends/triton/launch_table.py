@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..shared.plan_table import Generation
+from ..shared.plan_table import Generation, nearest
 
 
 class Launch(NamedTuple):
     block_keys: int  # keys per step of the inner loop
     warps: int
     stages: int  # of the software pipeline
+    ahead: bool = False  # look-ups are made before the pipeline; else they are stages of it
 
 
 class Row(NamedTuple):
-    """Settings by what a list holds: look-ups of keys are stages of the pipeline, those of cells are not."""
+    """Settings by what a list holds."""
 
     keys: Launch
     cells: Launch
@@ -23,12 +24,12 @@ class Row(NamedTuple):
 
 def _two_ahead(block_keys: int, warps: int) -> Row:
     """Two steps of k and v in shared memory."""
-    return Row(Launch(block_keys, warps, 6), Launch(block_keys, warps, 3))
+    return Row(Launch(block_keys, warps, 6), Launch(block_keys, warps, 3, ahead=True))
 
 
 def _alike(launch: Launch, parts: int = 1) -> Row:
-    """The same settings whatever a list holds."""
-    return Row(launch, launch, parts)
+    """The same settings whatever a list holds, but for when rows are looked up."""
+    return Row(launch, launch._replace(ahead=True), parts)
 
 
 # Keys: (generation, head size, tile rows); a generation of NVIDIA's is the compute capability, for others see
@@ -49,10 +50,10 @@ TABLE: dict[tuple[Generation, int, int], Row] = {
     (89, 64, 128): _two_ahead(64, 8),
     (89, 128, 64): _two_ahead(32, 8),
     (89, 128, 128): _two_ahead(32, 8),
-    (90, 64, 64): Row(Launch(128, 4, 2), Launch(128, 4, 3)),
-    (90, 64, 128): Row(Launch(64, 8, 7), Launch(128, 8, 3)),
-    (90, 128, 64): Row(Launch(64, 4, 6), Launch(64, 4, 3)),
-    (90, 128, 128): Row(Launch(128, 8, 5), Launch(128, 8, 3)),
+    (90, 64, 64): Row(Launch(128, 4, 2), Launch(128, 4, 3, ahead=True)),
+    (90, 64, 128): Row(Launch(64, 8, 7), Launch(64, 8, 6)),
+    (90, 128, 64): Row(Launch(64, 4, 6), Launch(64, 4, 3, ahead=True)),
+    (90, 128, 128): Row(Launch(128, 8, 5), Launch(128, 8, 3, ahead=True)),
     (100, 64, 64): _two_ahead(64, 4),
     (100, 64, 128): _two_ahead(64, 8),
     (100, 128, 64): _two_ahead(64, 4),
@@ -82,8 +83,4 @@ TABLE: dict[tuple[Generation, int, int], Row] = {
 
 def launch_for(generation: Generation, head_dim: int, tile_rows: int) -> Row:
     """Settings of a generation; for compute capabilities without a row, of the nearest row not above."""
-    if isinstance(generation, str):
-        return TABLE[generation, head_dim, tile_rows]
-    capabilities = [g for g, d, m in TABLE if (d, m) == (head_dim, tile_rows) and isinstance(g, int)]
-    nearest = max((c for c in capabilities if c <= generation), default=min(capabilities))
-    return TABLE[nearest, head_dim, tile_rows]
+    return TABLE[nearest(generation, (g for g, _, _ in TABLE)), head_dim, tile_rows]
