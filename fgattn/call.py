@@ -113,7 +113,7 @@ class Call:
 
     @property
     def is_empty(self) -> bool:
-        return not (self.q.numel() and self.keys)
+        return not (self.q.numel() and self.queries and self.keys)
 
     @functools.cached_property
     def declined(self) -> str | None:

@@ -27,8 +27,11 @@ def _again(kind: type[InvalidArgument], text: str) -> InvalidArgument:
 
 
 def one_line(error: Exception) -> str:
-    """An exception as a short text."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    """An exception as a short text; its type alone where it has none that can be shown."""
+    try:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    except Exception:
+        return type(error).__name__
 
 
 def check_type(what: str, value: object, kind: type, remedy: str) -> None:

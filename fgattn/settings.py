@@ -49,11 +49,13 @@ class Settings:
                 "a finite number of at least 0",
                 "1.0 is a good start; 0 keeps everything.",
             )
+        object.__setattr__(self, "threshold", float(self.threshold))  # of any kind of number
         _one_of("tile_queries", self.tile_queries, TILE_QUERIES, "128 is the fastest.")
         _one_of("tile_keys", self.tile_keys, TILE_KEYS, "16 is a good start.")
         _one_of("order", self.order, ORDERS, "Use cells for video.")
         check_boolean("tail", self.tail)
         methods.check(self.method, self.method_parameter)
+        object.__setattr__(self, "method_parameter", float(self.method_parameter))
 
     def log_bound(self, keys: int) -> float:
         """What is added to a log-sum-exp over `keys` keys for the smallest logit that the threshold keeps."""

@@ -4,6 +4,8 @@ import functools
 import logging
 from typing import Any
 
+from ..fgattn.errors import one_line
+
 log = logging.getLogger("fgattn")
 
 
@@ -22,7 +24,7 @@ def tell(node_id: str | None, text: str) -> None:
     try:
         server.send_progress_text(text, node_id, sid=client)
     except Exception as error:
-        _cannot(f"{type(error).__name__}: {error}")
+        _cannot(one_line(error))
 
 
 def prompt_server():

@@ -119,7 +119,11 @@ def rows_table(rows: list[dict]) -> str:
 
 def triton_table(rows: list[dict]) -> str:
     """Pairs of torch and Triton against the tiers that need Triton."""
-    pairs = {(r["torch"], r["triton"]) for r in rows if r["tier"] in ("compile", "interpret", "gpu")}
+    pairs = {
+        (r["torch"], r["triton"])
+        for r in rows
+        if r["triton"] and r["tier"] in ("compile", "interpret", "gpu")
+    }
     pairs |= {("", version) for version in TRITONS if version not in {triton for _, triton in pairs}}
 
     def cell(torch, triton, tier):
@@ -149,9 +153,11 @@ def main() -> None:
     for r in rows:
         if r["commit"] == f"code {digest()}":  # it ran here before the commit, or on a copy without history
             r["commit"] = commit()
+    files = (ROOT / "README.md", ROOT / "docs" / "compatibility.md")
+    made = {file: rendered(file.read_text(encoding="utf-8"), rows) for file in files}  # all of it, or nothing
     write(RECORD, rows)
-    for file in (ROOT / "README.md", ROOT / "docs" / "compatibility.md"):
-        file.write_text(rendered(file.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    for file, text in made.items():
+        file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from .show import Progress, side_by_side, table
 
 PICTURES = "side_by_side.webp", "chart.png"
 CPU_SIZE, CPU_STEPS = (9, 24, 32), 12  # T, H, W of the latent: 1 728 tokens
+MOST_STEPS = 1000
 INTERRUPTED = 130  # exit code, as shells have it
 CUDA_SIZE, CUDA_STEPS = (21, 60, 104), 20  # 32 760 tokens, 480p
 
@@ -118,8 +119,8 @@ def _checked(options: argparse.Namespace) -> tuple[Settings, int]:
     steps = options.steps
     if steps is None:
         steps = CUDA_STEPS if torch.cuda.is_available() else CPU_STEPS
-    if steps < 1:
-        raise InvalidArgument("steps", steps, "a whole number of at least 1", "12 shows enough.")
+    if not 1 <= steps <= MOST_STEPS:
+        raise InvalidArgument("steps", steps, f"a whole number from 1 to {MOST_STEPS}", "12 shows enough.")
     if not 0 <= options.seed < 2**63:
         raise InvalidArgument("seed", options.seed, "a whole number from 0 to 2**63 - 1", "Use 0.")
     try:

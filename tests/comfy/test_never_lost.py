@@ -29,6 +29,23 @@ class Raising:
         return raising
 
 
+class Wordless(Exception):
+    """An error that cannot be shown."""
+
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+class Speechless(Raising):
+    """A server whose errors cannot be shown either."""
+
+    def __getattr__(self, name):
+        def fail(*_, **__):
+            raise Wordless
+
+        return fail
+
+
 class Pageless:
     """A server that fails when it is asked for the page."""
 
@@ -38,6 +55,7 @@ class Pageless:
 SERVERS = {
     "lacks everything": lambda: types.SimpleNamespace(client_id="tab"),
     "raises": Raising,
+    "raises what cannot be shown": Speechless,
     "fails for the page": Pageless,
     "has a page that is no text": lambda: types.SimpleNamespace(client_id=[]),
 }

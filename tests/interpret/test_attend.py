@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from fgattn import Settings, TokenLayout, attend, build_plan, plan_from_mask
+from fgattn import Settings, TokenLayout, attend, build_plan, plan_from_mask, sparse_attention
 from fgattn.backends.hopper.boxes import octet_boxes
 from fgattn.backends.shared import plan_table
 from fgattn.backends.triton.launch_table import Row
@@ -70,6 +70,24 @@ def test_head_size_128(n):
     """The size of the large video models."""
     q, k, v = make(1, LENGTH, dim=128, dtype=torch.float16)
     assert_kernel(q, k, v, build_plan(q, k, Settings(threshold=2.0, tile_queries=128, tile_keys=n), LAYOUT))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.0, 1e-50, -0.1])
+@pytest.mark.parametrize("keys", [25, 64, 100])
+def test_scales_that_are_not_positive(keys, scale):
+    """Short last steps have masked scores, which a scale of zero must not make NaN."""
+    q, k, v = make(1, keys)
+    plan = build_plan(q, k, Settings(threshold=1.0), TokenLayout.flat(keys), scale=scale, impl="torch")
+    assert_kernel(q, k, v, plan)
+
+
+def test_a_call_without_queries():
+    """All of them are absent: zeros, and no kernel."""
+    layout = TokenLayout((2, 4, 4), front=2, absent=(0, 1))
+    q, k, v = make(1, 2, 34)
+    for impl in ("triton", "torch"):
+        assert not sparse_attention(q, k, v, Settings(), layout, impl=impl).any()
+        assert not attend(q, k, v, build_plan(q, k, Settings(), layout, impl="torch"), impl=impl).any()
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -1,9 +1,12 @@
 """Settings: what is refused, and that the refusal helps."""
 
 import copy
+import json
 import math
 import pickle
+from fractions import Fraction
 
+import numpy as np
 import pytest
 from fgattn import InvalidArgument, Settings, TokenLayout, Unsupported
 from fgattn.settings import TILE_KEYS, TILE_QUERIES, Policy, parse_blocks, ranges
@@ -100,6 +103,14 @@ def test_every_tile_is_allowed(m, n):
     assert Settings(tile_queries=m, tile_keys=n) == Settings(
         threshold=1.0, tile_queries=m, tile_keys=n, tail=True, order="cells"
     )
+
+
+@pytest.mark.parametrize("number", [Fraction(1, 4), np.float32(0.25), np.float16(0.25), Fraction(1, 10**400)])
+def test_numbers_of_any_kind_become_floats(number):
+    """Reports and messages to the page take plain numbers only."""
+    settings = Settings(threshold=number, method="top_k", method_parameter=number)
+    assert json.loads(json.dumps([settings.threshold, settings.method_parameter])) == [float(number)] * 2
+    assert settings.log_bound(64) == Settings(threshold=float(number)).log_bound(64)
 
 
 def test_settings_are_values():

@@ -24,7 +24,7 @@ from ...call import Call, needed
 from ...layout import CELL
 from ...plan import SparsePlan
 from ..base import Tail
-from ..shared.launch import COUNTS, LOG2_E, key_rows
+from ..shared.launch import COUNTS, key_rows, scaled
 from ..shared.lists import Lists, execution_rows, scaled_tail
 from ..shared.prepared import launch_kernel
 from .boxes import boxes_for
@@ -113,7 +113,7 @@ def hopper_kernel(
         listed: int32 [heads of the launch, tiles], keys of each list.
         query_rows: int32 [B * H or 1, queries], row of q and out at each place of execution.
         tail_out: fp32 [B * H, query_cells, D]; tail_lse: fp32 [B * H, query_cells], base 2; if HAS_TAIL.
-        scale: the softmax scale times log2(e), not negative.
+        scale: the softmax scale times log2(e), above 0.
         lists: int32 [heads of the launch, tiles, stride_list], boxes; to fetch.
         bits: uint8 [B or 1, H or 1, tiles, n_bytes], a bit for each slice of SLICE_KEYS keys; to gather.
         valid: None or int32 [B or 1, keys / 32], bits of the keys that exist; to gather.
@@ -246,9 +246,7 @@ def attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -
     """Write softmax over the plan's keys, and the tail if there is one, to out."""
     q, k, v = map(needed, call.tensors)
     (batch, heads, _, dim), (*_, tiles, n_bytes), queries = q.shape, plan.bits.shape, plan.queries
-    scale = plan.softmax_scale(dim) * LOG2_E
-    if scale < 0:  # the kernel scales the largest score, not every score
-        q, scale = -q, -scale
+    q, scale = scaled(q, plan.softmax_scale(dim))
     tail_out, tail_lse = scaled_tail(tail)
     tokens, stride_queries = execution_rows(plan, batch, heads)
     launch = TABLE[dim, plan.tile_rows]

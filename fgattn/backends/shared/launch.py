@@ -9,6 +9,7 @@ import triton.language as tl
 from ...layout import CELL, Geometry
 
 LOG2_E = 1.4426950408889634
+SMALLEST = torch.finfo(torch.float32).tiny
 # Arguments that Triton shall not compile variants for (being 1, or divisible by 16): each video length and
 # number of heads would cost its own seconds.
 COUNTS = [
@@ -45,6 +46,17 @@ IS_INTERPRETED = not isinstance(_nothing, triton.JITFunction)
 def shared_stride(x: torch.Tensor | None, dim: int = 0) -> int:
     """Stride of a dimension; 0 if it is 1, which serves every batch row or head."""
     return 0 if x is None or x.shape[dim] == 1 else x.stride(dim)
+
+
+def scaled(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    """q and a softmax scale above 0 that give the same scores, in base 2.
+
+    Kernels scale the largest score, not every score, and masked scores are -inf, of which 0 makes NaN.
+    """
+    scale *= LOG2_E
+    if abs(scale) < SMALLEST:
+        return torch.zeros_like(q), 1.0
+    return (q, scale) if scale > 0 else (-q, -scale)
 
 
 def query_rows(geometry: Geometry) -> torch.Tensor:

@@ -22,7 +22,7 @@ from ...call import Call, needed
 from ...layout import CELL
 from ...plan import SparsePlan
 from ..base import Tail
-from ..shared.launch import COUNTS, LOG2_E, batch_and_head
+from ..shared.launch import COUNTS, batch_and_head, scaled
 from ..shared.lists import Lists, execution_rows, scaled_tail
 from ..shared.plan_table import generation
 from ..shared.prepared import launch_kernel
@@ -128,7 +128,7 @@ def attend_kernel(
         query_rows: int32 [B * H or 1, queries], row of q and out at each place of execution.
         key_rows: int32 [B or 1, L_k and more], row of k and v at each position; not read if UNIT is 1.
         tail_out: fp32 [B * H, query_cells, D]; tail_lse: fp32 [B * H, query_cells], base 2; if HAS_TAIL.
-        scale: the softmax scale times log2(e), not negative.
+        scale: the softmax scale times log2(e), above 0.
     Writes
         out: [B, H, L_q, D].
     """
@@ -198,9 +198,7 @@ def attend(call: Call, plan: SparsePlan, tail: Tail | None, out: torch.Tensor) -
     """Write softmax over the plan's keys, and the tail if there is one, to out."""
     q, k, v = map(needed, call.tensors)
     (batch, heads, _, dim), queries, tiles = q.shape, plan.queries, plan.bits.shape[2]
-    scale = plan.softmax_scale(dim) * LOG2_E
-    if scale < 0:  # the kernel scales the largest score, not every score
-        q, scale = -q, -scale
+    q, scale = scaled(q, plan.softmax_scale(dim))
     tail_out, tail_lse = scaled_tail(tail)
     lists, (tokens, stride_queries) = Lists(plan, batch, heads), execution_rows(plan, batch, heads)
     row = launch_for(generation(q.device), dim, plan.tile_rows)
